@@ -1,0 +1,91 @@
+"""Attention over packed sequences: the one entry that every model in this repository calls.
+
+Sequences of different lengths lie one behind the other without padding; `cu_seqlens` holds their boundaries
+(0, n_1, n_1 + n_2, ...), as in FlashAttention's varlen interface (Dao, arXiv 2307.08691). No token ever attends outside
+its own sequence.
+
+    o_i = sum_j softmax_j(q_i . k_j * scale) v_j        over the keys j of i's sequence
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below this many keys a sequence is cheaper as a padded row of one batched call than as a call of its own (CPU).
+PAD_BELOW = 512
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention inside each packed sequence.
+
+    q: (Nq, Hq, D); k, v: (Nk, Hkv, D) with Hq a multiple of Hkv (query heads g*r .. g*r+r-1 read KV head g); cu_q, cu_k: (S+1,)
+    integer boundaries, cu_k defaults to cu_q. `causal` aligns the last query with the last key, which is what a KV cache
+    needs. A query without any key gives zeros. Returns (Nq, Hq, D). `scale` defaults to D**-0.5.
+    """
+    bounds_q = cu_q.tolist()
+    bounds_k = bounds_q if cu_k is None else cu_k.tolist()
+    if len(bounds_q) != len(bounds_k):
+        raise ValueError(f"attention: {len(bounds_q) - 1} query sequences but {len(bounds_k) - 1} key sequences")
+    if bounds_q[-1] != q.shape[0] or bounds_k[-1] != k.shape[0] or k.shape != v.shape:
+        raise ValueError(
+            f"attention: boundaries {bounds_q[-1]}, {bounds_k[-1]} do not fit q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads")
+    lens_q = [b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False)]
+    lens_k = [b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)]
+    if len(set(lens_q)) == 1 and len(set(lens_k)) == 1 and lens_k[0] > 0:
+        return _equal(q, k, v, len(lens_q), causal, scale)
+    if max(lens_k) <= PAD_BELOW and max(lens_q) <= PAD_BELOW:
+        return _padded(q, k, v, lens_q, lens_k, causal, scale)
+    out = torch.zeros_like(q)
+    parts = [
+        _equal(q[a:b], k[c:d], v[c:d], 1, causal, scale) if d > c else out[a:b]
+        for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)
+        if b > a
+    ]
+    return torch.cat(parts) if parts else out
+
+
+def _equal(q, k, v, batch, causal, scale):
+    """All sequences have the same lengths: the pack is a dense batch seen from the side."""
+    q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
+    lq, lk = q.shape[2], k.shape[2]
+    mask = None
+    if causal and 1 < lq != lk:  # is_causal aligns top-left; a cache needs bottom-right
+        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+    o = _sdpa(q, k, v, mask, causal and lq == lk, scale)
+    return o.transpose(1, 2).flatten(0, 1)  # (S * L, H, D)
+
+
+def _padded(q, k, v, lens_q, lens_k, causal, scale):
+    """Short ragged sequences: one batched call with masked padding. Masked weights are exact zeros, so neighbours never mix."""
+    device = q.device
+    lq, lk = (torch.tensor(x, device=device)[:, None] for x in (lens_q, lens_k))  # (S, 1)
+    slot_q, slot_k = (torch.arange(int(x.max()), device=device)[None] for x in (lq, lk))
+    real_q, real_k = slot_q < lq, slot_k < lk  # (S, Lq), (S, Lk)
+    mask = real_k[:, None, None, :]
+    if causal:
+        mask = mask & (slot_k[:, None, :] <= slot_q[:, :, None] + (lk - lq)[:, :, None])[:, None]
+    slots_q, slots_k = (real.flatten().nonzero()[:, 0] for real in (real_q, real_k))  # (Nq,), (Nk,)
+    qp = q.new_zeros(real_q.numel(), *q.shape[1:]).index_copy(0, slots_q, q).unflatten(0, real_q.shape).transpose(1, 2)
+    kp, vp = (
+        x.new_zeros(real_k.numel(), *x.shape[1:]).index_copy(0, slots_k, x).unflatten(0, real_k.shape).transpose(1, 2)
+        for x in (k, v)
+    )  # (S, H, L, D)
+    o = _sdpa(qp, kp, vp, mask, False, scale).transpose(1, 2).flatten(0, 1).index_select(0, slots_q)  # (Nq, H, D)
+    empty = (~mask).all(-1).expand(-1, 1, qp.shape[2])[:, 0][real_q] if causal or 0 in lens_k else None
+    return o if empty is None else o.masked_fill(empty[:, None, None], 0.0)
+
+
+def _sdpa(q, k, v, mask, causal, scale):
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
