@@ -1,0 +1,44 @@
+"""The connector: what the diffusion transformer is told by the language model.
+
+Every decoder layer's hidden state of a token is normalised by itself, all layers are laid side by side, and one linear layer
+with a GELU turns that into the vectors which each block of the DiT attends to (Cosmos-Predict2.5, section on the text encoder;
+28 layers x 3584 = 100352 -> 1024 for Qwen2.5-VL-7B). In a checkpoint its weights live in the DiT as `crossattn_proj`.
+
+    hidden = mllm(ids, positions, cu_seqlens)         # L tensors (N, H)
+    context = dit.crossattn_proj(features(hidden))    # (N, text_embed_dim), all that a decoder has to keep
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def features(hidden: list[Tensor]) -> Tensor:
+    """L hidden states (N, H) -> (N, L * H), same dtype: per token and layer (h - mean) / (std + 1e-8), std unbiased, in fp32.
+
+    Mean and std run over the H channels of one token in one layer. Without gradients each layer is written straight into its
+    slice of the result: at full size that is 200 KB per token, and stacking would double it.
+    """
+    first = hidden[0]
+    width = first.shape[-1]
+    tracked = torch.is_grad_enabled() and any(h.requires_grad for h in hidden)
+    if tracked:
+        return torch.cat([_normalise(h).to(first.dtype) for h in hidden], -1)
+    out = first.new_empty(first.shape[0], len(hidden) * width)
+    for i, h in enumerate(hidden):
+        out[:, i * width : (i + 1) * width] = _normalise(h)
+    return out
+
+
+def _normalise(h: Tensor) -> Tensor:
+    std, mean = torch.std_mean(h.float(), -1, correction=1, keepdim=True)
+    return (h - mean) / (std + 1e-8)
+
+
+class Connector(nn.Sequential):
+    """Linear with bias and exact GELU, (N, L * H) -> (N, text_embed_dim); parameters "0.weight" and "0.bias".
+
+    Zero features are the null condition of Cosmos' training (text dropout): they give gelu(bias).
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(nn.Linear(in_features, out_features), nn.GELU())
