@@ -85,15 +85,20 @@ PRESETS = {
 
 
 class ChannelNorm(nn.Module):
-    """y = gamma * sqrt(C) * x / |x| with the length taken over the channels of one pixel; an RMS norm without epsilon."""
+    """y = gamma * sqrt(C) * x / |x|, with the length taken over the channels of one pixel: an RMS norm without epsilon.
+
+    Computed in fp32 when x is half precision. 1e-24 is the square of the 1e-12 that bounds |x| from below in the original.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.normalize(x.float(), dim=1) * (sqrt(x.shape[1]) * self.gamma.float()[:, None, None])
-        return y.to(x.dtype)                                                              # (B, C, H, W)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.permute(0, 2, 3, 1).to(wide)                                                # (B, H, W, C)
+        y = F.rms_norm(y, y.shape[-1:], self.gamma.to(wide), eps=1e-24)
+        return y.permute(0, 3, 1, 2).to(x.dtype)                                          # (B, C, H, W)
 
 
 class ResBlock(nn.Module):
