@@ -88,4 +88,19 @@ def _padded(q, k, v, lens_q, lens_k, causal, scale):
 
 
 def _sdpa(q, k, v, mask, causal, scale):
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    """Dense attention of (S, Hq, Lq, D) on (S, Hkv, Lk, D); mask (S or 1, 1, Lq or 1, Lk), True where a key is read."""
+    heads, (lk, d) = k.shape[1], k.shape[2:]
+    if q.device.type != "cpu" or lk > PAD_BELOW:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != heads)
+    # Two matrix products are 2 to 4 times as fast as the fused CPU kernel on short sequences, backward above all.
+    lq = q.shape[2]
+    q = (q * (scale or d**-0.5)).unflatten(1, (heads, -1)).flatten(2, 3)                   # (S, Hkv, r * Lq, D)
+    s = torch.matmul(q, k.transpose(-1, -2))                                              # (S, Hkv, r * Lq, Lk)
+    if causal:
+        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        # Finite, so that a row without any key stays finite; exp() of it is an exact 0 beside any real score.
+        bias = torch.zeros(mask.shape, dtype=s.dtype, device=s.device).masked_fill_(~mask, torch.finfo(s.dtype).min / 2)
+        bias = bias[:, :, None] if bias.ndim == 4 else bias
+        s = (s.unflatten(2, (-1, lq)) + bias).flatten(2, 3)
+    return torch.matmul(s.softmax(-1), v).unflatten(2, (-1, lq)).flatten(1, 2)            # (S, Hq, Lq, D)
