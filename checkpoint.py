@@ -1,71 +1,237 @@
 """What a checkpoint on disk is, and how one is read and written: safetensors + config.json, strictly, and never pickle.
 
-Any part of the system comes from a local folder or from a Hub id. A loaded module is built on the meta device and filled
-tensor by tensor, so that its weights exist once. Whatever is missing, left over or misshapen stops with its name.
+Any part of the system comes from a local folder or from the Hub, named "owner/name", "owner/name/folder" or
+"owner/name/folder@revision". A module is built on the meta device and filled tensor by tensor, so that its weights exist
+once. Whatever is missing, left over or misshapen stops with its name, and every error is one line that says what to do.
+
+    folder = resolve("Qwen/Qwen2.5-VL-7B-Instruct")
+    with torch.device("meta"):
+        model = Model(Config.from_json(read_json(folder / "config.json")))
+    load_weights(model, folder, dtype=parse_dtype("bf16"), device=pick_device("auto"))
 """
 
+import difflib
+import errno
 import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+import types
+import typing
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from huggingface_hub import constants, errors, snapshot_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 STEMS = ("model", "diffusion_pytorch_model")  # transformers' and diffusers' file names
+HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<folder>[^@]+))?(?:@(?P<revision>.+))?")
+STAGING = ".saving"  # where a save is written before it takes its place
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 class InputError(ValueError):
     """Something a user can put right: the message is one line that names the thing and the remedy."""
 
 
-def resolve(source: str | Path, subfolder: str | None = None, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint part; a Hub id is downloaded (or found in the cache) first."""
-    folder = Path(source)
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name ("cpu", "cuda", "cuda:1", "mps"); "auto" is the accelerator, or the CPU where there is none."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind, _, index = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(kind)
+    if count is None or (index and not index.isdecimal()):
+        raise InputError(f"device {name}: unknown, choose auto, cpu, cuda, cuda:N or mps")
+    if int(index or 0) >= count:
+        raise InputError(f"device {name}: PyTorch {torch.__version__} sees {count} of that kind here: choose auto or cpu")
+    return torch.device(name)
+
+
+def parse_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
+    """The type named "bf16", "fp32", "fp16" or as in PyTorch; "auto" is bf16 on an accelerator and fp32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise InputError(f"dtype {name}: unknown, choose auto, bf16, fp32 or fp16")
+    return DTYPES[name]
+
+
+def resolve(source: str | Path, subfolder: str | None = None, revision: str | None = None, *, base: Path | None = None) -> Path:
+    """The local folder of a checkpoint part; what is on the Hub is downloaded first, or found in the cache.
+
+    source: a local folder (`base` is where a relative one is looked up before the working directory), else a Hub name as in
+    the module's docstring; subfolder and revision add to it. Only json, safetensors and txt files are fetched.
+    """
+    local = next((f for f in (base and base / source, Path(source).expanduser()) if f and f.exists()), None)
+    if local:
+        folder = local / subfolder if subfolder else local
+        if not local.is_dir():
+            raise InputError(f"{local}: a file, but a checkpoint is a folder: name the folder that holds it")
+        if not folder.is_dir():
+            inside = ", ".join(sorted(f.name for f in local.iterdir() if f.is_dir())) or "no folder"
+            raise InputError(f"{folder}: no such folder: {local} holds {inside}")
+        return folder
+    hub = HUB_NAME.fullmatch(str(source))
+    if hub is None:
+        raise InputError(f"{source}: no such folder, and a Hub name would have the form owner/name: check the path")
+    repo, revision = hub["repo"], revision or hub["revision"] or "main"
+    subfolder = "/".join(filter(None, (hub["folder"], subfolder)))
+    try:
+        # Files that are complete in the cache are not fetched again, and a partial one never gets its final name.
+        patterns = [f"{subfolder}/{p}".lstrip("/") for p in ("*.json", "*.safetensors", "*.txt")]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / subfolder
+    except Exception as e:  # the transports raise types of their own, without a common base
+        raise InputError(_hub_problem(e, repo, revision, source)) from e
     if not folder.is_dir():
-        prefix = f"{subfolder}/" if subfolder else ""
-        patterns = [prefix + p for p in ("*.json", "*.safetensors", "*.txt")]
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-    folder = folder / subfolder if subfolder else folder
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        what = f"no folder {subfolder} with" if subfolder else "no"
+        raise InputError(f"{repo}: {what} json or safetensors files at revision {revision}: see {constants.ENDPOINT}/{repo}")
     return folder
 
 
-def read_json(path: Path) -> dict:
+def _hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> str:
+    page, cause = f"{constants.ENDPOINT}/{repo}", e
+    if isinstance(e, errors.LocalEntryNotFoundError):
+        part = "complete " if isinstance(e, errors.IncompleteSnapshotError) else ""
+        absent = f"{source}: no such folder, and {repo}@{revision} is not {part}in the cache"
+        if constants.is_offline_mode():
+            return f"{absent}: unset HF_HUB_OFFLINE to download it, or name a local folder"
+        cause = e.__cause__ or e
+    line = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+    if isinstance(cause, errors.GatedRepoError):
+        return f"{repo}: access is gated: accept its licence at {page}, then run `hf auth login`"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return f"{source}: no such folder, and no repository {repo} on the Hub: if it is a private one, run `hf auth login`"
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"{repo}: no revision {revision}: see the branches and tags at {page}/tree/main"
+    if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code in (401, 403):
+        return f"{repo}: the Hub refuses access ({line}): run `hf auth login` with a token that may read it"
+    if isinstance(e, errors.LocalEntryNotFoundError):
+        return f"{absent}, and the Hub cannot be reached ({line}): check the network, or name a local folder"
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return f"{repo}: {constants.HF_HUB_CACHE} cannot be written ({e.strerror}): make room, or set HF_HOME elsewhere"
+    return f"{repo}: the download stopped ({line}): run it again, complete files are kept"
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file; InputError where it is missing, unreadable, or a Git LFS pointer."""
+    _refuse_pointer(path := Path(path))
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: file is missing") from None
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as e:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({e}): download or copy it again") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON file that holds one object."""
+    try:
+        value = json.loads(read_text(path))
     except json.JSONDecodeError as e:
-        raise InputError(f"{path}: not valid JSON ({e})") from None
+        raise InputError(f"{path}: not valid JSON ({e}): download or copy it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__} where an object {{...}} is expected")
+    return value
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: str | Path, value: dict) -> None:
+    """The file appears whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    for stem in STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.exists():
-            return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
-        single = folder / f"{stem}.safetensors"
-        if single.exists():
-            with safe_open(single, "pt") as f:
-                return dict.fromkeys(f.keys(), single)
-    raise InputError(f"{folder}: no {' or '.join(s + '.safetensors' for s in STEMS)} here")
+def _refuse_pointer(path: Path) -> None:
+    """What `git clone` without git-lfs leaves instead of a file: 130-odd bytes that name its hash."""
+    if not path.is_file():
+        raise InputError(f"{path}: file is missing: is the copy or download of {path.parent} complete?")
+    with open(path, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            raise InputError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` there, or `hf download` it")
+
+
+def config_from_json(cls: type, values: dict, where: str | Path, ignore: Collection[str] = ()) -> typing.Any:
+    """A dataclass from a JSON object, checked field by field against its annotations; dataclasses may nest.
+
+    A field without default must be there; an unknown one is an error unless it begins with "_" or is in `ignore`.
+    A list becomes a tuple where the annotation says tuple[...], and an int a float where it says float.
+    """
+    hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
+    for key in values:
+        if key not in known and key not in ignore and not key.startswith("_"):
+            close = difflib.get_close_matches(key, known, 1)
+            raise InputError(f"{where}: unknown field {key}: " + (f"did you mean {close[0]}?" if close else "remove it"))
+    for key, field in known.items():
+        if key not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise InputError(f"{where}: field {key} is missing: is this the config.json of a {cls.__name__}?")
+    return cls(**{k: _checked(v, hints[k], f"{where}: field {k}", ignore) for k, v in values.items() if k in known})
+
+
+def _checked(value: typing.Any, hint: typing.Any, where: str, ignore: Collection[str]) -> typing.Any:
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):  # X | None
+        return None if value is None and type(None) in args else _checked(value, args[0], where, ignore)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return config_from_json(kind, value, where, ignore)
+    if kind in (tuple, list) and isinstance(value, (tuple, list)):
+        kinds = args[:1] * len(value) if kind is list or args[-1] is Ellipsis else args
+        if len(kinds) == len(value):
+            return kind(_checked(v, k, where, ignore) for v, k in zip(value, kinds, strict=True))
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif kind is typing.Any or type(value) is kind:
+        return value
+    raise InputError(f"{where} is {json.dumps(value)}, but {hint if args else kind.__name__} is expected")
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """File -> the tensors it holds. Where there is an index of shards, it and they must agree."""
+    entries = [e for s in STEMS for e in (folder / f"{s}.safetensors", folder / f"{s}.safetensors.index.json") if e.is_file()]
+    if len(entries) > 1:
+        raise InputError(f"{folder}: holds both {entries[0].name} and {entries[1].name}: remove the one that is out of date")
+    if not entries:
+        pickled = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if (folder / STAGING).exists():
+            raise InputError(f"{folder}: a save was interrupted here: use an earlier checkpoint, or save it again")
+        if pickled:
+            remedy = f"s.save_file(torch.load('{pickled[0]}', weights_only=True), 'model.safetensors')"
+            remedy = f'convert it there with python -c "import torch, safetensors.torch as s; {remedy}"'
+            raise InputError(f"{folder}: only safetensors is loaded, not {pickled[0]}: {remedy}")
+        raise InputError(f"{folder}: no {' or '.join(f'{s}.safetensors' for s in STEMS)} here, nor an index of shards")
+    if entries[0].suffix != ".json":
+        return {entries[0]: list(_open(entries[0]).keys())}
+    index, files = read_json(entries[0]).get("weight_map"), {}
+    if not isinstance(index, dict) or not all(isinstance(f, str) and f == Path(f).name for f in index.values()):
+        raise InputError(f"{entries[0]}: no weight_map from tensors to files beside it: download or copy it again")
+    for name, file in index.items():
+        files.setdefault(folder / file, []).append(name)
+    for file, names in files.items():
+        odd = sorted(set(names) ^ set(_open(file).keys()))
+        if odd:
+            state = "only in the index" if odd[0] in names else "not in the index"
+            raise InputError(f"{file}: {odd[0]} is {state} {entries[0].name}: download or copy both again")
+    return files
+
+
+def _open(file: Path) -> safe_open:
+    _refuse_pointer(file)
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as e:
+        size = file.stat().st_size
+        raise InputError(f"{file}: cut off or damaged ({size:,} bytes; {e}): download or copy it again") from None
 
 
 def load_weights(
     module: nn.Module,
-    folder: Path,
+    folder: str | Path,
     *,
     rename: Callable[[str], str | None] | None = None,
     adapt: Callable[[str, Tensor], Tensor] | None = None,
@@ -76,40 +242,45 @@ def load_weights(
     """Fill a module that was built on the meta device from the safetensors files in `folder`.
 
     rename(name in file) gives the parameter's name, or None for a tensor that is dropped on purpose. adapt(parameter name,
-    tensor) may reshape what was read. `module.tied` maps parameters that share another's storage to that other's name.
+    tensor) may reshape what was read. `module.tied` maps parameters that share another's storage to that other's name. All
+    names are checked before the first weight is read. dtype is for floating-point tensors; integer buffers keep their own.
     """
-    expected = dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if n in module.state_dict()}
-    tied = getattr(module, "tied", {})
-    found, total = set(), 0
-    files = weight_files(folder)
-    by_file: dict[Path, list[str]] = {}
-    for name, file in files.items():
-        by_file.setdefault(file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, "pt") as f:
-            for name in names:
-                target = rename(name) if rename else name
-                if target is None:
-                    continue
-                if target not in expected:
-                    raise InputError(f"{file}: tensor {name} has no place in {type(module).__name__}")
-                tensor = f.get_tensor(name)
-                tensor = adapt(target, tensor) if adapt else tensor
-                if tensor.shape != expected[target].shape:
-                    want = tuple(expected[target].shape)
-                    raise InputError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {want}")
-                _assign(module, target, tensor.to(device=device, dtype=dtype))
-                found.add(target)
-                total += tensor.numel()
-    missing = sorted(set(expected) - found - set(tied))
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
-    for name, source in tied.items():
-        if name not in found:
-            _assign(module, name, module.get_parameter(source))
-    print(
-        f"{label or type(module).__name__}: {len(found)}/{len(expected) - len(tied)} tensors, {total:,} parameters from {folder}"
-    )
+    folder, label = Path(folder), label or type(module).__name__
+    expected, tied = module.state_dict(keep_vars=True), getattr(module, "tied", {})
+    found: dict[str, tuple[Path, str]] = {}
+    extra: list[str] = []
+    for file, names in weight_files(folder).items():
+        for name in names:
+            target = rename(name) if rename else name
+            if target in found:
+                raise InputError(f"{file}: tensors {found[target][1]} and {name} are both {target} of {label}: remove one")
+            if target in expected:
+                found[target] = (file, name)
+            elif target is not None:
+                extra.append(name)
+    missing = sorted(expected.keys() - found.keys() - tied.keys())
+    if missing or extra:
+        parts = [f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}"] if missing else []
+        parts += [f"{len(extra)} have no place in it, the first is {extra[0]}"] if extra else []
+        raise InputError(f"{folder}: does not fit {label}: {'; '.join(parts)}: is its config.json of the same model?")
+    for target, (file, name) in found.items():
+        # Opened anew for each tensor: the pages of a mapped file count as ours until it is closed. And copied in any case, so
+        # that the module does not hang on a file that someone may overwrite.
+        with _open(file) as f:
+            tensor = f.get_tensor(name)
+        tensor, want = adapt(target, tensor) if adapt else tensor, expected[target]
+        if tensor.shape != want.shape:
+            raise InputError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(want.shape)}")
+        if tensor.is_floating_point() != want.is_floating_point():
+            raise InputError(f"{file}: tensor {name} is {tensor.dtype}: quantised weights are not read, use the original ones")
+        _assign(module, target, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True))
+    for name, other in tied.items():
+        if name in found and not torch.equal(module.get_parameter(name), module.get_parameter(other)):
+            raise InputError(f"{folder}: {name} is not {other}, yet config.json ties them: is it of the same model?")
+        _assign(module, name, module.get_parameter(other))
+    own = expected.keys() - tied.keys()
+    total = sum(expected[name].numel() for name in own)
+    print(f"{label}: {len(found.keys() & own)}/{len(own)} tensors, {total:,} parameters from {folder}")
     return module
 
 
@@ -117,38 +288,56 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
     if leaf in owner._parameters:
-        owner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        trained = owner._parameters[leaf].requires_grad
+        owner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=trained)
     else:
         owner._buffers[leaf] = tensor
 
 
 def save_weights(
     tensors: dict[str, Tensor],
-    folder: Path,
+    folder: str | Path,
     config: dict | None = None,
     *,
     stem: str = "model",
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write tensors as safetensors (one file, or shards and an index) and config.json; each file appears whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write tensors as safetensors (one file, or shards and an index) and config.json, in place of an older save if any.
+
+    All is written into a folder aside first. Then the old files go, the one that makes the folder loadable before the others,
+    and the new ones come, that one last: wherever this stops, old and new are never mixed.
+    """
+    folder, total = Path(folder), sum(t.nbytes for t in tensors.values())
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().contiguous().cpu()
-        size += tensor.nbytes
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / f"{file}.tmp", metadata={"format": "pt"})
-        os.replace(folder / f"{file}.tmp", folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(t.nbytes for t in tensors.values())
-        write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    if config is not None:
-        write_json(folder / "config.json", config)
+        shards[-1][name] = tensor
+    files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    index = {name: file for file, shard in files.items() for name in shard}
+    texts = {"config.json": config} if config is not None else {}
+    if len(shards) == 1:
+        files, order = {f"{stem}.safetensors": shards[0]}, [*texts, f"{stem}.safetensors"]
+    else:
+        texts[f"{stem}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
+        order = [*files, *texts]
+    staging = folder / STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for file, value in texts.items():
+            write_json(staging / file, value)
+        for file, shard in files.items():
+            save_file({n: t.detach().cpu().contiguous() for n, t in shard.items()}, staging / file, metadata={"format": "pt"})
+            (staging / file).chmod(staging.stat().st_mode & 0o666)  # save_file's are for the owner alone, whatever the umask
+            with open(staging / file, "rb+") as f:
+                os.fsync(f.fileno())
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({e}): it takes {total / 1e9:.1f} GB and the right to write") from e
+    old = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    for file in sorted((f for f in folder.iterdir() if old.fullmatch(f.name)), key=lambda f: "-of-" in f.name):
+        file.unlink()
+    for file in order:
+        os.replace(staging / file, folder / file)
+    staging.rmdir()
