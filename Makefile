@@ -1,0 +1,44 @@
+# make sample PROMPT="How do I draw a house?"     an answer in text and pictures, on any machine
+# make test                                       the whole test suite, on the CPU
+#
+# Each of them makes .venv first, and again when the requirements change. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+# The prompt reaches the program through the environment: neither make nor the shell may read its quotes and dollar signs.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.PHONY: sample test lint tiny clean
+
+sample: .venv/runtime
+	@$(PY) sample.py $${PROMPT:+--prompt="$$PROMPT"}
+
+test: .venv/dev
+	$(PY) -m pytest -q
+
+lint: .venv/dev
+	$(PY) -m ruff check .
+
+tiny: .venv/runtime
+	$(PY) pretrain.py all
+
+# Only what make and the tests left; answers in out/ and training in runs/ stay.
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is missing or older than 3.11: try make PYTHON=python3.12 (or another one you have)" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "error: no venv: on Debian and Ubuntu, install python3-venv" >&2; exit 2; }
+
+# A stamp is younger than the requirements that were installed last. The test tools come on top of the runtime, not instead.
+.venv/runtime: requirements.txt | .venv/bin/python
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ .venv/runtime
