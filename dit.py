@@ -18,6 +18,7 @@ sample.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -177,10 +178,43 @@ class TimeEmbedder(nn.Module):
         return F.rms_norm(e, e.shape[1:], self.norm.weight.float(), self.norm.eps), lora
 
 
+class HeadNorm(torch.autograd.Function):
+    """RMSNorm over each head's channels, then the rotary embedding if there is one: n = w x / rms(x), y = n cos + swap(n) sin.
+
+    x (N, heads, d), w (d,), cos and sin (N, 1, d) or None; channel i pairs with i + d / 2, the sign of the rotation is in sin.
+    All in fp32, y in x's dtype. Written out with its gradient because this small step is otherwise a third of the time that a
+    small model spends outside matrix products: autograd would walk over x three times as often.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, eps, cos, sin):
+        n = x.float()
+        mean = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_() / n.shape[-1]
+        r = mean.add_(eps).rsqrt_()                                                    # (N, heads, 1)
+        n = n * r                                                                      # (N, heads, d)
+        ctx.save_for_backward(n, r, w, cos, sin)
+        y = n * w.float()
+        return (y if cos is None else rotate(y, cos, sin)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        n, r, w, cos, sin = ctx.saved_tensors
+        g = grad.float()
+        g = g if cos is None else rotate(g, cos, -sin)                                 # a rotation's transpose turns back
+        along = g * n
+        grad_w = along.sum((0, 1)).to(w.dtype) if ctx.needs_input_grad[1] else None
+        mean = (along @ w.float()).unsqueeze(-1) / n.shape[-1]                         # (N, heads, 1)
+        return (g * w.float()).addcmul_(n, mean, value=-1).mul_(r).to(grad.dtype), grad_w, None, None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, eps: float):
         super().__init__()
-        self.heads, self.eps = heads, eps
+        self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
@@ -188,17 +222,16 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(width // heads, eps=eps)
         self.norm_k = nn.RMSNorm(width // heads, eps=eps)
 
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.heads, -1))                                        # (N, heads, head_dim)
+    def query(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        q = self.to_q(x).unflatten(1, (self.heads, -1))                                # (N, heads, head_dim)
+        return HeadNorm.apply(q, self.norm_q.weight, self.norm_q.eps, cos, sin)
 
-    def query(self, x: Tensor) -> Tensor:
-        return rms_norm(self.split(self.to_q(x)), self.norm_q)
-
-    def kv(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return rms_norm(self.split(self.to_k(context)), self.norm_k), self.split(self.to_v(context))
+    def kv(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        k, v = (linear(x).unflatten(1, (self.heads, -1)) for linear in (self.to_k, self.to_v))
+        return HeadNorm.apply(k, self.norm_k.weight, self.norm_k.eps, cos, sin), v     # 2 x (N, heads, head_dim)
 
     def out(self, y: Tensor) -> Tensor:
-        return self.to_out[0](y.flatten(1))
+        return self.to_out[0](y.flatten(1))                                            # (N, D)
 
 
 class FeedForward(nn.Module):
@@ -225,21 +258,23 @@ class Block(nn.Module):
         self.norm3 = Modulation(width, config.adaln_lora_dim, 3)
         self.ff = FeedForward(width, int(width * config.mlp_ratio))
 
-    def forward(self, x, modulations, rope, cu, context, kv, cu_context):
-        shift, scale, gate = modulations[0].chunk(3, -1)
-        h = modulate(x, shift, scale)                                                  # (N, D)
-        q, k, v = self.attn1.query(h), *self.attn1.kv(h)                               # (N, heads, head_dim)
-        y = attention(rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype), v, cu)
-        x = torch.addcmul(x, gate, self.attn1.out(y).view_as(x))                       # (chunks, chunk, D)
+    def forward(self, x: Tensor, table: Tensor, rows: Tensor, rope: tuple, cu: Tensor, context, kv, cu_context) -> Tensor:
+        """x (G, n, D): chunks of n patches, chunk g modulated by row rows[g] of table (T, 9D); the rest as in DiT.forward."""
+        dtype = working_dtype(self.attn1.to_q.weight)
+        table = table.index_select(0, rows).to(x.dtype)                                # (G, 9D)
+        shifts, scales, gates = table.view(len(rows), 3, 3, 1, -1).unbind(2)           # 3 x (G, 3, 1, D)
 
-        shift, scale, gate = modulations[1].chunk(3, -1)
-        q = self.attn2.query(modulate(x, shift, scale))
-        k, v = kv if kv is not None else self.attn2.kv(context)                        # (M, heads, head_dim)
-        y = attention(q.to(v.dtype), k.to(v.dtype), v, cu, cu_context)
-        x = torch.addcmul(x, gate, self.attn2.out(y).view_as(x))
+        h = modulate(x, shifts[:, 0], scales[:, 0]).to(dtype)                          # (N, D)
+        y = attention(self.attn1.query(h, *rope), *self.attn1.kv(h, *rope), cu)        # (N, heads, head_dim)
+        x = torch.addcmul(x, gates[:, 0], self.attn1.out(y).to(x.dtype).view_as(x))    # (G, n, D)
 
-        shift, scale, gate = modulations[2].chunk(3, -1)
-        return torch.addcmul(x, gate, self.ff(modulate(x, shift, scale)).view_as(x))
+        h = modulate(x, shifts[:, 1], scales[:, 1]).to(dtype)
+        k, v = self.attn2.kv(context) if kv is None else kv                            # (M, heads, head_dim)
+        y = attention(self.attn2.query(h), k, v, cu, cu_context)
+        x = torch.addcmul(x, gates[:, 1], self.attn2.out(y).to(x.dtype).view_as(x))
+
+        h = modulate(x, shifts[:, 2], scales[:, 2]).to(dtype)
+        return torch.addcmul(x, gates[:, 2], self.ff(h).to(x.dtype).view_as(x))
 
 
 class DiT(nn.Module):
@@ -273,9 +308,9 @@ class DiT(nn.Module):
         save_weights(self.state_dict(), Path(folder), self.config.to_json(), stem=STEM, **options)
 
     def initialise(self) -> "DiT":
-        """Fresh weights. Zero: the last layers of all modulations and of the time MLP, so every gate, and the output projection.
+        """Fresh weights. Zero: the last layer of each modulation and of the time MLP, so all gates, and the output projection.
 
-        So each block starts as the identity and the velocity as 0 (adaLN-Zero, Peebles & Xie 2212.09748): the first loss is
+        So each block starts as the identity and the velocity as 0 (adaLN-Zero, Peebles & Xie 2212.09748), and the first loss is
         E|eps - x_0|^2. Every other matrix is normal with variance 1 / inputs, cut at two deviations; norms are 1, biases 0.
         """
         for module in self.modules():
@@ -291,23 +326,24 @@ class DiT(nn.Module):
         return self
 
     def modulations(self, t: Tensor) -> list[Tensor]:
-        """t (I,) in [0, 1] -> per sub-layer (I, 3D) shift | scale | gate, and (I, 2D) for the output; all in fp32.
+        """t (T,) in [0, 1] -> per block (T, 9D), shift | scale | gate of its three sub-layers; for the output (T, 2D). fp32.
 
         They depend on nothing but t: a sampler computes those of all its steps in one call. In bf16 the sinusoid alone would
         lose the difference between neighbouring steps, so neither the dtype of the weights nor autocast reaches in here.
         """
         with torch.autocast(t.device.type, enabled=False):
-            emb, lora = self.time_embed(t)                                             # (I, D), (I, 3D)
+            emb, lora = self.time_embed(t)                                             # (T, D), (T, 3D)
             emb = F.silu(emb)
-            norms = [norm for block in self.transformer_blocks for norm in (block.norm1, block.norm2, block.norm3)]
-            return [norm(emb, lora) for norm in (*norms, self.norm_out)]
+            blocks = [[norm(emb, lora) for norm in (b.norm1, b.norm2, b.norm3)] for b in self.transformer_blocks]
+            return [*(torch.cat(block, 1) for block in blocks), self.norm_out(emb, lora)]
 
     def context_kv(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (M, heads, head_dim) of every block's cross-attention: the same in all steps of a picture."""
+        context = context.to(working_dtype(self.proj_out.weight))
         return [block.attn2.kv(context) for block in self.transformer_blocks]
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3) positions -> cos, sin (N, head_dim / 2) in fp32; first the frequencies of the image, then row, then column."""
+        """(N, 3) positions -> cos, sin (N, 1, head_dim) in fp32: frequencies of image, row, column, and the same again."""
         d = self.config.attention_head_dim
         spatial = d // 6 * 2
         angles = []
@@ -315,67 +351,68 @@ class DiT(nn.Module):
             theta = 10000.0 * scale ** (dim / (dim - 2))                               # NTK-aware stretch of the base
             frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
             angles.append(positions[:, axis, None] * frequencies)
-        angles = torch.cat(angles, 1)                                                  # (N, head_dim / 2)
-        return angles.cos(), angles.sin()
+        angles = torch.cat(angles, 1)[:, None]                                         # (N, 1, head_dim / 2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                   # the first half turns against the second
 
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | None,
         condition: Tensor,
         pack: Pack,
         context: Tensor | None,
         cu_context: Tensor,
         *,
         kv: list[tuple[Tensor, Tensor]] | None = None,
-        modulations: list[Tensor] | None = None,
+        modulations: tuple[list[Tensor], Tensor] | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
         """x (N, C * 4) patches of noisy and clean images -> velocity (N, C * 4) in fp32, meaningless on condition images.
 
         t (I,): time of each image. condition (I,): 1 for a clean image. context (M, text_embed_dim): the connector's output for
-        all samples, boundaries cu_context (S + 1,); every token is read, none is padding. kv and modulations: what
-        context_kv(context) and modulations(t) return, if computed before. padding (N, 4): the padding mask, default 0.
+        all samples, boundaries cu_context (S + 1,); every token is read, none is padding. padding (N, 4): its mask, default 0.
+        For a sampler that computes them once: kv = context_kv(context) instead of context, and instead of t
+        modulations = (self.modulations(times), which of these times each image has (I,)).
         """
         n, images = len(pack.image_ids), len(pack.shapes)
-        if x.shape[0] != n or t.shape != (images,) or condition.shape != (images,):
-            raise ValueError(f"the pack has {n} patches in {images} images; x {tuple(x.shape)}, t {tuple(t.shape)}, "
-                             f"condition {tuple(condition.shape)}")  # fmt: skip
-        dtype = self.patch_embed.proj.weight.dtype
+        if x.shape[0] != n or condition.shape != (images,):
+            raise ValueError(f"pack of {n} patches, {images} images: x is {tuple(x.shape)}, condition {tuple(condition.shape)}")
         patch = self.config.patch_size[1] ** 2
         mask = condition.to(x.dtype)[pack.image_ids, None].expand(-1, patch)           # (N, 4)
         inputs = [x, mask]
         if self.config.concat_padding_mask:
             inputs.append(torch.zeros_like(mask) if padding is None else padding.to(x.dtype))
-        x = self.patch_embed.proj(torch.cat(inputs, 1).to(dtype)).to(dtype)            # (N, D)
+        weight = self.patch_embed.proj.weight
+        x = self.patch_embed.proj(torch.cat(inputs, 1).to(weight.dtype))               # (N, D)
+        x = x.to(weight.dtype).unflatten(0, (-1, pack.chunk))                          # (G, n, D): fp32 stream even in autocast
 
-        modulations = self.modulations(t) if modulations is None else modulations
-        rows = pack.image_ids[:: pack.chunk]                                           # (N / chunk,)
-        if len(rows) != images:
-            modulations = [m.index_select(0, rows) for m in modulations]
-        modulations = [m[:, None] for m in modulations]                                # (N / chunk, 1, 3D)
-        x = x.unflatten(0, (-1, pack.chunk))                                           # (N / chunk, chunk, D)
-        rope = tuple(a[:, None] for a in self.rope(pack.positions))                    # (N, 1, head_dim / 2)
+        table, rows = (self.modulations(t), torch.arange(images, device=x.device)) if modulations is None else modulations
+        rows = rows[pack.image_ids[:: pack.chunk]]                                     # (G,)
+        rope = self.rope(pack.positions)                                               # 2 x (N, 1, head_dim)
+        context = None if context is None else context.to(working_dtype(weight))
         for i, block in enumerate(self.transformer_blocks):
-            own = [m.to(x.dtype) for m in modulations[3 * i : 3 * i + 3]]
-            args = (x, own, rope, pack.cu_seqlens, context, kv[i] if kv else None, cu_context)
+            args = (x, table[i], rows, rope, pack.cu_seqlens, context, kv[i] if kv else None, cu_context)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
 
         with torch.autocast(x.device.type, enabled=False):                             # the whole last layer is fp32
-            x = linear32(modulate(x.float(), *modulations[-1].chunk(2, -1)), self.proj_out)  # (N, 4C), channel last
+            shift, scale = table[-1].index_select(0, rows)[:, None].chunk(2, -1)       # (G, 1, D)
+            x = linear32(modulate(x.float(), shift, scale), self.proj_out)             # (N, 4C), channel last
         return x.unflatten(1, (patch, -1)).transpose(1, 2).flatten(1)                  # (N, C4), channel first like the input
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer with this weight computes: autocast's, else its own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def linear32(x: Tensor, linear: nn.Linear) -> Tensor:
     """A bias-free linear layer in fp32, whatever its weights are stored in."""
     return F.linear(x, linear.weight.float())
-
-
-def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -384,20 +421,164 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, h, 1 + scale).flatten(0, 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, channel i paired with i + head_dim / 2, in fp32."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
 # ------------------------------------------------------------------------------------------------------------------- flow
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x_0 + t eps; t broadcasts."""
-    return torch.lerp(x0, noise, t)
+    return (1 - t) * x0 + t * noise
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     """v = eps - x_0."""
     return noise - x0
+
+
+def train_times(n: int, shift: float = 5.0, generator: torch.Generator | None = None) -> Tensor:
+    """n training times (n,): u = sigmoid(N(0, 1)) moved towards noise, t = shift u / (1 + (shift - 1) u).
+
+    The median is shift / (1 + shift). Cosmos-Predict2.5 draws from a table of 1000 such values; this is its continuous form.
+    """
+    u = torch.randn(n, generator=generator).sigmoid()
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def shift_schedule(steps: int, shift: float = 5.0) -> Tensor:
+    """Cosmos' schedule for its pre-trained weights: even steps from 0.999 to 0, shifted as in training. (steps + 1,) sigmas."""
+    u = torch.linspace(0.999, 0.0, steps + 1, dtype=torch.float64)
+    return (shift * u / (1 + (shift - 1) * u)).float()
+
+
+def karras_schedule(steps: int, sigma_min: float = 0.01, sigma_max: float = 200.0, rho: float = 7.0) -> Tensor:
+    """Cosmos' schedule for its post-trained weights: noise levels k of Karras (2206.00364, eq. 5) as k / (1 + k), then 0."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    k = (high + torch.linspace(0, 1, steps, dtype=torch.float64) * (low - high)) ** rho
+    return F.pad(k / (1 + k), (0, 1)).float()
+
+
+def sample_flow(
+    velocity: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    method: str = "unipc",
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Walk from noise x at sigmas[0] to data at sigmas[-1] = 0 in len(sigmas) - 1 calls of velocity(x, t); state in fp32.
+
+    "euler": x += (t' - t) v. "unipc": UniPC of order 2 on the prediction of x_0 with B(h) = e^-h - 1 (Zhao et al. 2302.04867;
+    diffusers' "bh2"), each call of the network correcting the last step before it predicts the next. progress(done, steps).
+    """
+    s = sigmas.tolist()
+    steps = len(s) - 1
+    if steps < 1 or s[-1] != 0 or any(a <= b for a, b in zip(s, s[1:], strict=False)) or not s[0] < 1:
+        raise InputError("a schedule falls from below 1 to 0 in at least one step")
+    if method not in ("euler", "unipc"):
+        raise InputError(f"no sampler {method!r}; there are euler and unipc")
+    x = x.float()
+    solver = UniPC(s)
+    for i in range(steps):
+        v = velocity(x, s[i]).float()
+        x = x + (s[i + 1] - s[i]) * v if method == "euler" else solver.step(i, x, v)
+        if progress is not None:
+            progress(i + 1, steps)
+    return x
+
+
+class UniPC:
+    """The memory of the multistep sampler: x_0 predictions m of the last two steps, and the corrected state before this step.
+
+    With lam = ln((1 - s) / s), a step from s_0 to s_1 has h = lam_1 - lam_0, E = e^-h - 1, and in terms of predictions
+        x_1 = (s_1 / s_0) x_0 - (1 - s_1) E (m_0 + sum of differences D of the m, weighted so that the order is met).
+    """
+
+    def __init__(self, sigmas: list[float]):
+        self.s = sigmas
+        self.lam = [math.log((1 - s) / s) if s > 0 else math.inf for s in sigmas]
+        self.m: list[Tensor] = []  # predictions of the steps so far, newest last
+        self.corrected: Tensor | None = None  # state at the start of the last step
+        self.order = 0  # of the last step
+
+    def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
+        s, lam = self.s, self.lam
+        m = x - s[i] * v                                                               # prediction of the data
+        if i > 0:                                                                      # redo the last step, now knowing its end
+            h = lam[i] - lam[i - 1]
+            e = math.expm1(-h)
+            previous = self.m[-1]
+            rho, difference = 0.5, 0.0
+            if self.order == 2:
+                r = (lam[i - 2] - lam[i - 1]) / h
+                p = e / -h - 1
+                b1, b2 = p / e, 2 * (p / -h - 0.5) / e
+                rho_old = (b2 - b1) / (r - 1)  # rho_old + rho = b1, r rho_old + rho = b2
+                rho, difference = b1 - rho_old, rho_old / r * (self.m[-2] - previous)
+            x = s[i] / s[i - 1] * self.corrected - (1 - s[i]) * e * (previous + difference + rho * (m - previous))
+        self.corrected = x
+        self.order = min(2, i + 1, len(s) - 1 - i)                                     # the last step is of order 1
+        if s[i + 1] == 0:
+            return m  # E = -1: the step is the prediction itself
+        h = lam[i + 1] - lam[i]
+        e = math.expm1(-h)
+        guess = m
+        if self.order == 2:
+            guess = m + 0.5 * h / (lam[i - 1] - lam[i]) * (self.m[-1] - m)
+        self.m = [*self.m[-1:], m]
+        return s[i + 1] / s[i] * x - (1 - s[i + 1]) * e * guess
+
+
+@torch.no_grad()
+def denoise(
+    dit: DiT,
+    conditions: list[list[Tensor]],
+    sizes: list[tuple[int, int]],
+    positive: list[Tensor],
+    negative: list[Tensor] | None,
+    seeds: list[int],
+    *,
+    sigmas: Tensor,
+    guidance: float = 1.0,
+    method: str = "unipc",
+    condition_time: float | None = CONDITION_TIME,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
+
+    conditions: each sample's clean latents (C, h, w) in time order, possibly none; sizes: (H, W) of the latents to paint.
+    positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
+    usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
+    None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
+    target, as for Cosmos' pre-trained weights.
+    """
+    if guidance != 1 and negative is None:
+        raise InputError(f"guidance {guidance} needs the contexts of the negative branch; without them it is 1")
+    contexts = [*positive] if guidance == 1 else [*positive, *negative]
+    branches = 1 if guidance == 1 else 2
+    if not len(conditions) == len(sizes) == len(seeds) == len(contexts) // branches or len(contexts) % branches:
+        raise InputError("denoise: conditions, sizes, contexts and seeds must be of one length")
+    device, patch = dit.proj_out.weight.device, dit.config.patch_size[1]
+    latents = []
+    for clean, size, seed in zip(conditions, sizes, seeds, strict=True):
+        noise = torch.randn(dit.config.out_channels, *size, generator=torch.Generator().manual_seed(seed))
+        latents.append([*clean, noise])
+    grids = [[(z.shape[1] // patch, z.shape[2] // patch) for z in sample] for sample in latents]
+    pack = pack_images(grids * branches, device)
+    start = torch.cat([patchify(z.float(), patch).to(device) for sample in latents for z in sample])    # (n, C4), one branch
+    given = [k < len(sample) - 1 for sample in latents for k in range(len(sample))]
+    given = torch.tensor(given * branches, device=device)                              # (I,)
+    target = (~given)[pack.image_ids[: len(start)]].nonzero()[:, 0]                    # rows of one branch that are painted
+    kv = dit.context_kv(torch.cat(contexts).to(device))
+    cu_context = torch.tensor([0, *(len(c) for c in contexts)]).cumsum(0).int().to(device)
+    times = sigmas[:-1].tolist()
+    table = dit.modulations(torch.tensor([*times, 0.0 if condition_time is None else condition_time], device=device))
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        step = times.index(t)
+        rows = torch.where(given, step if condition_time is None else len(times), step)                # (I,)
+        x = start.index_copy(0, target, x).repeat(branches, 1)                         # (N, C4)
+        v = dit(x, None, given, pack, None, cu_context, kv=kv, modulations=(table, rows))
+        v = v.unflatten(0, (branches, -1))[:, target]                                  # (branches, targets, C4)
+        return v[0] if branches == 1 else torch.lerp(v[1], v[0], guidance)
+
+    x = sample_flow(velocity, start[target], sigmas, method, progress)
+    shapes = [sample[-1] for sample in grids]
+    return [unpatchify(z, s, patch) for z, s in zip(x.split([h * w for h, w in shapes]), shapes, strict=True)]
