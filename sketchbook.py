@@ -1,432 +1,974 @@
-"""Sketchbook: a procedural world of drawing lessons made of flat coloured shapes.
+"""Sketchbook: dialogues about drawing in a procedural world, whose every picture the program itself can check.
 
-Every picture is rendered from a `Scene`, so the program knows what each picture must show: the corpus trains the miniature, and
-`checker.py` measures it without a human judge. Everything is drawn from a seed; nothing is stored and nothing runs out.
+    python sketchbook.py show --out sheet.png --n 12                 a contact sheet of dialogues, captions under the pictures
+    python sketchbook.py write --out corpus --n 1000 --split train   records.jsonl and PNGs, the record format of data.py
+    python sketchbook.py check --n 150                               error rates of the checker itself (checker.py)
 
-    python sketchbook.py show --out sheet.png --n 12                 a contact sheet of dialogues
-    python sketchbook.py write --out corpus --n 1000 --split train   JSONL + PNG records (the format of data.py)
-    python sketchbook.py check --n 150                               error rates of the checker itself
+A record is {"messages": [{"role", "content": [{"type": "text", "text"} | {"type": "image", "image": PIL image}]}], "kind",
+"held_out", "truth"}. Everything follows from a seed; nothing is stored and nothing runs out.
 
-Three splits with disjoint random streams: `train`; `seen` (the same distribution, fresh seeds); `held_out`, whose every dialogue
-has a subject in a colour, an arrangement of two subjects or a phrasing that training never shows.
+Three splits have disjoint random streams. `train` and `seen` share one distribution; neither ever shows what is held out: a
+subject in a colour, an arrangement of two subjects, a phrasing. Each `held_out` dialogue has at least one of them ("held_out_by").
+
+"truth" serves checker.py alone. truth["images"] has an entry per picture in reading order: {"role", "scene", "check"}, where
+check is None for a user's picture and otherwise says what the picture has to show, relative to the picture before it:
+    {"op": "scene", "objects": [{"subject", "colour", "count", "parts": {name: colour}}], "relations": [[i, word, j]],
+     "background"}                                a picture on its own; what is None or absent is free
+    {"op": "start" | "part", "subject", "part", "colour", "background"}           a step of a lesson
+    {"op": "recolour", "subject", "was", "part", "colour"}   {"op": "remove", "subject", "colour"}
+    {"op": "add", "subject", "colour", "relation", "anchor"}  {"op": "move", "subject", "to"}  {"op": "background", "background"}
+truth["turns"] has an entry per answer: {"kind", "images": [least, most], "need": [facts its text must state], "words": [words]}.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
+import json
 import random
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+import re
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-# ---------------------------------------------------------------------------------------------------------------------------
-# The palette. Colours of parts lie at least 100 apart in RGB, and as far from every background.
+from checkpoint import InputError
+from scenes import (
+    BACKGROUNDS, COLOURS, FIGURES, OPPOSITE, PLACES, QUARTERS, RELATIONS, SHAPES, SUBJECTS, Scene, Thing, cells, colours_for, fit,
+    large, main_part, random_scene, relation_cells, render, small, touching, usual_colours,
+)
 
-COLOURS = {
-    "red": (218, 28, 42), "orange": (246, 128, 12), "yellow": (255, 224, 36), "green": (32, 152, 64), "blue": (30, 88, 222),
-    "purple": (146, 44, 176), "pink": (252, 128, 196), "brown": (130, 76, 34), "black": (28, 28, 34),
+SPLITS = ("train", "seen", "held_out")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What training never shows. Phrasings that are held out stand in the lists below with a ~ before them.
+
+HELD_OUT_COLOURS = {
+    "house": "purple", "tree": "blue", "boat": "black", "car": "pink", "snowman": "brown", "robot": "yellow", "flower": "orange",
+    "rocket": "green", "fish": "red", "mushroom": "blue", "cake": "black", "lamp": "green", "cat": "purple", "train": "orange",
+    "castle": "yellow", "butterfly": "red", "cup": "brown", "duck": "pink", "sun": "blue", "ice cream": "green",
+    "circle": "brown", "square": "pink", "triangle": "orange", "star": "purple", "heart": "black", "diamond": "red",
 }
-BACKGROUNDS = {"white": (255, 255, 255), "cream": (250, 234, 196), "light blue": (190, 226, 252),
-               "light green": (196, 236, 188), "grey": (184, 184, 186)}
-PLACES = {"white": "in the snow", "cream": "on the beach", "light blue": "in the sky", "light green": "in the meadow",
-          "grey": "in the fog"}
+# (relation, first, second): the first is never left of, or above, the second.
+HELD_OUT_RELATIONS = frozenset(
+    (relation, a, list(SUBJECTS)[(i + step) % len(SUBJECTS)])
+    for i, a in enumerate(SUBJECTS) for relation, step in (("left", 5), ("left", 16), ("above", 9), ("above", 20)))
+
+
+def arrangement(a: Thing, b: Thing) -> tuple[str, str, str]:
+    """(left | above, subject, subject) of two things in a picture, along the axis on which they lie further apart."""
+    (ax, ay), (bx, by) = a.centre, b.centre
+    word, swap = ("left", ax > bx) if abs(ax - bx) >= abs(ay - by) else ("above", ay > by)
+    return (word, b.subject, a.subject) if swap else (word, a.subject, b.subject)
+
+
+def held_out_in(scene: Scene) -> set[str]:
+    """Which kinds of held-out content ("colour", "relation") a scene has."""
+    found = {"colour" for t in scene.things if HELD_OUT_COLOURS[t.subject] == t.main}
+    pairs = ((a, b) for i, a in enumerate(scene.things) for b in scene.things[i + 1:])
+    return found | {"relation" for a, b in pairs if arrangement(a, b) in HELD_OUT_RELATIONS}
+
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Geometry: every part is a list of polygons on a grid of 0..100 or so; a subject is normalised to a longest side of one.
+# English
+
+PLURALS = {"fish": "fish", "snowman": "snowmen", "butterfly": "butterflies", "ice cream": "ice creams"}
+SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 
 
-def rect(x0, y0, x1, y1):
-    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+def plural(subject: str) -> str:
+    return PLURALS.get(subject, subject + "s")
 
 
-def oval(x0, y0, x1, y1, start=0.0, stop=360.0):
-    """Ellipse in a box, or the arc of it from `start` to `stop` degrees (clockwise from the right), closed by its chord."""
-    n = max(8, round(36 * (stop - start) / 360))
-    angles = [math.radians(start + (stop - start) * i / n) for i in range(n + (stop - start < 360))]
-    cx, cy, rx, ry = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2
-    return [(cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles]
+def a(phrase: str) -> str:
+    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
-def poly(*numbers):
-    return list(zip(numbers[::2], numbers[1::2]))
+def noun_phrase(subject: str, colour: str | None = None, count: int = 1) -> str:
+    """'a red house', 'three fish'."""
+    words = f"{colour} " if colour else ""
+    return a(words + subject) if count == 1 else f"{NUMBERS[count]} {words}{plural(subject)}"
 
 
-def mirror(outline):
-    """The outline and its reflection about the line x = 50."""
-    return [outline, [(100 - x, y) for x, y in outline]]
+def part_phrase(name: str, colour: str) -> str:
+    """'a blue door', 'black wheels'; names in s are plurals (or grass)."""
+    return f"{colour} {name}" if name.endswith("s") else a(f"{colour} {name}")
 
 
-def spikes(n, outer, inner, cx=50.0, cy=50.0):
-    radii = [outer if i % 2 == 0 else inner for i in range(2 * n)]
-    return [(cx + r * math.sin(math.pi * i / n), cy - r * math.cos(math.pi * i / n)) for i, r in enumerate(radii)]
+def is_are(name: str) -> str:
+    return "are" if name.endswith("s") and name != "grass" else "is"
 
 
-def heart():
-    t = [2 * math.pi * i / 40 for i in range(40)]
-    return [(50 + 3.0 * 16 * math.sin(a) ** 3, 50 - 3.0 * (13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)))
-            for a in t]
+def listing(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-class Part(NamedTuple):
-    name: str            # "roof"; a name that ends in s is a plural (or grass) and takes no article
-    look: str            # how a lesson says it, with {} for the colour
-    where: str           # where a lesson puts it
-    outlines: list       # polygons
-    usual: str           # colours it has unless somebody says otherwise, best first
+def with_parts(thing: Thing, names=None) -> str:
+    """' with a blue roof and a yellow door': the drawn parts but the main one, or those named."""
+    parts = SUBJECTS[thing.subject].parts[:thing.drawn]
+    said = [part_phrase(p.name, c) for i, (p, c) in enumerate(zip(parts, thing.colours, strict=False))
+            if (p.name in names if names is not None else i != main_part(thing.subject))]
+    return " with " + listing(said) if said else ""
 
 
-class Subject(NamedTuple):
-    main: str            # the part that "a red house" speaks of
-    small: int           # how many of the first parts make the small form used in scenes of several things
-    parts: list          # in the order of drawing, which is also the order of painting
+def sentence(text: str) -> str:
+    """Capital, full stop, 'an orange'."""
+    text = re.sub(r"\b([Aa]) (?=(?:orange|ice|oval|engine)\b)", r"\1n ", re.sub(r"\s+", " ", text).strip())
+    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")
 
 
-SUBJECTS = {
-    "house": Subject("walls", 2, [
-        Part("walls", "a {} square", "in the middle", [rect(10, 44, 90, 100)], "red yellow"),
-        Part("roof", "a {} triangle", "on top", [poly(0, 45, 50, 0, 100, 45)], "brown purple"),
-        Part("door", "a {} rectangle", "on the left side", [rect(20, 60, 45, 100)], "blue green"),
-        Part("window", "a {} square", "on the right side", [rect(55, 57, 80, 82)], "yellow orange pink"),
-        Part("chimney", "a {} rectangle", "on the right of the roof", [rect(67, 0, 91, 32)], "black red"),
-    ]),
-    "tree": Subject("crown", 2, [
-        Part("trunk", "a {} rectangle", "at the bottom", [rect(33, 54, 67, 102)], "brown black"),
-        Part("crown", "a big {} circle", "on top", [oval(9, -8, 91, 64)], "green orange"),
-        Part("apples", "two {} circles", "on the crown", [oval(21, 12, 46, 37), oval(55, 20, 80, 45)], "red yellow"),
-        Part("grass", "a {} rectangle", "under the trunk", [rect(8, 94, 92, 118)], "yellow green"),
-    ]),
-    "boat": Subject("hull", 2, [
-        Part("hull", "a {} bowl", "at the bottom", [poly(0, 62, 100, 62, 78, 100, 22, 100)], "red brown"),
-        Part("sail", "a tall {} triangle", "on top", [poly(44, 0, 44, 63, 96, 63)], "yellow orange"),
-        Part("jib", "a small {} triangle", "on the left", [poly(40, 14, 40, 63, 4, 63)], "pink blue"),
-        Part("window", "a {} circle", "on the hull", [oval(38, 68, 63, 93)], "blue yellow"),
-    ]),
-    "car": Subject("body", 3, [
-        Part("body", "a long {} rectangle", "in the middle", [rect(0, 36, 100, 68)], "red blue"),
-        Part("wheels", "two {} circles", "at the bottom", mirror(oval(8, 54, 40, 86)), "black brown"),
-        Part("cabin", "a {} block", "on top", [poly(26, 2, 74, 2, 88, 37, 14, 37)], "blue yellow"),
-        Part("window", "a {} square", "on the cabin", [rect(37, 9, 63, 34)], "yellow pink"),
-    ]),
-    "snowman": Subject("body", 3, [
-        Part("body", "a big {} circle", "at the bottom", [oval(15, 46, 85, 98)], "blue pink"),
-        Part("head", "a {} circle", "on top", [oval(26, 2, 74, 52)], "pink yellow"),
-        Part("hat", "a {} block", "on the head", [poly(33, -16, 67, -16, 67, 7, 80, 7, 80, 16, 20, 16, 20, 7, 33, 7)], "black purple"),
-        Part("button", "a small {} circle", "on the body", [oval(37, 60, 63, 86)], "red orange"),
-    ]),
-    "robot": Subject("body", 2, [
-        Part("body", "a {} block with arms", "in the middle",
-             [poly(0, 40, 100, 40, 100, 72, 82, 72, 82, 58, 76, 58, 76, 86, 24, 86, 24, 58, 18, 58, 18, 72, 0, 72)], "blue purple"),
-        Part("head", "a {} square", "on top", [rect(29, 4, 71, 41)], "orange pink"),
-        Part("legs", "two {} squares", "at the bottom", mirror(rect(22, 85, 46, 112)), "black brown"),
-        Part("screen", "a {} square", "on the body", [rect(37, 50, 63, 76)], "yellow red"),
-        Part("antenna", "a {} triangle", "on the head", [poly(50, -22, 65, 6, 35, 6)], "red purple"),
-    ]),
-    "flower": Subject("petals", 2, [
-        Part("petals", "five {} circles", "in a ring",
-             [oval(50 + 21 * math.sin(a) - 19, 30 - 21 * math.cos(a) - 19, 50 + 21 * math.sin(a) + 19, 30 - 21 * math.cos(a) + 19)
-              for a in (2 * math.pi * i / 5 for i in range(5))], "pink red"),
-        Part("middle", "a {} circle", "inside the ring", [oval(36, 16, 64, 44)], "yellow orange"),
-        Part("stem", "a {} rectangle", "below", [rect(39, 62, 61, 112)], "green brown"),
-        Part("leaves", "two {} ovals", "beside the stem", mirror(oval(6, 78, 42, 103)), "blue green"),
-    ]),
-    "rocket": Subject("body", 3, [
-        Part("body", "a tall {} rectangle", "in the middle", [rect(32, 26, 68, 84)], "blue red"),
-        Part("nose", "a {} triangle", "on top", [poly(32, 27, 50, -4, 68, 27)], "red yellow"),
-        Part("fins", "two {} triangles", "at the sides", mirror(poly(33, 48, 33, 86, 4, 86)), "purple green"),
-        Part("window", "a {} circle", "on the body", [oval(37, 38, 63, 64)], "yellow pink"),
-        Part("flame", "a {} triangle", "at the bottom", [poly(34, 83, 66, 83, 50, 112)], "orange red"),
-    ]),
-    "fish": Subject("body", 2, [
-        Part("body", "a {} oval", "in the middle", [oval(0, 20, 78, 80)], "orange blue"),
-        Part("tail", "a {} triangle", "on the right", [poly(66, 50, 104, 18, 104, 82)], "purple red"),
-        Part("eye", "a small {} circle", "on the left", [oval(11, 34, 36, 59)], "black yellow"),
-        Part("fin", "a {} triangle", "on top", [poly(34, 26, 62, 1, 66, 32)], "green pink"),
-    ]),
-    "mushroom": Subject("cap", 2, [
-        Part("stem", "a {} rectangle", "at the bottom", [rect(31, 50, 69, 98)], "orange yellow"),
-        Part("cap", "a {} half circle", "on top", [oval(0, 0, 100, 108, 180, 360)], "red brown"),
-        Part("dots", "two {} circles", "on the cap", [oval(22, 22, 47, 47), oval(57, 16, 82, 41)], "yellow pink"),
-        Part("grass", "a {} rectangle", "under the stem", [rect(8, 88, 92, 112)], "green blue"),
-    ]),
-    "cake": Subject("base", 3, [
-        Part("base", "a long {} rectangle", "at the bottom", [rect(0, 64, 100, 100)], "pink brown"),
-        Part("top", "a {} rectangle", "in the middle", [rect(16, 34, 84, 65)], "yellow orange"),
-        Part("candle", "a small {} rectangle", "on top", [rect(35, 2, 65, 35)], "blue green"),
-        Part("flame", "a {} triangle", "on the candle", [poly(50, -24, 64, 4, 36, 4)], "red orange"),
-    ]),
-    "lamp": Subject("shade", 3, [
-        Part("shade", "a {} bucket", "on top", [poly(26, 0, 74, 0, 98, 40, 2, 40)], "yellow orange"),
-        Part("pole", "a {} rectangle", "in the middle", [rect(34, 39, 66, 80)], "black brown"),
-        Part("base", "a {} half circle", "at the bottom", [oval(10, 72, 90, 140, 180, 360)], "purple blue"),
-    ]),
-    "cat": Subject("head", 2, [
-        Part("head", "a big {} oval", "in the middle", [oval(4, 18, 96, 100)], "orange black"),
-        Part("ears", "two {} triangles", "on top", mirror(poly(6, 0, 10, 48, 44, 26)), "brown pink"),
-        Part("eyes", "two {} circles", "on the head", mirror(oval(18, 38, 43, 63)), "green blue yellow"),
-        Part("nose", "a {} triangle", "below the eyes", [poly(36, 66, 64, 66, 50, 90)], "pink red"),
-    ]),
-    "train": Subject("engine", 3, [
-        Part("engine", "a {} rectangle", "on the left", [rect(0, 40, 64, 76)], "green red"),
-        Part("wheels", "two {} circles", "at the bottom", mirror(oval(10, 62, 42, 94)), "black brown"),
-        Part("cab", "a tall {} rectangle", "on the right", [rect(60, 8, 102, 76)], "red blue"),
-        Part("window", "a {} square", "on the cab", [rect(69, 18, 94, 43)], "yellow pink"),
-        Part("chimney", "a {} rectangle", "on the engine", [rect(9, 8, 35, 41)], "brown purple"),
-        Part("plow", "a {} triangle", "in front", [poly(2, 52, 2, 84, -26, 84)], "orange blue"),
-    ]),
-    "castle": Subject("wall", 3, [
-        Part("wall", "a {} square", "in the middle", [rect(26, 46, 74, 100)], "brown pink"),
-        Part("towers", "two tall {} rectangles", "at the sides", mirror(rect(-2, 28, 30, 100)), "blue purple"),
-        Part("roofs", "two {} triangles", "on the towers", mirror(poly(-6, 29, 14, -4, 34, 29)), "red orange"),
-        Part("gate", "a {} door", "at the bottom", [[*oval(37, 64, 63, 90, 180, 360), (63, 100), (37, 100)]], "black yellow"),
-    ]),
-    "butterfly": Subject("wings", 2, [
-        Part("wings", "four {} ovals", "at the sides", [*mirror(oval(0, 4, 54, 56)), *mirror(oval(8, 44, 52, 94))], "purple pink"),
-        Part("body", "a long {} oval", "in the middle", [oval(35, 10, 65, 92)], "black brown"),
-        Part("dots", "two {} circles", "on the wings", mirror(oval(7, 18, 32, 43)), "yellow orange"),
-    ]),
-    "cup": Subject("mug", 2, [
-        Part("mug", "a {} square", "in the middle", [poly(6, 20, 72, 20, 66, 86, 12, 86)], "blue green"),
-        Part("handle", "a {} half ring", "on the right",
-             [[*oval(44, 28, 104, 76, 270, 450), *oval(58, 40, 90, 64, 270, 450)[::-1]]], "purple black"),
-        Part("saucer", "a long {} rectangle", "at the bottom", [poly(-14, 84, 98, 84, 82, 108, 2, 108)], "pink orange"),
-        Part("heart", "a {} spot", "on the mug", [oval(26, 38, 54, 66)], "yellow red"),
-    ]),
-    "duck": Subject("body", 2, [
-        Part("body", "a {} half circle", "at the bottom", [oval(4, 12, 100, 104, 0, 180)], "yellow green"),
-        Part("head", "a {} circle", "on the left", [oval(4, 12, 48, 60)], "green pink"),
-        Part("beak", "a {} triangle", "in front of the head", [poly(8, 24, 8, 52, -22, 40)], "orange red"),
-        Part("wing", "a {} half circle", "on the body", [oval(44, 44, 88, 104, 0, 180)], "brown purple"),
-    ]),
-    "sun": Subject("disc", 2, [
-        Part("rays", "a big {} star", "in the middle", [spikes(10, 50, 34)], "orange red"),
-        Part("disc", "a {} circle", "on top", [oval(24, 24, 76, 76)], "yellow pink"),
-    ]),
-    "ice cream": Subject("scoop", 2, [
-        Part("cone", "a {} triangle", "at the bottom", [poly(16, 46, 84, 46, 50, 108)], "brown orange"),
-        Part("scoop", "a {} ball", "on top", [oval(10, 0, 90, 62)], "pink purple"),
-        Part("cherry", "a small {} circle", "on the scoop", [oval(36, -20, 64, 8)], "red yellow"),
-    ]),
-    "circle": Subject("circle", 1, [Part("circle", "a {} circle", "in the middle", [oval(0, 0, 100, 100)], "red")]),
-    "square": Subject("square", 1, [Part("square", "a {} square", "in the middle", [rect(0, 0, 100, 100)], "blue")]),
-    "triangle": Subject("triangle", 1, [Part("triangle", "a {} triangle", "in the middle", [poly(50, 0, 100, 90, 0, 90)], "green")]),
-    "star": Subject("star", 1, [Part("star", "a {} star", "in the middle", [spikes(5, 54, 24)], "yellow")]),
-    "heart": Subject("heart", 1, [Part("heart", "a {} heart", "in the middle", [heart()], "pink")]),
-    "diamond": Subject("diamond", 1, [Part("diamond", "a {} diamond", "in the middle", [poly(50, 0, 88, 55, 50, 110, 12, 55)], "purple")]),
+# ---------------------------------------------------------------------------------------------------------------------------
+# What the two say. {x} is the noun phrase asked for, {s} a subject, {c} a colour, {p} a part, {b} a background.
+
+ASK = {
+    "lesson": ["How do I draw {x}?", "How can I draw {x}?", "Show me how to draw {x}.", "Teach me to draw {x}.", "I want to draw {x}.",
+               "Please show me how to draw {x} step by step.", "How to draw {x}", "Can you teach me how to draw {x}?",
+               "Draw {x} step by step.", "A drawing lesson, please: {x}.", "What are the steps to draw {x}?",
+               "~I would love to learn drawing {x}.", "~Guide me through drawing {x}."],
+    "one": ["Draw {x}.", "Please draw {x}.", "A picture of {x}.", "{x}", "Can you draw {x}?", "Paint {x}.", "I would like {x}.",
+            "Show me {x}.", "A photo of {x}", "Make a picture of {x}.", "Could you paint {x} for me?", "An image of {x}", "I need {x}.",
+            "~Sketch {x}.", "~Give me {x}, please."],
+    "recolour": ["Make the {p} {c}.", "Now make the {p} {c}.", "Paint the {p} {c}.", "Change the {p} to {c}.", "Can the {p} be {c}?",
+                 "I want the {p} to be {c}.", "Turn the {p} {c}.", "Please colour the {p} {c}.", "The {p} should be {c}.",
+                 "~Give the {p} the colour {c}.", "~Recolour the {p} in {c}."],
+    "remove": ["Remove {x}.", "Take {x} away.", "Please take away {x}.", "Erase {x}.", "I do not want {x}.", "Delete {x}.",
+               "Can you remove {x}?", "~Get rid of {x}."],
+    "add": ["Add {x} {r} {y}.", "Put {x} {r} {y}.", "Draw {x} {r} {y} too.", "Please add {x} {r} {y}.", "Can you put {x} {r} {y}?",
+            "I also want {x} {r} {y}.", "~Place another thing: {x} {r} {y}."],
+    "add_part": ["Add {x} to the {s}.", "The {s} needs {x}.", "Please give the {s} {x}.", "Draw {x} on the {s}.",
+                 "My {s} has no {p}. Add {x}.", "Finish the {s} with {x}.", "~What about {x} for the {s}?"],
+    "move": ["Move {x} {to}.", "Put {x} {to}.", "Please move {x} {to}.", "Can you move {x} {to}?", "Shift {x} {to}.",
+             "I want {x} {to}.", "~Slide {x} over so that it is {to}."],
+    "background": ["Make the background {b}.", "Change the background to {b}.", "Use a {b} background.", "Now with a {b} background.",
+                   "Please paint the background {b}.", "I want a {b} background.", "~Let the background become {b}."],
+    "multi": ["Put {x} of the first picture {r} {y} of the second.", "Draw {x} from picture one {r} {y} from picture two.",
+              "Put both in one picture: {x} {r} {y}.", "Combine the two pictures with {x} {r} {y}.",
+              "~Join these pictures, {x} {r} {y}."],
+    "multi_colour": ["Draw the {s} of the first picture in the colour of the {t}.", "Paint the {s} in the colour of the {t}.",
+                     "Give the {s} the colour of the {t} in picture two.", "Make the first {s} look like the {t} in colour.",
+                     "~Let the {s} borrow its colour from the {t}."],
+    "story": ["Tell me a story about {x}.", "Tell a story about {x}.", "A story about {x}, please.", "Write a short story with {x}.",
+              "I want a picture story about {x}.", "Make up a story with {x}.", "~What happened to {x} one day?"],
 }
-SHAPES = [name for name, subject in SUBJECTS.items() if len(subject.parts) == 1]
-FIGURES = [name for name, subject in SUBJECTS.items() if len(subject.parts) > 1]
+RELATION_WORDS = {"left": ["to the left of", "left of", "on the left of"], "right": ["to the right of", "right of", "on the right of"],
+                  "above": ["above", "over"], "below": ["below", "under"]}
+
+SAY = {
+    "scene": ["Here is {x}{b}.", "This is {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.", "Sure, here is {x}{b}.",
+              "Of course. This is {x}{b}."],
+    "scenes": ["Here are {x}{b}.", "These are {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.", "Sure, here are {x}{b}."],
+    "recolour": ["Now the {p} {is} {c}.", "The {p} {is} {c} now.", "I painted the {p} {c}.", "Sure, the {p} {is} now {c}.",
+                 "Here the {p} {is} {c}."],
+    "remove": ["I removed {x}.", "{x} is gone.", "I took {x} away.", "Here is the picture without {x}."],
+    "add": ["I added {x} {r} {y}.", "Now there is {x} {r} {y}.", "I put {x} {r} {y}."],
+    "add_part": ["I added {x} to the {s}.", "Now the {s} has {x}.", "Here is the {s} with {x}."],
+    "move": ["Now {x} is {to}.", "I moved {x} {to}.", "{x} is {to} now."],
+    "background": ["Now the background is {b}.", "The background is {b} now.", "I painted the background {b}.",
+                   "Here it is on a {b} background."],
+    "open": ["Sure!", "Let us begin.", "Of course.", "Good idea!", "With pleasure.", "Here we go."],
+    "close": ["Your {x} is ready.", "That is all, the {x} is done!", "The {x} is finished.", "Well done!", "And that is {ax}!",
+              "Now you have {ax}."],
+    "start": ["{lead} draw {look} {where} for the {p}{b}.", "{lead} start with {look} {where} for the {p}{b}.",
+              "{lead} paint {look} {where}{b}, this is for the {p}."],
+    "part": ["{lead} draw {look} {where} for the {p}.", "{lead} put {look} {where} as the {p}.", "{lead} add {look} {where} for the {p}.",
+             "{lead} paint {look} {where} as the {p}.", "{lead} place {look} {where} for the {p}."],
+}
+MOVES = {"left": ["to the left side", "on the left side", "to the left"], "right": ["to the right side", "on the right side", "to the right"],
+         "top": ["to the top", "at the top"], "bottom": ["to the bottom", "at the bottom"]}
+
+# Talk without pictures: questions, answers, words the answer must contain.
+TALK = [
+    (["Hello!", "Hi", "Hello there", "~Hey you"], ["Hello! What shall we draw?", "Hi! What would you like to draw?"], ["what", "draw"]),
+    (["Good morning", "Good evening!"], ["Good day! What shall we draw?", "Hello! What do you want to draw?"], ["what", "draw"]),
+    (["Who are you?", "What are you?", "~Tell me who you are."], ["I am a sketchbook. I teach drawing.", "I am a sketchbook that draws simple pictures."],
+     ["sketchbook"]),
+    (["What can you do?", "How can you help me?", "~What are you good at?"],
+     ["I can draw pictures, change them and tell stories.", "I can teach you to draw, step by step."], ["can"]),
+    (["What do I need to draw?", "What do I need for a drawing?", "Which things does one draw with?", "~What tools does drawing take?"],
+     ["You need paper and a pencil.", "One draws on paper with a pencil."], ["paper", "pencil"]),
+    (["What do I paint with?", "What does a painter use?"], ["You paint with a brush.", "A painter uses a brush and paint."], ["brush"]),
+    (["How many colours do you know?", "How many colours have you got?"], ["I know nine colours.", "There are nine colours."], ["nine"]),
+    (["Which colours do you know?", "Name your colours."], ["Red, orange, yellow, green, blue, purple, pink, brown and black."], list(COLOURS)),
+    (["Thank you!", "Thanks", "Thank you very much.", "That is great, thank you.", "~Many thanks!"], ["You are welcome!", "With pleasure."], []),
+    (["Goodbye", "Bye!", "See you later."], ["Goodbye!", "Goodbye, see you soon."], ["goodbye"]),
+    (["What colour is grass?", "Which colour has grass?"], ["Grass is green."], ["green"]),
+    (["What colour is the sky?"], ["The sky is blue."], ["blue"]),
+    (["What is a triangle?", "How many sides does a triangle have?"], ["A triangle is a shape with three sides.", "A triangle has three sides."], ["three"]),
+    (["What is a square?", "How many sides does a square have?"], ["A square is a shape with four sides.", "A square has four sides."], ["four"]),
+    (["What comes first in a lesson?", "How do I start a drawing?"], ["Start with a big shape.", "Draw a big shape first."], ["big", "shape"]),
+    (["How do I clean a brush?"], ["Clean the brush with water."], ["water"]),
+    (["Is drawing hard?", "Is it hard to draw?"], ["No, it is easy, step by step.", "No, drawing is easy."], ["easy"]),
+]
+MIXES = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("red", "blue"): "purple", ("red", "green"): "brown"}
 
 
-@lru_cache(None)
-def outlines(subject: str) -> list[list[np.ndarray]]:
-    """Polygons of every part, (points, 2), in the frame of the whole subject: from 0, with a longest side of 1."""
-    parts = [[np.array(o, dtype=np.float64) for o in part.outlines] for part in SUBJECTS[subject].parts]
-    every = np.concatenate([o for part in parts for o in part])
-    low, side = every.min(0), (every.max(0) - every.min(0)).max()
-    return [[(o - low) / side for o in part] for part in parts]
+def talk_items() -> list[tuple[list[str], list[str], list[str]]]:
+    """All talk without pictures, with the facts that follow from the tables: mixtures, sums, the parts of the subjects."""
+    items = list(TALK)
+    for (one, two), mixed in MIXES.items():
+        for x, y in ((one, two), (two, one)):
+            items.append(([f"What do I get when I mix {x} and {y}?", f"Which colour do {x} and {y} make?", f"How do I mix {x} with {y}?",
+                           f"~What happens if {x} meets {y}?"], [f"{x} and {y} make {mixed}.", f"You get {mixed}."], [mixed]))
+        items.append(([f"How do I mix {mixed}?", f"How can I make {mixed}?"], [f"Mix {one} and {two}.", f"You mix {one} with {two}."], [one, two]))
+    for i in range(1, 5):
+        items.append(([f"What comes after {NUMBERS[i]}?", f"Which number follows {NUMBERS[i]}?"], [f"After {NUMBERS[i]} comes {NUMBERS[i + 1]}."], [NUMBERS[i + 1]]))
+        for j in range(1, 6 - i):
+            items.append(([f"What is {NUMBERS[i]} and {NUMBERS[j]}?", f"How much is {NUMBERS[i]} plus {NUMBERS[j]}?"],
+                          [f"{NUMBERS[i]} and {NUMBERS[j]} make {NUMBERS[i + j]}.", f"That is {NUMBERS[i + j]}."], [NUMBERS[i + j]]))
+    for name in FIGURES:
+        parts = SUBJECTS[name].parts
+        names = listing([p.name if p.name.endswith("s") else a(p.name) for p in parts])
+        items.append(([f"What parts does {a(name)} have?", f"Which parts belong to {a(name)}?", f"What is {a(name)} made of?",
+                       f"~Name the parts of {a(name)}."], [f"{a(name)} has {names}.", f"It has {names}."], [p.name for p in parts]))
+        items.append(([f"How many parts does {a(name)} have?", f"How many steps does {a(name)} take?"],
+                      [f"{a(name)} has {NUMBERS[len(parts)]} parts.", f"{a(name)} takes {NUMBERS[len(parts)]} steps."], [NUMBERS[len(parts)]]))
+        for part in parts:
+            shape = part.look.replace("{} ", "")
+            items.append(([f"What shape {is_are(part.name)} the {part.name} of {a(name)}?", f"How do I draw the {part.name} of {a(name)}?"],
+                          [f"The {part.name} {is_are(part.name)} {shape}.", f"Draw {shape}."], [shape.split()[-1]]))
+    return items
 
 
-@lru_cache(None)
-def extent(subject: str, drawn: int) -> tuple[float, float, float, float]:
-    """Box (x0, y0, x1, y1) of the first `drawn` parts in the frame of the subject."""
-    every = np.concatenate([o for part in outlines(subject)[:drawn] for o in part])
-    return (*every.min(0).tolist(), *every.max(0).tolist())
+TALK_ITEMS = talk_items()
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# A dialogue in the making
 
 
-@lru_cache(None)
-def thinnest(subject: str, drawn: int) -> float:
-    """Smallest width or height of any polygon, and of any visible part, of the first `drawn` parts, in the frame of the subject."""
-    x0, y0, x1, y1 = extent(subject, drawn)
-    m = part_map(subject, drawn)
-    seen = [min(np.ptp(ys), np.ptp(xs)) + 1 for ys, xs in (np.nonzero(m == i) for i in range(drawn))]
-    return min(min(seen) / max(m.shape) * max(x1 - x0, y1 - y0),
-               min(float((o.max(0) - o.min(0)).min()) for part in outlines(subject)[:drawn] for o in part))
+class Dialogue:
+    """Collects messages and truth. `want` names the held-out content that a held-out dialogue is steered towards."""
+
+    def __init__(self, rng: random.Random, want: str | None = None):
+        self.rng, self.want = rng, want
+        self.messages, self.images, self.turns, self.held = [], [], [], set()
+        self.scene = None            # the last picture
+        self.asked = False           # the last picture has been asked about
+
+    # -- choices
+
+    def pick(self, options: list[str]) -> str:
+        new = [t[1:] for t in options if t[0] == "~"]
+        if new and self.want == "phrasing" and self.rng.random() < 0.7:
+            self.held.add("phrasing")
+            return self.rng.choice(new)
+        return self.rng.choice([t for t in options if t[0] != "~"])
+
+    def chance(self, p: float) -> bool:
+        return self.rng.random() < p
+
+    def colour(self, subject: str, besides=()) -> str:
+        held = HELD_OUT_COLOURS[subject]
+        if self.want == "colour" and held not in besides and self.chance(0.5):
+            return held
+        return self.rng.choice([c for c in COLOURS if c != held and c not in besides])
+
+    def subject(self, besides=(), shapes: float = 0.3) -> str:
+        return self.rng.choice([s for s in (SHAPES if self.chance(shapes) else FIGURES) if s not in besides])
+
+    def couple(self) -> tuple[str, str, str]:
+        """(subject, relation, subject), two different subjects."""
+        if self.want == "relation" and self.chance(0.8):
+            word, x, y = self.rng.choice(sorted(HELD_OUT_RELATIONS))
+            return (x, word, y) if self.chance(0.5) else (y, OPPOSITE[word], x)
+        x = self.subject()
+        y = self.subject(besides=(x,))
+        word = self.rng.choice([r for r in RELATIONS if not {(r, x, y), (OPPOSITE[r], y, x)} & HELD_OUT_RELATIONS])
+        return x, word, y
+
+    def page(self, white: float = 0.5) -> str:
+        return "white" if self.chance(white) else self.rng.choice(list(BACKGROUNDS))
+
+    def on(self, background: str) -> str:
+        """A page other than white is always said; a white one sometimes."""
+        if background == "white" and self.chance(0.8):
+            return ""
+        return self.rng.choice([" on a {} background", " on {} paper", " on a {} page"]).format(background)
+
+    # -- the record
+
+    def ask(self, text: str, *scenes: Scene, style: bool = True) -> None:
+        text = sentence(text) if text[-1] in ".!?" else re.sub(r"\b([Aa]) (?=orange|ice)", r"\1n ", text)
+        if style:
+            text = text[:-1] if text[-1] in ".?!" and self.chance(0.2) else text
+            text = text.lower() if self.chance(0.2) else text
+        pictures = [{"type": "image", "image": scene} for scene in scenes]
+        words = [{"type": "text", "text": text}]
+        self.messages.append({"role": "user", "content": pictures + words if self.chance(0.7) else words + pictures})
+        for scene in scenes:
+            self.images.append({"role": "user", "scene": scene, "check": None})
+            self.scene, self.asked = scene, False
+
+    def answer(self, kind: str, least: int = 0, most: int | None = None, need=(), words=(), avoid=()) -> None:
+        self.messages.append({"role": "assistant", "content": []})
+        self.turns.append({"kind": kind, "images": [least, least if most is None else most], "need": list(need),
+                           "words": list(words), "avoid": list(avoid)})
+
+    def say(self, text: str) -> None:
+        content, text = self.messages[-1]["content"], sentence(text)
+        if content and content[-1]["type"] == "text":
+            content[-1]["text"] += " " + text
+        else:
+            content.append({"type": "text", "text": text})
+
+    def draw(self, scene: Scene, **check) -> None:
+        self.messages[-1]["content"].append({"type": "image", "image": scene})
+        self.images.append({"role": "assistant", "scene": scene, "check": check})
+        self.scene, self.asked = scene, False
+
+    # -- words for the scene at hand
+
+    def ref(self, thing: Thing) -> str:
+        """'the car', or 'the red car' where there are two, and sometimes where there is one."""
+        alone = sum(t.subject == thing.subject for t in self.scene.things) == 1
+        return f"the {thing.subject}" if alone and self.chance(0.5) else f"the {thing.main} {thing.subject}"
 
 
-@lru_cache(None)
-def part_map(subject: str, drawn: int, side: int = 96) -> np.ndarray:
-    """(h, w) index of the visible part at each point of the box of the drawn parts, -1 outside; the longest side has `side` points."""
-    x0, y0, x1, y1 = extent(subject, drawn)
-    scale = side / max(x1 - x0, y1 - y0)
-    image = Image.new("L", (max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale))), 0)
-    pen = ImageDraw.Draw(image)
-    for i, part in enumerate(outlines(subject)[:drawn]):
-        for o in part:
-            pen.polygon([tuple(p) for p in ((o - (x0, y0)) * scale - 0.5)], fill=i + 1)
-    return np.asarray(image).astype(np.int64) - 1
-
-
-@lru_cache(None)
-def touching(subject: str) -> list[frozenset[int]]:
-    """For every part the indices of the parts whose visible areas meet it at any stage of the drawing."""
-    n = len(SUBJECTS[subject].parts)
-    near = [set() for _ in range(n)]
-    for drawn in range(2, n + 1):
-        m = np.pad(part_map(subject, drawn), 3, constant_values=-1)
-        for dy, dx in ((0, 1), (1, 0), (0, 3), (3, 0), (3, 3), (3, -3)):
-            a, b = m, np.roll(m, (dy, dx), (0, 1))
-            for i, j in set(zip(a[(a != b) & (a >= 0) & (b >= 0)].tolist(), b[(a != b) & (a >= 0) & (b >= 0)].tolist())):
-                near[i].add(j), near[j].add(i)
-    return [frozenset(s) for s in near]
+def objects_of(*things: Thing, named=()) -> list[dict]:
+    """The objects fact of a scene: equal things counted together, parts only where their names are in `named`."""
+    facts = {}
+    for t in things:
+        parts = {p.name: c for p, c in zip(SUBJECTS[t.subject].parts[:t.drawn], t.colours, strict=False) if p.name in named}
+        fact = {"subject": t.subject, "colour": t.main, "count": 0, "parts": parts}
+        facts.setdefault((t.subject, t.main), fact)["count"] += 1
+    return list(facts.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# Scenes
+# Kinds of dialogue. Each function adds one exchange or more.
+
+LEADS = ("First,", "Next,", "Then", "Now", "Finally,")
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One object. x, y, size place the frame of the whole subject (top left corner, longest side) in units of 1/64 picture."""
-    subject: str
-    x: float
-    y: float
-    size: float
-    colours: tuple       # of every part of the subject, drawn or not
-    drawn: int           # the first so many parts are there
-
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        x0, y0, x1, y1 = extent(self.subject, self.drawn)
-        return self.x + x0 * self.size, self.y + y0 * self.size, self.x + x1 * self.size, self.y + y1 * self.size
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        x0, y0, x1, y1 = self.box
-        return (x0 + x1) / 2, (y0 + y1) / 2
-
-    @property
-    def main(self) -> str:
-        return self.colours[main_part(self.subject)]
-
-
-@dataclass(frozen=True)
-class Scene:
-    background: str
-    things: tuple = ()
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(d: dict) -> Scene:
-        return Scene(d["background"], tuple(Thing(**{**t, "colours": tuple(t["colours"])}) for t in d["things"]))
+def lesson(d: Dialogue, subject: str | None = None, main: str | None = None) -> None:
+    subject = subject or d.subject(shapes=0.0)
+    parts = SUBJECTS[subject].parts
+    i_main = main_part(subject)
+    main = main or (d.colour(subject) if d.chance(0.7) or d.want == "colour" else usual_main(d, subject))
+    colours = colours_for(d.rng, subject, main)
+    told = {}
+    x = a(subject)
+    if d.chance(0.6):
+        told[parts[i_main].name] = main
+        x = noun_phrase(subject, main)
+    if d.chance(0.5):
+        others = [i for i in range(len(parts)) if i != i_main]
+        some = sorted(d.rng.sample(others, 2 if d.chance(0.2) and len(others) > 1 else 1))
+        told.update({parts[i].name: colours[i] for i in some})
+        x += " with " + listing([part_phrase(parts[i].name, colours[i]) for i in some])
+    background = d.page(0.6)
+    d.ask(d.pick(ASK["lesson"]).format(x=x))
+    d.answer("lesson", len(parts), need=[{"op": "lesson", "subject": subject, "colours": told}])
+    if d.chance(0.2):
+        d.say(d.pick(SAY["open"]))
+    thing = large(d.rng, subject, colours)
+    count = d.chance(0.7)
+    for n, (part, colour) in enumerate(zip(parts, colours, strict=True), 1):
+        lead = f"Step {n}:" if count else LEADS[0] if n == 1 else LEADS[4] if n == len(parts) else LEADS[1 + n % 3]
+        on = d.on(background) if n == 1 else ""
+        d.say(d.pick(SAY["start" if n == 1 else "part"]).format(
+            lead=lead, look=part.look.format(colour), where=part.where, p=part.name, b=on))
+        check = {"op": "part", "subject": subject, "part": part.name, "colour": colour}
+        if n == 1:
+            check.update(op="start", background=background if on else None)
+        d.draw(Scene(background, (replace(thing, drawn=n),)), **check)
+    if d.chance(0.5):
+        d.say(d.pick(SAY["close"]).format(x=f"{main} {subject}", ax=noun_phrase(subject, main)))
 
 
-def main_part(subject: str) -> int:
-    return [p.name for p in SUBJECTS[subject].parts].index(SUBJECTS[subject].main)
+def usual_main(d: Dialogue, subject: str) -> str:
+    return d.rng.choice(SUBJECTS[subject].parts[main_part(subject)].usual.split())
 
 
-def render(scene: Scene, size: int = 64) -> Image.Image:
-    """RGB picture of size x size, drawn four times as large and averaged down."""
-    image = Image.new("RGB", (4 * size, 4 * size), BACKGROUNDS[scene.background])
-    pen = ImageDraw.Draw(image)
-    scale = 4 * size / 64
-    for thing in scene.things:
-        corner = np.array((thing.x, thing.y)) * scale - 0.5
-        for part, colour in zip(outlines(thing.subject)[:thing.drawn], thing.colours):
-            for o in part:
-                pen.polygon((o * (thing.size * scale) + corner).ravel().tolist(), fill=COLOURS[colour])
-    return image.reduce(4)
+def present(d: Dialogue, kind: str, ask: str, x: str, say_x: str, scene: Scene, check: dict, need: dict) -> None:
+    """One question and one picture of a whole new scene."""
+    on = d.on(scene.background)
+    if need.get("background"):
+        on = f" on a {scene.background} background"
+    d.ask(ask.format(x=x + (on if need.get("background") else "")))
+    d.answer(kind, 1, need=[need])
+    many = sum(o["count"] for o in check["objects"]) > 1
+    d.say(d.pick(SAY["scenes" if many else "scene"]).format(x=say_x, b=on))
+    d.draw(scene, **{"op": "scene", "relations": [], "background": scene.background if on else None, **check})
 
 
-def colours_for(rng, subject: str, main: str | None = None, fixed: dict | None = None, usual: float = 0.4) -> tuple:
-    """Colours of all parts: `main` for the main part, `fixed` {part index: colour}, the rest usual or random; neighbours differ."""
-    parts, near = SUBJECTS[subject].parts, touching(subject)
-    chosen = dict(fixed or {})
-    if main is not None:
-        chosen[main_part(subject)] = main
-    order = sorted(range(len(parts)), key=lambda i: (i not in chosen, i != main_part(subject)))
-    for i in order:
-        if i not in chosen:
-            free = [c for c in COLOURS if all(chosen.get(j) != c for j in near[i])]
-            wanted = [c for c in parts[i].usual.split() if c in free]
-            chosen[i] = wanted[0] if wanted and rng.random() < usual else rng.choice(free)
-    return tuple(chosen[i] for i in range(len(parts)))
+def whole_thing(d: Dialogue, subject: str, main: str, named_parts: int) -> tuple[Thing, list[str]]:
+    """A large thing of which the main colour and those of some parts are said, the rest as usual; with the names of those parts."""
+    parts, i_main = SUBJECTS[subject].parts, main_part(subject)
+    free = colours_for(d.rng, subject, main, usual=0.3)
+    some = sorted(d.rng.sample([i for i in range(len(parts)) if i != i_main], min(named_parts, len(parts) - 1)))
+    colours = usual_colours(subject, main, {i: free[i] for i in some})
+    return large(d.rng, subject, colours), [parts[i].name for i in some]
 
 
-def usual_colours(subject: str, main: str) -> tuple:
-    """The colours of a subject of which only the main colour was said."""
-    return colours_for(random.Random(f"{subject} {main}"), subject, main, usual=1.0)
+def one(d: Dialogue, kind: str = "one") -> None:
+    subject = d.subject()
+    main = d.colour(subject)
+    thing, named = whole_thing(d, subject, main, d.rng.choice((0, 0, 1, 1, 2)))
+    scene = Scene(d.page(), (thing,))
+    objects = objects_of(thing, named=named)
+    free = kind == "one" and d.chance(0.25)                     # the colour is left to the assistant
+    asked = {**objects[0], "colour": None if free else main, "parts": objects[0]["parts"] if d.chance(0.6) else {}}
+    x = noun_phrase(subject, asked["colour"]) + with_parts(thing, asked["parts"])
+    need = {"op": "scene", "objects": [asked], "background": scene.background if d.chance(0.25) else None}
+    present(d, kind, d.pick(ASK["one"]), x, noun_phrase(subject, main) + with_parts(thing, named), scene, {"objects": objects}, need)
 
 
-def fit(subject: str, drawn: int, colours: tuple, length: float, cx: float, cy: float) -> Thing:
-    """A thing whose drawn parts have a longest side of `length` around the centre (cx, cy)."""
-    x0, y0, x1, y1 = extent(subject, drawn)
-    size = length / max(x1 - x0, y1 - y0)
-    return Thing(subject, round(cx - (x0 + x1) / 2 * size, 2), round(cy - (y0 + y1) / 2 * size, 2), round(size, 2), colours, drawn)
+def colour(d: Dialogue) -> None:
+    one(d, "colour")
 
 
-def least(subject: str, drawn: int, pixels: float = 8.0) -> float:
-    """Smallest longest side at which no polygon of the first `drawn` parts is thinner than `pixels`."""
-    x0, y0, x1, y1 = extent(subject, drawn)
-    return pixels / thinnest(subject, drawn) * max(x1 - x0, y1 - y0)
+def small_thing(d: Dialogue, subject: str, main: str, cell, size=None) -> Thing:
+    return small(d.rng, subject, usual_colours(subject, main), cell, size)
 
 
-def large(rng, subject: str, colours: tuple) -> Thing:
-    """A whole subject that fills most of the picture."""
-    n = len(SUBJECTS[subject].parts)
-    low, high = (26, 50) if n == 1 else (max(42.0, least(subject, n, 9.0)), 56)
-    length = rng.uniform(min(low, high - 1), high)
-    x0, y0, x1, y1 = extent(subject, n)
-    w, h = ((x1 - x0) * length / max(x1 - x0, y1 - y0), (y1 - y0) * length / max(x1 - x0, y1 - y0))
-    return fit(subject, n, colours, length, rng.uniform(3 + w / 2, 61 - w / 2), rng.uniform(3 + h / 2, 61 - h / 2))
+def count(d: Dialogue) -> None:
+    subject, n = d.subject(), d.rng.randint(2, 4)
+    main = d.colour(subject)
+    scene = Scene(d.page(), tuple(small_thing(d, subject, main, cell) for cell in cells(d.rng, n)))
+    objects = objects_of(*scene.things)
+    free = d.chance(0.15)
+    need = {"op": "scene", "objects": [{**objects[0], "colour": None if free else main}],
+            "background": scene.background if d.chance(0.2) else None}
+    present(d, "count", d.pick(ASK["one"]), noun_phrase(subject, None if free else main, n), noun_phrase(subject, main, n), scene,
+            {"objects": objects}, need)
 
 
-def small(rng, subject: str, colours: tuple, cell: tuple[float, float, float, float], size: float | None = None) -> Thing:
-    """The small form somewhere in a cell (x0, y0, x1, y1) of the picture, 1.6 away from its edges."""
-    k = SUBJECTS[subject].small
-    low = max(24.0, least(subject, k)) if len(SUBJECTS[subject].parts) > 1 else 15.0
-    high = max(low, min(cell[2] - cell[0], cell[3] - cell[1]) - 3.2)
-    length = size or rng.uniform(low, high)
-    thing = fit(subject, k, colours, length, 0, 0)
+def two_things(d: Dialogue, kind: str) -> None:
+    """two: any arrangement; binding: two colours that must not be swapped; position: a stated relation."""
+    x, word, y = d.couple()
+    if kind == "binding" and d.chance(0.4):
+        y = x
+    cx = d.colour(x)
+    cy = d.colour(y, besides=(cx,) if kind == "binding" else ())
+    cell_x, cell_y = relation_cells(d.rng, word)
+    things = small_thing(d, x, cx, cell_x), small_thing(d, y, cy, cell_y)
+    scene = Scene(d.page(), things)
+    objects = [*objects_of(things[0]), *objects_of(things[1])]
+    plain = kind == "position" and d.chance(0.2)                # "a cat left of a cup": colours are left to the assistant
+    asked = [{**o, "colour": None if plain else o["colour"]} for o in objects]
+    relations = [[0, word, 1]] if kind == "position" else []
+    r = f" {d.rng.choice(RELATION_WORDS[word])} " if relations else " and "
+    need = {"op": "scene", "objects": asked, "relations": relations, "background": scene.background if d.chance(0.2) else None}
+    text = noun_phrase(x, cx) + r + noun_phrase(y, cy)
+    ask = noun_phrase(x, asked[0]["colour"]) + r + noun_phrase(y, asked[1]["colour"])
+    present(d, kind, d.pick(ASK["one"]), ask, text, scene, {"objects": objects, "relations": relations}, need)
+
+
+def two(d: Dialogue) -> None:
+    two_things(d, "two")
+
+
+def binding(d: Dialogue) -> None:
+    two_things(d, "binding")
+
+
+def position(d: Dialogue) -> None:
+    two_things(d, "position")
+
+
+def any_scene(d: Dialogue, n: int | None = None) -> Scene:
+    """A user's picture: one large thing, or n small ones of different subjects."""
+    n = n or d.rng.choice((1, 1, 1, 2, 2, 3))
+    background = d.page(0.4)
+    if n == 1:
+        subject = d.subject()
+        return Scene(background, (large(d.rng, subject, colours_for(d.rng, subject, d.colour(subject))),))
+    if n == 2:
+        x, word, y = d.couple()
+        subjects, places = [x, y], relation_cells(d.rng, word)
+    else:
+        subjects, places = [], cells(d.rng, n)
+        while len(subjects) < n:
+            subjects.append(d.subject(besides=subjects))
+    return Scene(background, tuple(small_thing(d, s, d.colour(s), cell) for s, cell in zip(subjects, places, strict=True)))
+
+
+def recolour(d: Dialogue, scene: Scene | None = None) -> None:
+    given = () if scene else (any_scene(d),)
+    before = scene or given[0]
+    d.scene = before
+    at = d.rng.randrange(len(before.things))
+    thing = before.things[at]
+    i_main = main_part(thing.subject)
+    whole = thing.drawn <= i_main or thing.drawn > SUBJECTS[thing.subject].small
+    i = d.rng.randrange(thing.drawn) if whole and d.chance(0.6) else i_main
+    taken = {thing.colours[i]} | {thing.colours[j] for j in touching(thing.subject)[i]}
+    new = d.colour(thing.subject, besides=taken) if i == i_main else d.rng.choice([c for c in COLOURS if c not in taken])
+    part = SUBJECTS[thing.subject].parts[i].name
+    if i == i_main and (part == thing.subject or len(before.things) > 1 or d.chance(0.6)):
+        name, verb = d.ref(thing).removeprefix("the "), "is"
+    else:
+        name, verb = part, is_are(part)
+        if d.chance(0.3) and part != thing.subject:
+            name = f"{part} of the {thing.subject}"
+    d.ask(d.pick(ASK["recolour"]).format(p=name, c=new), *given)
+    check = {"op": "recolour", "subject": thing.subject, "was": thing.main, "part": part, "colour": new}
+    d.answer("recolour", 1, need=[check])
+    d.say(d.pick(SAY["recolour"]).format(p=name, c=new, **{"is": verb}))
+    after = replace(thing, colours=(*thing.colours[:i], new, *thing.colours[i + 1:]))
+    d.draw(replace(before, things=(*before.things[:at], after, *before.things[at + 1:])), **check)
+
+
+def remove(d: Dialogue, scene: Scene | None = None) -> None:
+    before = scene or any_scene(d, d.rng.choice((2, 2, 3)))
+    d.scene = before
+    thing = d.rng.choice(before.things)
+    x = d.ref(thing)
+    d.ask(d.pick(ASK["remove"]).format(x=x), *(() if scene else (before,)))
+    check = {"op": "remove", "subject": thing.subject, "colour": thing.main}
+    d.answer("remove", 1, need=[check])
+    d.say(d.pick(SAY["remove"]).format(x=x))
+    d.draw(replace(before, things=tuple(t for t in before.things if t is not thing)), **check)
+
+
+def add(d: Dialogue) -> None:
+    """A new thing beside one that is there."""
+    x, word, y = d.couple()
+    cx, cy = d.colour(x), d.colour(y)
+    cell_x, cell_y = relation_cells(d.rng, word)
+    new, old = small_thing(d, x, cx, cell_x), small_thing(d, y, cy, cell_y)
+    before = Scene(d.page(0.4), (old,))
+    d.scene = before
+    words = {"x": noun_phrase(x, cx), "r": d.rng.choice(RELATION_WORDS[word]), "y": d.ref(old)}
+    d.ask(d.pick(ASK["add"]).format(**words), before)
+    check = {"op": "add", "subject": x, "colour": cx, "relation": word, "anchor": y}
+    d.answer("add", 1, need=[check])
+    d.say(d.pick(SAY["add"]).format(**words))
+    d.draw(replace(before, things=(old, new)), **check)
+
+
+def add_part(d: Dialogue) -> None:
+    """The next part of an unfinished drawing: a step of a lesson on the user's own picture."""
+    subject = d.subject(shapes=0.0)
+    main = d.colour(subject)
+    whole = large(d.rng, subject, colours_for(d.rng, subject, main))
+    k = d.rng.randint(max(1, main_part(subject) + 1), whole.drawn - 1) if whole.drawn > main_part(subject) + 1 else 1
+    before = Scene(d.page(0.4), (replace(whole, drawn=k),))
+    part, new = SUBJECTS[subject].parts[k], whole.colours[k]
+    words = {"x": part_phrase(part.name, new), "s": subject, "p": part.name}
+    d.ask(d.pick(ASK["add_part"]).format(**words), before)
+    check = {"op": "part", "subject": subject, "part": part.name, "colour": new}
+    d.answer("add_part", 1, need=[check])
+    d.say(d.pick(SAY["add_part"]).format(**words))
+    d.draw(replace(before, things=(replace(whole, drawn=k + 1),)), **check)
+
+
+def shifted(thing: Thing, to: str) -> Thing:
+    """The thing with its box four units from the edge named; the other coordinate stays."""
     x0, y0, x1, y1 = thing.box
-    cx = rng.uniform(cell[0] + 1.6 - x0, max(cell[0] + 1.6 - x0, cell[2] - 1.6 - x1))
-    cy = rng.uniform(cell[1] + 1.6 - y0, max(cell[1] + 1.6 - y0, cell[3] - 1.6 - y1))
-    return replace(thing, x=round(thing.x + cx, 2), y=round(thing.y + cy, 2))
+    dx = {"left": 4 - x0, "right": 60 - x1}.get(to, 0.0)
+    dy = {"top": 4 - y0, "bottom": 60 - y1}.get(to, 0.0)
+    return replace(thing, x=round(thing.x + dx, 2), y=round(thing.y + dy, 2))
 
 
-QUARTERS = [(0, 0, 32, 32), (32, 0, 64, 32), (0, 32, 32, 64), (32, 32, 64, 64)]
-RELATIONS = ("left", "right", "above", "below")
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+def move(d: Dialogue) -> None:
+    subject = d.subject()
+    main = d.colour(subject)
+    thing = small_thing(d, subject, main, (0, 0, 64, 64), d.rng.uniform(28.5, 32) if subject in FIGURES else d.rng.uniform(18, 32))
+    far = [to for to in MOVES if abs(shifted(thing, to).x - thing.x) + abs(shifted(thing, to).y - thing.y) > 10]
+    to = d.rng.choice(far or ["left"])
+    if not far:
+        thing = shifted(thing, "right")
+    before = Scene(d.page(0.4), (thing,))
+    d.scene = before
+    x = d.ref(thing)
+    d.ask(d.pick(ASK["move"]).format(x=x, to=MOVES[to][0]), before)
+    check = {"op": "move", "subject": subject, "to": to}
+    d.answer("move", 1, need=[check])
+    d.say(d.pick(SAY["move"]).format(x=x, to=d.rng.choice(MOVES[to][:2])))
+    d.draw(replace(before, things=(shifted(thing, to),)), **check)
 
 
-def relation_cells(rng, relation: str):
-    """Two cells such that a thing in the first stands in `relation` to a thing in the second."""
-    shift = rng.uniform(0, 18)
-    a, b = ((0, shift, 32, shift + 46), (32, shift, 64, shift + 46)) if relation in ("left", "right") else \
-           ((shift, 0, shift + 46, 32), (shift, 32, shift + 46, 64))
-    return (a, b) if relation in ("left", "above") else (b, a)
+def background(d: Dialogue, scene: Scene | None = None) -> None:
+    before = scene or any_scene(d)
+    new = d.rng.choice([b for b in BACKGROUNDS if b != before.background])
+    d.ask(d.pick(ASK["background"]).format(b=new), *(() if scene else (before,)))
+    check = {"op": "background", "background": new}
+    d.answer("background", 1, need=[check])
+    d.say(d.pick(SAY["background"]).format(b=new))
+    d.draw(replace(before, background=new), **check)
 
 
-def numbered(rng, low: int = 2, high: int = 4) -> list[tuple]:
-    """Cells for two to four things that do not touch."""
-    n = rng.randint(low, high)
-    return rng.sample(QUARTERS, n) if n > 2 else list(relation_cells(rng, rng.choice(RELATIONS)))
+def multi(d: Dialogue) -> None:
+    """Two pictures of the user: their things together, or one in the colour of the other."""
+    x, word, y = d.couple()
+    if d.chance(0.6):
+        cx, cy = d.colour(x), d.colour(y)
+        first, second = (Scene(d.page(0.5), (small_thing(d, s, c, (0, 0, 64, 64), d.rng.uniform(28.5, 40)),)) for s, c in ((x, cx), (y, cy)))
+        cell_x, cell_y = relation_cells(d.rng, word)
+        scene = Scene(d.page(0.7), (small_thing(d, x, cx, cell_x), small_thing(d, y, cy, cell_y)))
+        r = d.rng.choice(RELATION_WORDS[word])
+        objects, relations = [*objects_of(scene.things[0]), *objects_of(scene.things[1])], [[0, word, 1]]
+        need = {"op": "scene", "objects": objects, "relations": relations}
+        d.ask(d.pick(ASK["multi"]).format(x=f"the {x}", r=r, y=f"the {y}"), first, second)
+        text = f"the {cx} {x} {r} the {cy} {y}"
+    else:
+        x = d.subject(shapes=0.2)
+        y = d.subject(besides=(x,), shapes=0.6)
+        cy = d.colour(y, besides=(HELD_OUT_COLOURS[x],) if d.want != "colour" else ())
+        cx = d.colour(x, besides=(cy,))
+        first = Scene(d.page(0.5), (large(d.rng, x, colours_for(d.rng, x, cx, usual=0.8)),))
+        second = Scene(d.page(0.5), (small_thing(d, y, cy, (0, 0, 64, 64), d.rng.uniform(28.5, 40)),))
+        scene = Scene(d.page(0.7), (large(d.rng, x, usual_colours(x, cy)),))
+        objects, relations = objects_of(scene.things[0]), []
+        need = {"op": "scene", "objects": objects, "relations": []}
+        d.ask(d.pick(ASK["multi_colour"]).format(s=x, t=y), first, second)
+        text = f"the {x} in {cy}" if d.chance(0.3) else f"the {cy} {x}"
+    d.answer("multi", 1, need=[need])
+    on = d.on(scene.background)
+    d.say(d.pick(SAY["scene"]).format(x=text, b=on))
+    d.draw(scene, op="scene", objects=objects, relations=relations, background=scene.background if on else None)
 
 
-def random_scene(rng) -> Scene:
-    """Any scene of the world: a whole or half-finished subject, one to four small things."""
-    background = rng.choice(list(BACKGROUNDS))
-    if rng.random() < 0.55:
-        subject = rng.choice(FIGURES if rng.random() < 0.85 else SHAPES)
-        thing = large(rng, subject, colours_for(rng, subject))
-        return Scene(background, (replace(thing, drawn=rng.randint(1, thing.drawn)),))
-    same = rng.random() < 0.4
-    subject = rng.choice(list(SUBJECTS))
-    colours = colours_for(rng, subject)
-    things = []
-    for cell in numbered(rng):
-        if not same:
-            subject = rng.choice(list(SUBJECTS))
-            colours = colours_for(rng, subject)
-        things.append(small(rng, subject, colours, cell))
-    return Scene(background, tuple(things))
+def story(d: Dialogue) -> None:
+    """A figure that keeps its colours through changing places and company."""
+    hero = d.subject(shapes=0.1)
+    main = d.colour(hero)
+    n, free = d.rng.randint(2, 4), d.chance(0.3)
+    told = d.chance(0.5)
+    size = d.rng.uniform(28.5, 28.8)
+    x = noun_phrase(hero, None if free else main)
+    d.ask(d.pick(ASK["story"]).format(x=x + (f" in {NUMBERS[n]} pictures" if told else "")))
+    fact = {"subject": hero, "colour": None if free else main, "count": 1, "parts": {}}
+    d.answer("story", n if told else 2, n if told else 4, need=[{"op": "scene", "objects": [fact]}])
+    the = f"the {main} {hero}"
+    places = d.rng.sample(list(BACKGROUNDS), n) if n <= len(BACKGROUNDS) else []
+    for k, page in enumerate(places):
+        place = PLACES[page]
+        company = d.chance(0.15) if k == 0 else d.chance(0.65)
+        subject = hero = SUBJECTS and hero
+        things, relations = [small_thing(d, hero, main, (4, 4, 60, 60), size)], []
+        if company:
+            subject = d.subject(besides=(hero,), shapes=0.6)
+            word = d.rng.choice([r for r in RELATIONS if not {(r, hero, subject), (OPPOSITE[r], subject, hero)} & HELD_OUT_RELATIONS])
+            other = d.colour(subject)
+            cell_x, cell_y = relation_cells(d.rng, word)
+            things = [small_thing(d, hero, main, cell_x, size), small_thing(d, subject, other, cell_y)]
+            y = noun_phrase(subject, other)
+        if k == 0 and not company:
+            text = d.pick(["Once there was {x} {place}.", "One day {x} woke up {place}.", "There was once {x} {place}."])
+        elif not company:
+            text = d.pick(["Then {the} was {place}.", "{the} went on and was {place}.", "Later {the} was alone {place}.",
+                           "At last {the} slept {place}."])
+        elif d.chance(0.5):
+            r = d.rng.choice(RELATION_WORDS[word])
+            relations = [[0, word, 1]]
+            text = (("One day {x} stood " if k == 0 else d.pick(["Then {the} stood ", "{the} sat down ", "Soon {the} was "])) + r + " {y} {place}.")
+        else:
+            text = "Once {x} met {y} {place}." if k == 0 else d.pick(["{the} met {y} {place}.", "Then {the} saw {y} {place}.",
+                                                                      "{the} found {y} {place}.", "Soon {the} played with {y} {place}."])
+        d.say(text.format(x=noun_phrase(hero, main), the=the, place=place, y=y if company else ""))
+        objects = [o for t in things for o in objects_of(t)]
+        d.draw(Scene(page, tuple(things)), op="scene", objects=objects, relations=relations, background=page)
+    if d.chance(0.4):
+        d.say(d.pick(["The end.", "What a day!", f"And {the} was happy."]))
+
+
+def questions(d: Dialogue, scene: Scene) -> list[tuple[str, str, str, list[str], list[str]]]:
+    """(topic, question, answer, words the answer must have, words it must not have) on a picture, all true."""
+    rng, items = d.rng, []
+    things = scene.things
+    kinds = sorted({t.subject for t in things})
+    page = scene.background
+    items.append(("background", rng.choice(["What colour is the background?", "Which colour is the paper?", "~On what background is it?"]),
+                  rng.choice([f"The background is {page}.", f"It is {page}."]), [page], [b for b in BACKGROUNDS if b != page and b not in page]))
+    absent = d.subject(besides=kinds)
+    items.append(("no", rng.choice([f"Is there {a(absent)}?", f"Do you see {a(absent)}?"]), f"No, there is no {absent}.", ["no"], ["yes"]))
+    t = rng.choice(things)
+    same = [u for u in things if u.subject == t.subject]
+    np_ = noun_phrase(t.subject, t.main)
+    items.append(("yes", rng.choice([f"Is there {a(t.subject)}?", f"Do you see {a(t.subject)}?"]), f"Yes, there is {np_}.", ["yes", t.subject], ["no"]))
+    number = NUMBERS[len(same)]
+    items.append(("count", rng.choice([f"How many {plural(t.subject)} are there?", f"How many {plural(t.subject)} do you see?",
+                                       f"~Count the {plural(t.subject)}."]),
+                  f"There {'is' if len(same) == 1 else 'are'} {number} {t.subject if len(same) == 1 else plural(t.subject)}.",
+                  [number], [n for n in NUMBERS if n != number]))
+    items.append(("total", rng.choice(["How many things are there?", "How many objects do you see?"]),
+                  f"There {'is one thing' if len(things) == 1 else f'are {NUMBERS[len(things)]} things'}.",
+                  [NUMBERS[len(things)]], [n for n in NUMBERS if n != NUMBERS[len(things)]]))
+    if len(things) == 1:
+        items.append(("what", rng.choice(["What is this?", "What do you see?", "What is in the picture?", "~Can you name this?"]),
+                      rng.choice([f"It is {np_}.", f"This is {np_}.", f"I see {np_}."]), [t.main, t.subject], []))
+    if len({u.main for u in same}) == 1:
+        items.append(("colour", rng.choice([f"What colour is the {t.subject}?", f"Which colour has the {t.subject}?", f"~Name the colour of the {t.subject}."]),
+                      f"The {t.subject} is {t.main}.", [t.main], [c for c in COLOURS if c != t.main]))
+        other = d.rng.choice([c for c in COLOURS if c != t.main and c != HELD_OUT_COLOURS[t.subject]])
+        items.append(("colour no", f"Is the {t.subject} {other}?", f"No, the {t.subject} is {t.main}.", ["no", t.main], ["yes"]))
+        items.append(("colour yes", f"Is the {t.subject} {t.main}?", f"Yes, the {t.subject} is {t.main}.", ["yes"], ["no"]))
+    if len(things) == 1 and t.subject in FIGURES:
+        names = [p.name for p in SUBJECTS[t.subject].parts[:t.drawn]]
+        i = rng.randrange(t.drawn)
+        items.append(("part", rng.choice([f"What colour {is_are(names[i])} the {names[i]}?", f"What colour {is_are(names[i])} the {names[i]} of the {t.subject}?"]),
+                      f"The {names[i]} {is_are(names[i])} {t.colours[i]}.", [t.colours[i]], [c for c in COLOURS if c != t.colours[i]]))
+        owners = [n for n, c in zip(names, t.colours, strict=False) if c == t.colours[i]]
+        if len(owners) == 1:
+            items.append(("which", f"Which part is {t.colours[i]}?", f"The {names[i]} {is_are(names[i])} {t.colours[i]}.", [names[i]],
+                          [n for n in names if n != names[i]]))
+    if len(things) == 2 and len(kinds) == 2:
+        u = things[1] if t is things[0] else things[0]
+        axis, first, _ = arrangement(t, u)
+        word = axis if first == t.subject else OPPOSITE[axis]
+        r = rng.choice(RELATION_WORDS[word])
+        items.append(("relation", f"What is {r} the {u.subject}?", f"{np_} is {r} the {u.subject}.", [t.main, t.subject], []))
+        items.append(("where", f"Where is the {t.subject}?", f"The {t.subject} is {r} the {u.subject}.",
+                      [{"left": "left", "right": "right", "above": RELATION_WORDS["above"], "below": RELATION_WORDS["below"]}[word]], []))
+    return items
+
+
+def question(d: Dialogue, scene: Scene | None = None) -> None:
+    given = scene or any_scene(d)
+    if scene is None and d.chance(0.2):
+        n, subject = d.rng.randint(2, 4), d.subject()
+        main = d.colour(subject)
+        given = Scene(given.background, tuple(small_thing(d, subject, main, cell) for cell in cells(d.rng, n)))
+    if scene is None and d.chance(0.25) and len(given.things) == 1:
+        t = given.things[0]
+        given = replace(given, things=(replace(t, drawn=d.rng.randint(main_part(t.subject) + 1, t.drawn)),))
+    d.scene = given
+    for k in range(2 if d.chance(0.25) else 1):
+        items = questions(d, given)
+        _, ask, reply, words, avoid = d.rng.choice([q for q in items if q[1][0] != "~" or d.want == "phrasing"])
+        if ask[0] == "~":
+            d.held.add("phrasing")
+            ask = ask[1:]
+        d.ask(ask, *(() if scene or k else (given,)))
+        d.answer("question", words=words, avoid=avoid)
+        d.say(reply)
+    d.asked = True
+
+
+def text(d: Dialogue) -> None:
+    for _ in range(d.rng.choice((1, 1, 2))):
+        asks, replies, words = d.rng.choice(TALK_ITEMS)
+        d.ask(d.pick(asks))
+        d.answer("text", words=words)
+        d.say(d.pick(replies))
+
+
+def thanks(d: Dialogue) -> None:
+    asks, replies, _ = next(item for item in TALK if "Thank you!" in item[0])
+    d.ask(d.pick(asks))
+    d.answer("text")
+    d.say(d.pick(replies))
+
+
+KINDS = {"lesson": (lesson, 0.26), "one": (one, 0.10), "colour": (colour, 0.03), "two": (two, 0.05), "count": (count, 0.06),
+         "position": (position, 0.07), "binding": (binding, 0.05), "recolour": (recolour, 0.07), "add": (add, 0.04),
+         "add_part": (add_part, 0.03), "remove": (remove, 0.04), "move": (move, 0.03), "background": (background, 0.03),
+         "multi": (multi, 0.05), "story": (story, 0.06), "question": (question, 0.08), "text": (text, 0.07)}
+# Weights of kinds for the stages of a training; a stage takes the weights of KINDS for the kinds that it names.
+CURRICULUM = [("one", "colour", "recolour", "lesson", "question", "text"),
+              ("one", "colour", "recolour", "lesson", "question", "text", "two", "count", "position", "binding", "add", "add_part", "remove",
+               "background", "move"), tuple(KINDS)]
+
+
+def stage(index: int) -> dict[str, float]:
+    """Weights for `dialogue(kinds=)` of a stage of the curriculum."""
+    return {k: KINDS[k][1] for k in CURRICULUM[min(index, len(CURRICULUM) - 1)]}
+
+
+def follow_up(d: Dialogue) -> None:
+    """Maybe another exchange on the last picture."""
+    options = [thanks, background, recolour]
+    if not d.asked:
+        options.append(question)
+    if len(d.scene.things) > 1 and len({(t.subject, t.main) for t in d.scene.things}) == len(d.scene.things):
+        options.append(remove)
+    if len({t.subject for t in d.scene.things}) < len(d.scene.things):
+        options.remove(recolour)                                # "make the fish red" would not say which
+    chosen = d.rng.choice(options)
+    if chosen is thanks:
+        thanks(d)
+    else:
+        chosen(d, d.scene)
+
+
+def dialogue(seed: int, split: str = "train", kinds: dict[str, float] | None = None, size: int = 64) -> dict:
+    """A record, by its seed alone. kinds: {kind: weight}, default all of KINDS. Raises InputError on an unknown split or kind."""
+    if split not in SPLITS:
+        raise InputError(f"no split called {split!r}; there are {', '.join(SPLITS)}")
+    weights = kinds or {k: w for k, (_, w) in KINDS.items()}
+    if unknown := set(weights) - set(KINDS):
+        raise InputError(f"no kind called {sorted(unknown)[0]!r}; there are {', '.join(KINDS)}")
+    rng = random.Random(f"sketchbook {split} {seed}")
+    kind = rng.choices(list(weights), list(weights.values()))[0]
+    want = None
+    for attempt in range(10_000):
+        if split == "held_out" and attempt % 20 == 0:           # some kinds have no relation: then wish for something else
+            want = rng.choice(("colour", "colour", "relation", "relation", "phrasing"))
+        d = Dialogue(rng, want)
+        KINDS[kind][0](d)
+        while d.scene and len(d.images) < 7 and len(d.turns) < 4 and d.chance(0.28):
+            follow_up(d)
+        held = set.union(d.held, *(held_out_in(i["scene"]) for i in d.images))
+        if bool(held) == (split == "held_out") and (not held or want in held):
+            break
+    messages = [{"role": m["role"], "content": [{"type": "image", "image": render(c["image"], size)} if c["type"] == "image" else c
+                                                for c in m["content"]]} for m in d.messages]
+    images = [{**i, "scene": i["scene"].to_json()} for i in d.images]
+    return {"messages": messages, "kind": kind, "held_out": bool(held), "held_out_by": sorted(held),
+            "truth": {"images": images, "turns": d.turns}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# For pretraining: pictures alone, pictures described, pictures in motion
+
+
+def allowed(rng, make):
+    """What `make(rng)` returns, the first whose scenes hold nothing held out. make returns (scenes, anything)."""
+    while True:
+        scenes, rest = make(rng)
+        if not any(held_out_in(s) for s in scenes):
+            return scenes, rest
 
 
 def pictures(seed: int, n: int, size: int = 64) -> list[Image.Image]:
-    """n pictures of all kinds, for the VAE; none shows what training holds out."""
+    """n pictures of all kinds of scene, for the VAE; nothing held out is among them."""
     rng = random.Random(f"pictures {seed}")
-    return [render(random_scene(rng), size) for _ in range(n)]
+    return [render(allowed(rng, lambda r: ((random_scene(r),), None))[0][0], size) for _ in range(n)]
+
+
+def place_words(thing: Thing) -> str:
+    """'at the top left', 'in the middle', by thirds of the picture."""
+    cx, cy = thing.centre
+    row = "top" if cy < 26 else "bottom" if cy > 38 else ""
+    column = "left" if cx < 26 else "right" if cx > 38 else ""
+    if not row and not column:
+        return "in the middle"
+    return f"at the {row} {column}".strip() if row else f"on the {column}"
+
+
+def describe(scene: Scene, rng: random.Random | None = None, whole: bool = True) -> str:
+    """What a picture shows: subjects, colours of all parts, numbers, places, background. Without rng always the same words."""
+    rng = rng or random.Random(0)
+    groups = {}
+    for t in scene.things:
+        groups.setdefault((t.subject, t.colours[:t.drawn]), []).append(t)
+    said = []
+    for (subject, _), group in groups.items():
+        t = group[0]
+        unfinished = t.drawn < SUBJECTS[subject].small
+        words = noun_phrase(subject, None if unfinished and t.drawn <= main_part(subject) else t.main, len(group))
+        if unfinished:
+            parts = SUBJECTS[subject].parts[:t.drawn]
+            words = f"the beginning of {a(subject)}, {listing([part_phrase(p.name, c) for p, c in zip(parts, t.colours, strict=False)])},"
+        elif whole or len(groups) == 1:
+            words += with_parts(t)
+        if len(group) == 1 and whole:
+            words += f" {place_words(t)}"
+        said.append(words)
+    lead = rng.choice(["The picture shows {}", "I see {}", "There is {}" if len(scene.things) == 1 else "There are {}", "This is {}"])
+    ends = [f" on a {scene.background} background.", f". The background is {scene.background}.", f" on {scene.background} paper."]
+    body = said[0] if len(said) == 1 else ", ".join(said[:-1]) + (", and " if whole else " and ") + said[-1]
+    return sentence(lead.format(body).rstrip(",")) if False else re.sub(r",(?=[,.]|\s*$| on )", "", sentence(lead.format(body) + rng.choice(ends)))
+
+
+def looking(seed: int, size: int = 64) -> dict:
+    """A record with one picture of the user and a description or answers: how the language model learns to see."""
+    rng = random.Random(f"looking {seed}")
+    d = None
+
+    def make(r):
+        nonlocal d
+        d = Dialogue(r)
+        scene = random_scene(r)
+        if r.random() < 0.5:
+            ask = r.choice(["Describe this picture.", "What is in this picture?", "Describe the picture.", "What does the picture show?",
+                            "Tell me what you see.", "Look at this and describe it."])
+            d.ask(ask, scene)
+            d.answer("looking")
+            d.say(describe(scene, r))
+        else:
+            for k in range(r.randint(1, 3)):
+                items = [q for q in questions(d, scene) if q[1][0] != "~" and (scene.things[0].drawn > main_part(scene.things[0].subject))]
+                if not items:
+                    items = [q for q in questions(d, scene) if q[0] in ("background", "no", "part", "total")]
+                _, ask, reply, words, avoid = r.choice(items)
+                d.ask(ask.removeprefix("~"), *(() if k else (scene,)))
+                d.answer("looking", words=words, avoid=avoid)
+                d.say(reply)
+        return (scene,), None
+
+    (scene,), _ = allowed(rng, make)
+    messages = [{"role": m["role"], "content": [{"type": "image", "image": render(c["image"], size)} if c["type"] == "image" else c
+                                                for c in m["content"]]} for m in d.messages]
+    return {"messages": messages, "kind": "looking", "held_out": False, "held_out_by": [],
+            "truth": {"images": [{**i, "scene": i["scene"].to_json()} for i in d.images], "turns": d.turns}}
+
+
+def clip(seed: int, frames: int = 4, size: int = 64) -> tuple[str, list[Image.Image]]:
+    """A short film and its caption: a drawing that grows part by part, a thing that moves, grows or changes its colour."""
+
+    def make(r):
+        kind = r.choice(("draw", "draw", "move", "grow", "recolour", "arrive", "background"))
+        d = Dialogue(r)
+        page = d.page()
+        on = d.on(page)
+        subject = d.subject(shapes=0.0 if kind == "draw" else 0.3)
+        main = d.colour(subject)
+        x = noun_phrase(subject, main)
+        if kind == "draw":
+            thing, named = whole_thing(d, subject, main, 6)
+            if r.random() < 0.5:
+                thing, named = whole_thing(d, subject, main, r.randint(0, 2))
+            steps = [max(1, round((k + 1) * thing.drawn / frames)) for k in range(frames)]
+            text = r.choice(["{x} is drawn part by part{b}", "Somebody draws {x}{b}", "A drawing of {x} grows{b}", "Watch {x} being drawn{b}"])
+            return [Scene(page, (replace(thing, drawn=n),)) for n in steps], text.format(x=x + with_parts(thing, named), b=on)
+        if kind == "arrive":
+            a_, word, b_ = d.couple()
+            ca, cb = d.colour(a_), d.colour(b_)
+            cell_a, cell_b = relation_cells(r, word)
+            first, second = small_thing(d, a_, ca, cell_a), small_thing(d, b_, cb, cell_b)
+            text = r.choice(["{y} appears, then {x} {r} it{b}", "first {y}, then {x} {r} it{b}"])
+            scenes = [Scene(page, (second,) if k < frames / 2 else (second, first)) for k in range(frames)]
+            return scenes, text.format(x=noun_phrase(a_, ca), y=noun_phrase(b_, cb), r=r.choice(RELATION_WORDS[word]), b=on)
+        if kind in ("recolour", "background"):
+            thing, _ = whole_thing(d, subject, main, 0)
+            if kind == "background":
+                new = r.choice([b for b in BACKGROUNDS if b != page])
+                text = r.choice(["The background behind {x} turns from {p} to {n}", "{x}, and the background becomes {n}"])
+                return [Scene(page if k < frames / 2 else new, (thing,)) for k in range(frames)], text.format(x=x, p=page, n=new)
+            i = main_part(subject)
+            new = d.colour(subject, besides={main} | {thing.colours[j] for j in touching(subject)[i]})
+            after = replace(thing, colours=(*thing.colours[:i], new, *thing.colours[i + 1:]))
+            text = r.choice(["{x} turns {c}{b}", "{x} changes its colour to {c}{b}", "{x} becomes {c}{b}"])
+            return [Scene(page, (thing if k < frames / 2 else after,)) for k in range(frames)], text.format(x=x, c=new, b=on)
+        length = r.uniform(28.5, 32) if subject in FIGURES else r.uniform(18, 32)
+        thing = small_thing(d, subject, main, (0, 0, 64, 64), length)
+        if kind == "move":
+            start, end = r.choice([("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
+            one_, two_ = shifted(thing, start), shifted(thing, end)
+            at = [k / (frames - 1) for k in range(frames)]
+            text = r.choice(["{x} moves from the {f} to the {t}{b}", "{x} goes to the {t}{b}", "{x} slides to the {t} side{b}"])
+            return [Scene(page, (replace(thing, x=one_.x + (two_.x - one_.x) * s, y=one_.y + (two_.y - one_.y) * s),)) for s in at], \
+                text.format(x=x, f=start, t=end, b=on)
+        lengths = [length * 0.95 + (54 - length * 0.95) * k / (frames - 1) for k in range(frames)]
+        word = "grows"
+        if r.random() < 0.5:
+            lengths, word = lengths[::-1], "shrinks"
+        text = r.choice(["{x} {w}{b}", "{x} slowly {w}{b}", "{x} in the middle {w}{b}"])
+        return [Scene(page, (fit(subject, thing.drawn, thing.colours, v, 32, 32),)) for v in lengths], text.format(x=x, w=word, b=on)
+
+    scenes, text = allowed(random.Random(f"clip {seed}"), make)
+    return sentence(text), [render(s, size) for s in scenes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(folder, n: int, seed: int = 0, split: str = "train", kinds: dict[str, float] | None = None, size: int = 64) -> Path:
+    """n records from `seed` on as folder/records.jsonl with PNGs in folder/images; returns the path of the JSONL."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with open(folder / "records.jsonl", "w", encoding="utf-8") as out:
+        for i in range(seed, seed + n):
+            record, k = dialogue(i, split, kinds, size), 0
+            for message in record["messages"]:
+                for item in message["content"]:
+                    if item["type"] == "image":
+                        name = f"images/{split}-{i:07d}-{k}.png"
+                        item["image"].save(folder / name)
+                        item["image"], k = name, k + 1
+            out.write(json.dumps(record) + "\n")
+    return folder / "records.jsonl"
