@@ -1,0 +1,61 @@
+"""Attention over packs against a written-out softmax, over every kind of mask, with gradients."""
+
+import pytest
+import torch
+
+from kernels import attention
+
+
+def reference(q, k, v, bounds_q, bounds_k, causal):
+    """One sequence and one head at a time, in plain sight."""
+    out, group = torch.zeros_like(q), q.shape[1] // k.shape[1]
+    for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        for h in range(q.shape[1]):
+            scores = q[a:b, h] @ k[c:d, h // group].T * q.shape[-1] ** -0.5
+            if causal:
+                scores = scores.masked_fill(~torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a)), -torch.inf)
+            out[a:b, h] = scores.softmax(-1).nan_to_num() @ v[c:d, h // group]
+    return out
+
+
+LENGTHS = [
+    ([3, 5, 0, 7], [3, 5, 0, 7]),  # ragged, with an empty sequence
+    ([4, 4], [4, 4]),  # equal: seen as a dense batch
+    ([2, 3, 4], [9, 1, 4]),  # cross-attention
+    ([2, 3], [0, 4]),  # queries without any key
+    ([1], [20]),  # decoding one token
+    ([5], [20]),  # a prompt's second half on a cache
+    ([4, 4], [2, 6]),
+    ([600, 3], [600, 3]),  # beyond the padded path
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("group", [1, 7])
+def test_equals_softmax(lengths, causal, group):
+    bounds = [torch.tensor([0, *n]).cumsum(0).int() for n in lengths]
+    nq, nk = (int(b[-1]) for b in bounds)
+    q, k, v = (torch.randn(n, h, 16, dtype=torch.float64, requires_grad=True) for n, h in ((nq, 2 * group), (nk, 2), (nk, 2)))
+    out = attention(q, k, v, *bounds, causal=causal)
+    assert torch.allclose(out, reference(q, k, v, *(b.tolist() for b in bounds), causal), atol=1e-12)
+    for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+
+
+def test_neighbours_never_mix():
+    cu = torch.tensor([0, 5, 12, 20], dtype=torch.int32)
+    q, k, v = (torch.randn(20, 2, 16) for _ in range(3))
+    before = attention(q, k, v, cu)
+    k[5:12], v[5:12] = 1e3, float("nan")
+    after = attention(q, k, v, cu)
+    assert torch.equal(before[:5], after[:5]) and torch.equal(before[12:], after[12:])
+
+
+@pytest.mark.parametrize("kind", ["boundaries", "heads", "sequences"])
+def test_wrong_shapes_raise(kind):
+    q, k = torch.randn(6, 3 if kind == "heads" else 4, 8), torch.randn(6, 2, 8)
+    cu_q = torch.tensor([0, 2, 5 if kind == "boundaries" else 6], dtype=torch.int32)
+    cu_k = torch.tensor([0, 6], dtype=torch.int32) if kind == "sequences" else None
+    with pytest.raises(ValueError, match="attention"):
+        attention(q, k, k, cu_q, cu_k)
