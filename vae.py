@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import InputError, load_weights, read_json, resolve, save_weights
+from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights
 from kernels import attention
 
 # Per-channel statistics of Wan2.1's latents. They are part of the weights' meaning: the DiT sees (z - mean) / std.
@@ -32,6 +32,9 @@ WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
 WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+# Fields of diffusers' config.json for variants that are not here, with the values that mean so.
+ABSENT = {"attn_scales": [], "dropout": 0.0, "is_residual": False, "patch_size": None}
 
 
 @dataclass
@@ -63,19 +66,15 @@ class VAEConfig:
     @classmethod
     def from_json(cls, values: dict) -> "VAEConfig":
         """Read diffusers' config.json. What this network does not do (Wan2.2's residual blocks) is refused."""
-        values = {k: v for k, v in values.items() if not k.startswith("_") and not k.startswith("scale_factor_")}
-        for key, plain in {"attn_scales": [], "dropout": 0.0, "is_residual": False, "patch_size": None}.items():
-            if values.pop(key, plain) != plain:
-                raise InputError(f"VAE config: {key} must be {plain}, this is not a Wan2.1 VAE")
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise InputError(f"VAE config: unknown key {unknown[0]}")
-        return cls(**values)
+        for key, value in ABSENT.items():
+            if values.get(key, value) != value:
+                raise InputError(f"config.json of the VAE: {key} must be {value}, this is not a Wan2.1 VAE")
+        derived = ("scale_factor_spatial", "scale_factor_temporal")  # they follow from the other fields
+        return config_from_json(cls, values, "config.json of the VAE", ignore=(*ABSENT, *derived))
 
     def to_json(self) -> dict:
-        absent = {"attn_scales": [], "dropout": 0.0, "is_residual": False, "patch_size": None}
         scale = {"scale_factor_spatial": self.factor, "scale_factor_temporal": 2 ** sum(self.temperal_downsample)}
-        return {"_class_name": "AutoencoderKLWan"} | asdict(self) | absent | scale
+        return {"_class_name": "AutoencoderKLWan"} | asdict(self) | ABSENT | scale
 
 
 PRESETS = {
