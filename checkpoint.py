@@ -103,6 +103,8 @@ def _hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> 
             return f"{absent}: unset HF_HUB_OFFLINE to download it, or name a local folder"
         cause = e.__cause__ or e
     line = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+    if isinstance(cause, errors.HfHubHTTPError):
+        line = f"HTTP {cause.response.status_code}: {cause.server_message or cause.response.reason_phrase}"
     if isinstance(cause, errors.GatedRepoError):
         return f"{repo}: access is gated: accept its licence at {page}, then run `hf auth login`"
     if isinstance(cause, errors.RepositoryNotFoundError):
