@@ -1,0 +1,612 @@
+"""Qwen2.5-VL: the language model that reads text and pictures, writes text, and says with BOV when a picture is due.
+
+A vision tower turns every picture into one vector per 2 x 2 patches; they take the place of the `<|image_pad|>` embeddings, and
+a causal decoder reads all of it (Bai et al., arXiv 2502.13923). Documents of different lengths lie packed behind each other.
+Every layer's output is returned: the DiT's connector reads them all, `logits` the last one.
+
+    mllm = MLLM.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct", dtype=torch.bfloat16, device="cuda")
+    patches, grid = ImageProcessor.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")(image)
+    positions, _ = mrope_positions(ids, [processor.merged(grid)], mllm.config.image_token_id)
+    hidden = mllm(ids, positions, cu_seqlens, patches, [grid])              # one (N, H) per layer, the last one normed
+
+Parameters carry the names of the published files; `transformers` loads what `save_pretrained` writes, and the reverse.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights, write_json
+from kernels import attention
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+@dataclass
+class VisionConfig:
+    """The vision tower; sizes in pixels where they say so, in patches elsewhere."""
+
+    hidden_size: int
+    out_hidden_size: int  # the decoder's width
+    depth: int = 32
+    num_heads: int = 16
+    intermediate_size: int = 3420
+    patch_size: int = 14  # pixels
+    temporal_patch_size: int = 2  # frames; a still picture is shown that many times
+    spatial_merge_size: int = 2  # patches along a side of what becomes one token
+    window_size: int = 112  # pixels
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # the other blocks attend within windows
+    in_channels: int = 3
+
+    def __post_init__(self):
+        if self.hidden_size % (4 * self.num_heads):
+            raise InputError(f"vision_config: {self.num_heads} heads need a hidden_size that is a multiple of 4 per head")
+        if self.window_size < self.patch_size * self.spatial_merge_size:
+            raise InputError("vision_config: window_size is smaller than one merged patch")
+
+
+@dataclass
+class MLLMConfig:
+    """The decoder, the ids of the tokens that the model itself must know, and the vision tower."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int  # rows of the embedding; the tokenizer may use fewer
+    rms_norm_eps: float
+    vision: VisionConfig
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies that turn with time, row, column
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 128000
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    vision_token_id: int = 151654
+    eos_token_id: int = 151645
+    pad_token_id: int = 151643
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise InputError("config.json: hidden_size must divide into the heads, and these into num_key_value_heads groups")
+        if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
+            raise InputError(f"config.json: mrope_section {self.mrope_section} must be 3 numbers with sum {self.head_dim // 2}")
+        if self.vision.out_hidden_size != self.hidden_size:
+            raise InputError("config.json: vision_config.out_hidden_size must be the decoder's hidden_size")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_json(cls, values: dict, where: str | Path = "config.json") -> "MLLMConfig":
+        """Read a published config.json (flat) or the one transformers 5 writes (with a text_config).
+
+        Both carry many keys without effect here (dropout, caching, versions), so unknown ones pass; whatever would change the
+        result and is not done here is refused.
+        """
+        text = values | values.get("text_config", {})
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        vision = dict(values.get("vision_config") or {})
+        vision = {"in_channels": vision.get("in_chans", 3), "out_hidden_size": text.get("hidden_size")} | vision
+        demands = [
+            ("model_type", values.get("model_type", "qwen2_5_vl"), ("qwen2_5_vl",)),
+            ("quantization_config", values.get("quantization_config"), (None,)),
+            ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+            ("vision_config.hidden_act", vision.get("hidden_act", "silu"), ("silu",)),
+            ("use_sliding_window", text.get("use_sliding_window", False), (False, None)),
+            ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+        ]
+        for name, value, known in demands:
+            if value not in known:
+                raise InputError(f"{where}: {name} is {value!r:.60}, only {known[0]!r} is read: use an unquantised Qwen2.5-VL")
+        own = {
+            "rope_theta": rope.get("rope_theta", text.get("rope_theta", cls.rope_theta)),
+            "mrope_section": rope.get("mrope_section", cls.mrope_section),
+            "tie_word_embeddings": values.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False),
+            "vision": {k: v for k, v in vision.items() if k in VisionConfig.__dataclass_fields__},
+        }
+        known = {k: v for k, v in text.items() if k in cls.__dataclass_fields__ and v is not None}
+        return config_from_json(cls, known | own, where)
+
+    def to_json(self) -> dict:
+        """The published flat layout."""
+        out = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu"}
+        out |= {k: v for k, v in asdict(self).items() if k not in ("vision", "mrope_section")}
+        out["rope_scaling"] = {"type": "mrope", "mrope_section": list(self.mrope_section)}
+        vision = asdict(self.vision) | {"fullatt_block_indexes": list(self.vision.fullatt_block_indexes)}
+        vision["in_chans"] = vision["in_channels"]  # the name in the published files, and the one transformers reads
+        return out | {"vision_config": {"model_type": "qwen2_5_vl", "hidden_act": "silu"} | vision}
+
+    def for_tokenizer(self, tokenizer) -> "MLLMConfig":
+        """This configuration with the token ids of `tokenizer`, whose vocabulary must fit into the embedding."""
+        if tokenizer.vocab_size > self.vocab_size:
+            raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the embedding only {self.vocab_size} rows")
+        return replace(
+            self,
+            image_token_id=tokenizer.image_pad,
+            video_token_id=tokenizer.video_pad,
+            vision_start_token_id=tokenizer.vision_start,
+            vision_end_token_id=tokenizer.vision_end,
+            vision_token_id=tokenizer.added["<|vision_pad|>"],
+            eos_token_id=tokenizer.im_end,
+            pad_token_id=tokenizer.endoftext,
+        )
+
+
+PRESETS = {
+    # The ids are those of a full vocabulary of 1024 with the 22 added tokens at its end; see for_tokenizer.
+    "tiny": MLLMConfig(
+        256, 640, 4, 4, 2, 1024, 1e-6,
+        VisionConfig(128, 256, depth=4, num_heads=2, intermediate_size=256, patch_size=8, window_size=32,
+                     fullatt_block_indexes=(1, 3)),
+        mrope_section=(8, 12, 12), tie_word_embeddings=True, max_position_embeddings=8192, image_token_id=1014,
+        video_token_id=1015, vision_start_token_id=1011, vision_end_token_id=1012, vision_token_id=1013, eos_token_id=1004,
+        pad_token_id=1002,
+    ),
+    "3B": MLLMConfig(2048, 11008, 36, 16, 2, 151936, 1e-6, VisionConfig(1280, 2048), tie_word_embeddings=True),
+    "7B": MLLMConfig(3584, 18944, 28, 28, 4, 152064, 1e-6, VisionConfig(1280, 3584)),
+    "32B": MLLMConfig(5120, 27648, 64, 40, 8, 152064, 1e-6, VisionConfig(1280, 5120, intermediate_size=3456)),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------ what both halves share
+# nn.RMSNorm computes in fp32 inside, whatever the type of its input.
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al., arXiv 2104.09864), channel i paired with i + D/2; `sin` is negative in its first half.
+
+    Computed in the tables' type (vision: fp32; decoder: that of the hidden states, as the published model was trained).
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(cos.dtype), sin).to(x.dtype)
+
+
+def rope_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(N, D/2) angles -> cos, sin (N, 1, D) for `rotate`."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), 1)[:, None].to(dtype), torch.cat((-sin, sin), 1)[:, None].to(dtype)
+
+
+def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """(dim / 2,) radians per position."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, inner: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# --------------------------------------------------------------------------------------------------------- vision tower
+
+
+@dataclass
+class VisionPlan:
+    """Where the patches of a list of pictures go. All of it follows from the grids."""
+
+    order: Tensor  # (U,) merge unit at each place of the windowed order
+    back: Tensor  # (U,) its inverse
+    positions: Tensor  # (P, 2) row and column of each patch, in windowed order
+    cu_windows: Tensor  # (W + 1,) int32, boundaries in patches
+    cu_images: Tensor  # (I + 1,) int32
+
+
+@lru_cache(maxsize=64)
+def vision_plan(grids: tuple[tuple[int, int], ...], merge: int, window: int, device: torch.device) -> VisionPlan:
+    """grids: (rows, columns) in patches; window: merge units along a window's side.
+
+    Patches come in merge units of merge x merge, raster order of units. Windows tile each picture in raster order; those at the
+    right and lower edge are smaller. Attention in a window is then attention in a run of neighbours, as in a packed sequence.
+    """
+    order, positions, windows = [], [], []
+    offset = 0
+    for rows, columns in grids:
+        if rows < merge or columns < merge or rows % merge or columns % merge:
+            raise InputError(f"a picture of {rows}x{columns} patches does not divide into {merge}x{merge} merge units")
+        h, w = rows // merge, columns // merge
+        i, j = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        of_unit = ((i // window) * math.ceil(w / window) + j // window).flatten()             # (h * w,) window of each unit
+        units = of_unit.argsort(stable=True)
+        windows.append(of_unit.bincount() * merge**2)
+        corner = torch.stack((i.flatten(), j.flatten()), 1)[units] * merge                    # (h * w, 2)
+        inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))
+        positions.append((corner[:, None] + inside).flatten(0, 1))                            # (rows * columns, 2)
+        order.append(units + offset)
+        offset += h * w
+    with torch.inference_mode(False):  # kept for later calls, which may train
+        index = torch.cat(order)
+        lengths = torch.tensor([r * c for r, c in grids])
+        cu = [F.pad(n.cumsum(0), (1, 0)).int() for n in (torch.cat(windows), lengths)]
+        return VisionPlan(*(x.to(device, copy=True) for x in (index, index.argsort(), torch.cat(positions), *cu)))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cu: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qk, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).split((2, 1), 1)                # (P, 2 | 1, heads, head_dim)
+        q, k = rotate(qk, cos[:, None], sin[:, None]).unbind(1)
+        return self.proj(attention(q, k, v.squeeze(1), cu).flatten(1))                        # (P, width)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(c.hidden_size, eps=1e-6)
+        self.norm2 = nn.RMSNorm(c.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(c.hidden_size, c.num_heads)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, cu: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), cu, cos, sin)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel: one matrix product over flattened patches."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
+        self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, kernel, bias=False)       # holds the published shape
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight).to(weight.dtype)                    # fp32 under autocast too
+
+
+class PatchMerger(nn.Module):
+    """The 2 x 2 patches of a merge unit become one token of the decoder's width."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.unit = c.spatial_merge_size**2
+        self.ln_q = nn.RMSNorm(c.hidden_size, eps=1e-6)
+        inner = c.hidden_size * self.unit
+        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, c.out_hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(x).unflatten(0, (-1, self.unit)).flatten(1))
+
+
+class VisionTower(nn.Module):
+    """Patches of any number of pictures -> one vector per merge unit, in raster order, pictures behind each other."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.config = c
+        self.patch_embed = PatchEmbed(c)
+        self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
+        self.merger = PatchMerger(c)
+        self.gradient_checkpointing = False
+
+    def forward(self, pixels: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        """pixels (P, C * T * p * p) in merge-unit order; grids: patches (rows, columns) of each picture."""
+        c, unit = self.config, self.config.spatial_merge_size**2
+        window = c.window_size // c.spatial_merge_size // c.patch_size
+        plan = vision_plan(tuple(map(tuple, grids)), c.spatial_merge_size, window, pixels.device)
+        if len(plan.positions) != len(pixels):
+            raise InputError(f"{len(pixels)} patches do not fill the pictures' grids {grids}")
+        x = self.patch_embed(pixels)                                                          # (P, width)
+        x = x.unflatten(0, (-1, unit))[plan.order].flatten(0, 1)                              # windowed order
+        inv = frequencies(c.hidden_size // c.num_heads // 2, 10000.0, x.device)               # (head_dim / 4,)
+        cos, sin = rope_tables((plan.positions[..., None] * inv).flatten(1), torch.float32)   # (P, 1, head_dim)
+        for i, block in enumerate(self.blocks):
+            cu = plan.cu_images if i in c.fullatt_block_indexes else plan.cu_windows
+            x = maybe_checkpoint(self, block, x, cu, cos, sin)                                # (P, width)
+        return self.merger(x)[plan.back]                                                      # (P / 4, H)
+
+
+# -------------------------------------------------------------------------------------------------------------- decoder
+
+
+class KVCache:
+    """Rotated keys and values of one growing document: (layers, capacity, KV heads, head_dim) each, allocated once.
+
+    `length` tokens are in it; `forward` appends. Setting `length` back forgets the tokens behind it.
+    """
+
+    def __init__(self, config: MLLMConfig, capacity: int, dtype: torch.dtype = torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.capacity, self.length = capacity, 0
+
+    def reserve(self, n: int) -> None:
+        if self.length + n > self.capacity:
+            raise InputError(f"the document outgrows the {self.capacity} tokens set aside for it: raise the limit or ask less")
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the new rows behind the old ones; returns all of them. `length` itself moves when all layers are through."""
+        end = self.length + len(k)
+        self.k[layer, self.length : end] = k
+        self.v[layer, self.length : end] = v
+        return self.k[layer, :end], self.v[layer, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, c: MLLMConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cu: Tensor, cu_k: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), 1).unflatten(1, (-1, self.head_dim))
+        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), 1)                     # (N, heads, head_dim) each
+        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                                             # (length + N, KV heads, head_dim)
+        return self.o_proj(attention(q.to(v.dtype), k, v, cu, cu_k, causal=True).flatten(1))  # (N, H)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: MLLMConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=False)
+
+    def forward(self, x: Tensor, *where) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *where)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs) -> Tensor:
+    if owner.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+class MLLM(nn.Module):
+    """The whole model. `gradient_checkpointing` (set_checkpointing) trades a second forward pass for activation memory."""
+
+    def __init__(self, config: MLLMConfig):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        if self.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_config(cls, config: MLLMConfig) -> "MLLM":
+        return cls(config).initialise()
+
+    @classmethod
+    def from_pretrained(cls, source, subfolder=None, revision=None, dtype=torch.float32, device="cpu") -> "MLLM":
+        folder = resolve(source, subfolder, revision)
+        with torch.device("meta"):
+            mllm = cls(MLLMConfig.from_json(read_json(folder / "config.json"), folder / "config.json"))
+        return load_weights(mllm, folder, rename=published_name, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **options) -> None:
+        """Weights, config.json and generation_config.json; dtype: that of the file, the parameters' own by default."""
+        tensors = {n: t if dtype is None else t.to(dtype) for n, t in self.state_dict().items() if n not in self.tied}
+        kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        save_weights(tensors, folder, self.config.to_json() | {"torch_dtype": kind}, **options)
+        c = self.config
+        ids = {"bos_token_id": c.pad_token_id, "pad_token_id": c.pad_token_id, "eos_token_id": [c.eos_token_id, c.pad_token_id]}
+        write_json(Path(folder) / "generation_config.json", ids | {"do_sample": False})
+
+    def initialise(self) -> "MLLM":
+        """Fresh weights: normal with deviation 0.02 as in Qwen, and in what a block adds to the residual stream smaller by
+        sqrt(2 * layers), so that the stream keeps its size with depth (Radford et al., GPT-2); norms 1, biases 0."""
+        depth = {"visual": self.config.vision.depth, "model": self.config.num_hidden_layers}
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                nn.init.constant_(p, float("norm" in name or "ln_q" in name) if name.endswith("weight") else 0.0)
+            else:
+                adds = name.endswith(("o_proj.weight", "attn.proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth[name.split(".")[0]]) if adds else 0.02)
+        return self
+
+    def set_checkpointing(self, on: bool = True) -> None:
+        self.gradient_checkpointing = self.visual.gradient_checkpointing = on
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        pixels: Tensor | None = None,
+        grids: list[tuple[int, int]] | None = None,
+        cache: KVCache | None = None,
+    ) -> list[Tensor]:
+        """Hidden states (N, H) behind every layer; the last one after the final norm, the others as they are.
+
+        ids (N,); positions (3, N) from `mrope_positions`; cu_seqlens (S + 1,) boundaries of the documents. pixels (P, C*T*p*p)
+        and grids (rows, columns) in patches: the pictures in reading order, whose vectors replace the <|image_pad|> embeddings.
+        With a cache, ids continue the one document that is in it, and are appended.
+        """
+        x = self.model.embed_tokens(ids)                                                      # (N, H)
+        if pixels is not None or len(ids) > 1:  # a single token is one the model wrote: no picture
+            x = self._insert(x, ids, pixels, grids)
+        c, cu_k = self.config, None
+        if cache is not None:
+            cache.reserve(len(ids))
+            if len(cu_seqlens) != 2:
+                raise InputError(f"a cache holds one document, not {len(cu_seqlens) - 1}")
+            cu_k = cu_seqlens.new_tensor([0, cache.length + len(ids)])
+        inv = frequencies(c.head_dim, c.rope_theta, x.device)                                 # (head_dim / 2,)
+        rows = (p * f for p, f in zip(positions[..., None], inv.split(c.mrope_section), strict=True))
+        cos, sin = rope_tables(torch.cat(list(rows), 1), x.dtype)                             # (N, 1, head_dim)
+        hidden = []
+        for layer in self.model.layers:
+            x = maybe_checkpoint(self, layer, x, cu_seqlens, cu_k, cos, sin, cache)           # (N, H)
+            hidden.append(x)
+        if cache is not None:
+            cache.length += len(ids)
+        hidden[-1] = self.model.norm(x)
+        return hidden
+
+    def _insert(self, x: Tensor, ids: Tensor, pixels: Tensor | None, grids: list[tuple[int, int]] | None) -> Tensor:
+        slots = (ids == self.config.image_token_id).nonzero()[:, 0]                           # (M,)
+        pictures = None if pixels is None else self.visual(pixels, grids)                     # (M, H)
+        found = 0 if pictures is None else len(pictures)
+        if len(slots) != found:
+            raise InputError(f"{len(slots)} <|image_pad|> tokens, but the pictures give {found} vectors: do ids and grids fit?")
+        return x if pictures is None else x.index_copy(0, slots, pictures.to(x.dtype))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) normed last hidden states -> (N, vocab_size). Rows behind the tokenizer's vocabulary are no tokens."""
+        return self.lm_head(hidden)
+
+
+def published_name(name: str) -> str:
+    """A tensor's name in a file -> its published name: some files use those that transformers 5 has in memory."""
+    for memory, published in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(memory):
+            return published + name.removeprefix(memory)
+    return name
+
+
+def mrope_positions(ids: Tensor | list[int], merged_grids: list[tuple[int, int]], image_pad_id: int) -> tuple[Tensor, int]:
+    """Positions (3, N) of one document in time, row and column, and the position of what comes next.
+
+    Text counts on, the same in all three. A picture of h x w tokens that starts at s stands at time s, rows s .. s+h-1 and
+    columns s .. s+w-1, and the text behind it goes on at s + max(h, w) (M-RoPE; Wang et al., arXiv 2409.12191).
+    """
+    ids = torch.as_tensor(ids)
+    pads = (ids == image_pad_id).nonzero()[:, 0].tolist()
+    parts, at, position, used = [], 0, 0, 0
+    for h, w in merged_grids:
+        start = pads[used] if used < len(pads) else -1
+        if start < 0 or pads[used + h * w - 1 : used + h * w] != [start + h * w - 1]:
+            raise InputError(f"the ids do not hold the {h * w} <|image_pad|> tokens of a {h}x{w} picture: is the document cut?")
+        parts.append((torch.arange(start - at) + position).expand(3, -1))
+        position += start - at
+        i, j = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        parts.append(torch.stack((torch.zeros(h * w, dtype=torch.long), i.flatten(), j.flatten())) + position)
+        position += max(h, w)
+        at, used = start + h * w, used + h * w
+    if used != len(pads):
+        raise InputError(f"the ids hold {len(pads)} <|image_pad|> tokens, the pictures' sizes account for {used}")
+    parts.append((torch.arange(len(ids) - at) + position).expand(3, -1))
+    return torch.cat(parts, 1).to(ids.device), position + len(ids) - at
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+# EXIF orientation -> what turns the stored pixels upright.
+UPRIGHT = dict(enumerate(
+    (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+     Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), start=2,
+))  # fmt: skip
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as upright 8-bit RGB: EXIF orientation applied, transparency on white, the first frame of several.
+
+    16-bit values are scaled down; floating-point ones are taken as 0..1 unless some are larger. InputError if it is broken.
+    """
+    try:
+        image.load()
+        if image.mode.startswith(("I", "F")):
+            a = np.nan_to_num(np.asarray(image, np.float32))
+            wide = image.mode.startswith("I;16") or a.max() > 255
+            a = a * (255 / 65535 if wide else 255 if image.mode == "F" and a.max() <= 1 else 1)
+            rgb = Image.fromarray(a.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        elif image.mode == "LAB":
+            profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            rgb = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        elif image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        else:
+            rgb = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError) as e:
+        raise InputError(f"picture {getattr(image, 'filename', '') or image}: cannot be decoded ({e}): replace it") from e
+    try:
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+    except (OSError, SyntaxError, ValueError, TypeError, ZeroDivisionError):  # broken metadata beside a good picture
+        turn = None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The (height, width) nearest in shape whose sides are multiples of `factor` and whose area is within the bounds."""
+    if max(height, width) > 200 * min(height, width):
+        raise InputError(f"a picture of {width}x{height} pixels is more than 200 times as long as it is wide: crop it")
+    h, w = round(height / factor) * factor, round(width / factor) * factor  # halves to even, as the model was trained
+    if h * w > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
+    return h, w
+
+
+@dataclass
+class ImageProcessor:
+    """Picture -> normalised patches. The defaults are the published preprocessor_config.json of Qwen2.5-VL."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 3136
+    max_pixels: int = 12845056
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, subfolder: str | None = None, revision: str | None = None) -> "ImageProcessor":
+        path = resolve(source, subfolder, revision) / "preprocessor_config.json"
+        values = read_json(path)
+        size = values.get("size") or {}  # where transformers 5 puts the bounds
+        bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+        values = {k: v for k, v in bounds.items() if v is not None} | values
+        return config_from_json(cls, {k: v for k, v in values.items() if k in cls.__dataclass_fields__}, path)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        kind = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+        write_json(Path(folder) / "preprocessor_config.json", asdict(self) | kind)
+
+    def merged(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Patches (rows, columns) -> tokens (rows, columns)."""
+        return grid[0] // self.merge_size, grid[1] // self.merge_size
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """PIL picture -> patches (P, C * T * p * p) in merge-unit order, each (C, T, p, p) flattened, and their grid."""
+        image = to_rgb(image)
+        p, m = self.patch_size, self.merge_size
+        h, w = smart_resize(image.height, image.width, p * m, self.min_pixels, self.max_pixels)
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+        x = torch.from_numpy(np.array(image)).float() / 255                                   # (H, W, C)
+        x = (x - torch.tensor(self.image_mean)) / torch.tensor(self.image_std)
+        x = x.reshape(h // p // m, m, p, w // p // m, m, p, -1).permute(0, 3, 1, 4, 6, 2, 5)  # (i, j, m, m, C, p, p)
+        x = x.unsqueeze(5).expand(*x.shape[:5], self.temporal_patch_size, p, p)
+        return x.flatten(4).flatten(0, 3), (h // p, w // p)
