@@ -17,6 +17,7 @@ sample.
 +-----------------------------------------------------------------------------------------------------------------------+
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -27,11 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import InputError, load_weights, read_json, resolve, save_weights
+from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
 from kernels import attention
 
 STEM = "diffusion_pytorch_model"
+# Fields of diffusers' config that mean nothing without the parts which DiTConfig.from_json refuses.
+UNREAD = ("encoder_hidden_states_channels", "controlnet_block_every_n", "img_context_num_tokens", "img_context_dim_out")
 CONDITION_TIME = 1e-4  # t of clean images for the post-trained Cosmos checkpoint (its pipeline's default)
 
 
@@ -61,18 +64,18 @@ class DiTConfig:
     @classmethod
     def from_json(cls, config: dict) -> "DiTConfig":
         """From diffusers' config.json; what this implementation has no code for is refused by name."""
-        # An absent key means the default of diffusers' class.
-        defaults = {"extra_pos_embed_type": "learnable", "img_context_dim_in": None, "use_crossattn_projection": False}
-        for key, needed in {"extra_pos_embed_type": None, "img_context_dim_in": None, "use_crossattn_projection": True}.items():
-            if config.get(key, defaults[key]) != needed:
-                raise InputError(f"config.json of the DiT: {key} must be {needed}, not {config.get(key, defaults[key])}")
-        names = {f.name for f in fields(cls)} - {"qk_norm_eps"}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-        self = cls(**values, qk_norm_eps=config.get("_qk_norm_eps", cls.qk_norm_eps))
+        where = "config.json of the DiT"
+        fixed = {"extra_pos_embed_type": ("learnable", None), "img_context_dim_in": (None, None)}  # diffusers' default, ours
+        fixed["use_crossattn_projection"] = (False, True)
+        for key, (default, needed) in fixed.items():
+            if config.get(key, default) != needed:
+                raise InputError(f"{where}: {key} must be {json.dumps(needed)}, not {json.dumps(config.get(key, default))}")
+        values = {"qk_norm_eps": config.get("_qk_norm_eps", cls.qk_norm_eps), **config}
+        self = config_from_json(cls, values, where, ignore=(*fixed, *UNREAD))
         if self.patch_size[0] != 1 or self.patch_size[1] != self.patch_size[2]:
-            raise InputError(f"config.json of the DiT: patch_size must be [1, p, p], not {list(self.patch_size)}")
+            raise InputError(f"{where}: patch_size must be [1, p, p], not {list(self.patch_size)}")
         if config.get("encoder_hidden_states_channels", self.text_embed_dim) != self.text_embed_dim:
-            raise InputError("config.json of the DiT: encoder_hidden_states_channels must equal text_embed_dim")
+            raise InputError(f"{where}: encoder_hidden_states_channels must equal text_embed_dim")
         return self
 
     def to_json(self) -> dict:
@@ -311,11 +314,12 @@ class DiT(nn.Module):
         """Fresh weights. Zero: the last layer of each modulation and of the time MLP, so all gates, and the output projection.
 
         So each block starts as the identity and the velocity as 0 (adaLN-Zero, Peebles & Xie 2212.09748), and the first loss is
-        E|eps - x_0|^2. Every other matrix is normal with variance 1 / inputs, cut at two deviations; norms are 1, biases 0.
+        E|eps - x_0|^2. Every other matrix is normal with variance 1 / inputs, cut at three deviations; norms are 1, biases 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, a=-2.0, b=2.0)
+                std = module.in_features**-0.5
+                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.RMSNorm):
