@@ -1,0 +1,349 @@
+"""Pretrain the miniature's three backbones on the sketchbook corpus: the small sisters of what full size downloads.
+
+    python pretrain.py vae     pictures to latents of 1/8 size and back          (full size: Wan2.1 VAE)
+    python pretrain.py mllm    text, and questions about pictures: it sees        (full size: Qwen2.5-VL)
+    python pretrain.py dit     short clips of drawings that grow, move, change    (full size: Cosmos-Predict2.5)
+    python pretrain.py bundle  the parts of finished runs into one checkpoint folder
+
+Each run resumes when its command is given again; `--help` after a name lists its settings. `make tiny` gives all of them in
+order, with the settings of the bundled checkpoint. The two stages of the paper, train_stage1.py and train_stage2.py, start from
+what this script leaves.
+"""
+
+import dataclasses
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import sketchbook
+from checker import judge
+from checkpoint import InputError
+from data import Document, Stream, batches, pack_documents, tokenize
+from dit import PRESETS as DIT_PRESETS
+from dit import DiT, denoise, shift_schedule, train_times
+from model import MLLM, ImageProcessor
+from model import PRESETS as MLLM_PRESETS
+from tokenizer import Tokenizer, render, train_bpe
+from training import (FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator,
+                      main, parse_config, part_folder, print_trained, read, sheet)
+from vae import PRESETS as VAE_PRESETS
+from vae import VAE, to_image, to_tensor
+
+
+def stream(item, c: TrainConfig, world: World, position: int | None, documents: int) -> Iterator[tuple[list, int]]:
+    """Lists of procedural items, item(seed), prepared by a background process, from where the run stopped."""
+    source = Stream(item, seed=c.seed, rank=world.rank, world_size=world.size, workers=1)
+    source.position = position or 0
+    return batches(source, documents=documents)
+
+
+# ---------------------------------------------------------------------------------------------------------------- VAE
+
+
+@dataclass
+class VAEConfig(TrainConfig):
+    out: str = "runs/tiny/vae"
+    steps: int = 5000
+    batch: int = 32  # pictures
+    size: int = 64  # pixels
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    beta2: float = 0.99
+    ema: float = 0.998
+    # Wan's published latents are nearly deterministic. The miniature takes a real KL: its decoder then bears the error that a
+    # small DiT leaves, and latent numbers that the pictures do not need fall silent.
+    kl: float = 2e-3
+
+
+def picture(size: int, seed: int) -> Tensor:
+    return to_tensor(sketchbook.pictures(seed, 1, size)[0])
+
+
+def vae_loss(vae: VAE, x: Tensor, kl_weight: float, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """L1 on pixels and on their differences (edges: most of a page is blank) + KL of the posterior to N(0, 1)."""
+    mean, logvar = (m.float() for m in vae.encode(x))                                  # (B, z, h, w) each
+    y = vae.decode(mean + (0.5 * logvar).exp() * noise).float()                        # (B, 3, H, W)
+    d = y - x
+    l1 = d.abs().mean()
+    edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    psnr = -10 * torch.log10((y.clamp(-1, 1) - x).square().mean() / 4)
+    return l1 + edges + kl_weight * kl, {"l1": l1.item(), "edges": edges.item(), "kl": kl.item(), "psnr": psnr.item()}
+
+
+@torch.no_grad()
+def measure_latents(vae: VAE, pictures: Tensor) -> None:
+    """Set latents_mean and latents_std, the constants that normalise what the DiT sees.
+
+    The deviation is that of posterior samples, not of means: a latent number that the pictures do not need has mean 0 and
+    posterior variance 1, and must stay near 0 instead of being blown up to unit size.
+    """
+    moments = [vae.encode(x) for x in pictures.split(64)]
+    mean = torch.cat([m for m, _ in moments]).float()
+    variance = torch.cat([v for _, v in moments]).float().exp()
+    std = (mean.var((0, 2, 3)) + variance.mean((0, 2, 3))).sqrt()
+    vae.set_latent_statistics(mean.mean((0, 2, 3)).tolist(), std.tolist())
+    relative = " ".join(f"{x:.2f}" for x in (variance.mean((0, 2, 3)).sqrt() / std).tolist())
+    print(f"latents: posterior deviation / total deviation, by channel: {relative}", flush=True)
+
+
+def train_vae(c: VAEConfig) -> None:
+    world = World(c.device)
+    if world.size > 1:
+        raise InputError("pretrain.py runs in one process; the two stages run under torchrun")
+    torch.manual_seed(c.seed)
+    vae = VAE.from_config(VAE_PRESETS["tiny"]).to(world.device, memory_format=torch.channels_last)
+    print_trained({"vae": vae}, {})
+    fixed = torch.stack([picture(c.size, 10**12 + i) for i in range(256)]).to(world.device)
+
+    def save(folder: Path, vae: VAE) -> None:
+        measure_latents(vae, fixed)
+        vae.save_pretrained(folder / "vae", dtype=torch.float16)
+
+    run = Run(c, world, vae, save)
+    data = stream(partial(picture, c.size), c, world, run.position, c.batch)
+    for step in run.loop():
+        pictures, position = next(data)
+        x = torch.stack(pictures).to(world.device, memory_format=torch.channels_last)
+        noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=generator(c.seed, step))
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
+            loss, stats = vae_loss(vae, x, c.kl, noise.to(world.device))
+        loss.backward()
+        run.update({"loss": loss.item(), **stats, "images": len(x)}, position)
+        if c.sheet_every and run.step % c.sheet_every == 0:
+            vae_sheet(run, vae, fixed[:16])
+    if run.step >= c.steps:
+        run.swap_ema()
+        vae_gate(vae, c)
+
+
+@torch.no_grad()
+def vae_sheet(run: Run, vae: VAE, x: Tensor) -> None:
+    run.swap_ema()
+    y = vae.decode(vae.encode(x)[0])
+    run.swap_ema()
+    pairs = [picture for a, b in zip(x, y, strict=True) for picture in (to_image(a), to_image(b))]
+    rows = [("truth | reconstruction, twice", pairs[i : i + 4]) for i in range(0, len(pairs), 4)]
+    sheet(rows, run.folder / "samples" / f"step_{run.step:06d}.png")
+
+
+@torch.no_grad()
+def vae_gate(vae: VAE, c: VAEConfig, dialogues: int = 200) -> None:
+    """Share of true pictures that the checker accepts after encoding and decoding: the ceiling of every later number."""
+    passed: dict[str, list[bool]] = {}
+    for seed in range(dialogues):
+        record = sketchbook.dialogue(seed, split="seen", size=c.size)
+        shown = [p["image"] for m in record["messages"] for p in m["content"] if p["type"] == "image"]
+        for k, truth in enumerate(record["truth"]["images"]):
+            again = to_image(vae.decode(vae.encode(to_tensor(shown[k])[None])[0])[0])
+            passed.setdefault(record["kind"], []).append(judge(again, truth, shown[k - 1] if k else None).ok)
+    passed["all"] = sum(passed.values(), [])
+    for kind, values in passed.items():
+        print(f"checker after VAE: {kind:<12} {sum(values) / len(values):6.1%} of {len(values)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- MLLM
+
+
+@dataclass
+class MLLMConfig(TrainConfig):
+    out: str = "runs/tiny/mllm"
+    steps: int = 5000
+    batch: int = 32  # documents
+    size: int = 64
+    vocabulary: int = 1024  # tokens at most; what the corpus does not need stays unused
+    looking: float = 0.6  # share of documents about a picture; the others are dialogues of any kind
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+
+
+def corpus(n: int) -> Iterator[str]:
+    """All text of n dialogues of each source, for the tokenizer."""
+    for seed in range(n):
+        for record in (sketchbook.dialogue(seed), sketchbook.looking(seed)):
+            for message in record["messages"]:
+                yield from (p["text"] for p in message["content"] if p["type"] == "text")
+        yield sketchbook.clip(seed, frames=2)[0]
+
+
+def reading(c: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, seed: int) -> Document:
+    looking = torch.rand((), generator=generator(c.seed, 1, seed)).item() < c.looking
+    record = sketchbook.looking(seed, c.size) if looking else sketchbook.dialogue(seed, size=c.size)
+    return tokenize(record, tokenizer, processor, pictures=False)
+
+
+def train_mllm(c: MLLMConfig) -> None:
+    world = World(c.device)
+    torch.manual_seed(c.seed)
+    tokenizer = train_bpe(corpus(1500), c.vocabulary)
+    config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
+    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=512 * 512)
+    mllm = MLLM.from_config(config).to(world.device)
+    print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
+
+    def save(folder: Path, mllm: MLLM) -> None:
+        for part in (mllm, tokenizer, processor):
+            part.save_pretrained(folder / "mllm")
+
+    run, loss_of = Run(c, world, mllm, save), LanguageLoss(mllm)
+    data = stream(partial(reading, c, tokenizer, processor), c, world, run.position, c.batch)
+    for step in run.loop():
+        documents, position = next(data)
+        batch = pack_documents(documents).to(world.device)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
+            loss = loss_of(batch) / (batch.labels >= 0).sum()
+        if step == 0:
+            check_step0("cross-entropy", loss.item(), math.log(config.vocab_size), 0.15)
+        loss.backward()
+        run.update({"loss": loss.item(), "tokens": len(batch.ids), "documents": len(documents)}, position)
+
+
+# ---------------------------------------------------------------------------------------------------------------- DiT
+
+
+@dataclass
+class DiTConfig(TrainConfig):
+    out: str = "runs/tiny/dit"
+    mllm: str = "runs/tiny/mllm"
+    vae: str = "runs/tiny/vae"
+    steps: int = 10_000
+    batch: int = 32  # clips
+    frames: int = 4  # at most
+    size: int = 64
+    lr: float = 1e-3
+    beta2: float = 0.99
+    drop: float = 0.15  # share of clips whose caption is dropped
+    shift: float = 5.0
+    condition_time: float = 1e-4
+
+
+def film(c: DiTConfig, tokenizer: Tokenizer, seed: int) -> Document:
+    """A clip as a document: its caption is the user's text, its frames are the pictures."""
+    g = generator(c.seed, 2, seed)
+    caption, frames = sketchbook.clip(seed, frames=int(torch.randint(2, c.frames + 1, (), generator=g)), size=c.size)
+    if torch.rand((), generator=g) < 0.5:
+        frames = frames[-1:]  # a still, as half of Cosmos' own data
+    rendered = render(tokenizer, [{"role": "user", "content": caption}], [], generation_prompt=True)
+    positions = torch.arange(len(rendered.ids)).expand(3, -1)
+    return Document(rendered, positions, None, [], [to_tensor(frame) for frame in frames])
+
+
+def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, world: World, g: torch.Generator) -> Samples:
+    """Cosmos' video training: the first 0, 1 or 2 frames are given (1/2, 1/4, 1/4), all others are painted together."""
+    states, first = read(documents, mllm, world.device)
+    rows, clean = [], []
+    for d, document in enumerate(documents):
+        dropped = torch.rand((), generator=g).item() < c.drop
+        rows.append(range(first[d], first[d] + document.rendered.system_end if dropped else first[d + 1]))
+        clean.append(min(max(0, int(torch.randint(-1, 3, (), generator=g))), len(document.pictures) - 1))
+    return Samples(states, rows, encode(documents, vae, world.device), clean)
+
+
+def train_dit(c: DiTConfig) -> None:
+    world = World(c.device)
+    torch.manual_seed(c.seed)
+    folder = part_folder(c.mllm, "mllm")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    mllm = MLLM.from_pretrained(folder, device=world.device).requires_grad_(False)
+    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
+    width = mllm.config.num_hidden_layers * mllm.config.hidden_size
+    dit = DiT.from_config(dataclasses.replace(DIT_PRESETS["tiny"], crossattn_proj_in_channels=width)).to(world.device)
+    print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
+
+    run = Run(c, world, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
+    loss_of = FlowLoss(dit, c.condition_time)
+    data = stream(partial(film, c, tokenizer), c, world, run.position, c.batch)
+    for step in run.loop():
+        documents, position = next(data)
+        g = generator(c.seed, step)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
+            samples = film_samples(documents, mllm, vae, c, world, g)
+            t = train_times(len(documents), c.shift, g)
+            error, count = loss_of(samples, t, g)
+        loss = error.sum() / count.sum()
+        if step == 0:
+            check_step0("flow loss", loss.item(), 1 + mean_square(samples.latents), 0.1)
+        loss.backward()
+        run.update({"loss": loss.item(), **flow_statistics(t, error, count), "images": int(count.sum()) // 16}, position)
+        if c.sheet_every and run.step % c.sheet_every == 0:
+            film_sheet(run, c, tokenizer, mllm, dit, vae)
+
+
+def mean_square(latents: list[list[Tensor]]) -> float:
+    """E|x_0|^2 per channel, so that 1 + it is E|eps - x_0|^2, the loss of a DiT that answers 0."""
+    return torch.cat([z.flatten() for pictures in latents for z in pictures]).square().mean().item()
+
+
+@torch.no_grad()
+def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: DiT, vae: VAE, n: int = 12) -> None:
+    """Captions never trained on, with the still that the DiT paints for each and the true one."""
+    run.swap_ema()
+    rows = []
+    clips = [sketchbook.clip(10**12 + i, size=c.size) for i in range(n)]
+    rendered = [render(tokenizer, [{"role": "user", "content": text}], [], generation_prompt=True) for text, _ in clips]
+    documents = [Document(r, torch.arange(len(r.ids)).expand(3, -1), None, [], []) for r in rendered]
+    states, first = read(documents, mllm, run.world.device)
+    context = dit.crossattn_proj(states)
+    positive = [context[a:b] for a, b in zip(first, first[1:], strict=False)]
+    negative = [p[: r.system_end] for p, r in zip(positive, rendered, strict=True)]
+    size = (c.size // 8, c.size // 8)
+    sigmas = shift_schedule(16, c.shift)
+    painted = denoise(dit, [[]] * n, [size] * n, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0)
+    for (text, frames), z in zip(clips, painted, strict=True):
+        rows.append((text, [to_image(vae.decode_latents(z[None])[0]), frames[-1]]))
+    run.swap_ema()
+    half = [(a[0] + " | " + b[0], a[1] + b[1]) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    sheet(half, run.folder / "samples" / f"step_{run.step:06d}.png")
+
+
+# ------------------------------------------------------------------------------------------------------------- bundle
+
+
+@dataclass
+class BundleConfig:
+    out: str = "checkpoints/tiny"
+    mllm: str = "runs/tiny/stage1"
+    dit: str = "runs/tiny/stage2"
+    vae: str = "runs/tiny/vae"
+    steps: int = 20  # defaults of sampling from here on
+    guidance: float = 3.0
+    size: int = 64
+
+
+def bundle(c: BundleConfig) -> None:
+    """Copy the newest parts into one folder and name them in duogen.json."""
+    out = Path(c.out)
+    for part in ("mllm", "dit", "vae"):
+        source = Path(part_folder(getattr(c, part), part))
+        if not source.is_dir():
+            raise InputError(f"--{part} {source}: no such folder")
+        shutil.rmtree(out / part, ignore_errors=True)
+        shutil.copytree(source, out / part)
+        print(f"{part}: {source}")
+
+
+COMMANDS = {
+    "vae": (VAEConfig, train_vae),
+    "mllm": (MLLMConfig, train_mllm),
+    "dit": (DiTConfig, train_dit),
+    "bundle": (BundleConfig, bundle),
+}
+
+
+def run_command() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        raise InputError(f"say what to pretrain: python pretrain.py {{{','.join(COMMANDS)}}} [--help]")
+    config, function = COMMANDS[sys.argv[1]]
+    function(parse_config(config, sys.argv[2:], __doc__))
+
+
+if __name__ == "__main__":
+    main(run_command)

@@ -1,0 +1,135 @@
+"""Stage 2: connector and DiT learn to paint the picture that is due, looking at every picture so far. MLLM and VAE are frozen.
+
+    python train_stage2.py                                    the miniature, from runs/tiny, on the sketchbook
+    torchrun --nproc_per_node=2 train_stage2.py               the same in two processes, the same loss
+    torchrun --nproc_per_node=8 train_stage2.py --mllm runs/s1 --dit COSMOS --vae COSMOS/vae --data a.jsonl --lr 3e-5 --out r
+
+Any picture of the assistant's can be the target; all earlier pictures, the user's too, are given clean (paper, stage 2). The
+MLLM is causal, so one frozen pass over a document serves several of its targets, and each picture is encoded once. A target is
+conditioned on the states of everything before BOV; in a share of the samples the chunk that asks for the picture is cut
+away, which trains the negative branch of guidance. The sum of the loss over latent tokens is divided by their number over all
+ranks and micro-batches, so that any number of processes takes the step of one with the same samples.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from data import Document, loader, open_source
+from dit import DiT, denoise, shift_schedule, train_times
+from model import MLLM, ImageProcessor
+from tokenizer import Tokenizer
+from training import FlowLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator, main
+from training import parse_config, part_folder, print_trained, read, sheet
+from vae import VAE, to_image
+
+
+@dataclass
+class Stage2Config(TrainConfig):
+    mllm: str = "runs/tiny/stage1"  # run, folder or Hub id; frozen
+    dit: str = "runs/tiny/dit"  # run, folder or Hub id; trained, and with it the connector that it holds
+    vae: str = "runs/tiny/vae"  # run, folder or Hub id; frozen
+    data: str = "sketchbook"  # or JSONL files of records, separated by commas
+    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
+    out: str = "runs/tiny/stage2"
+    steps: int = 60_000
+    documents: int = 32  # per micro-batch and rank
+    targets: int = 2  # pictures trained per document, at most
+    lr: float = 1e-3  # the miniature's; 3e-5, Cosmos' own, for the 2B
+    beta2: float = 0.99
+    ema: float = 0.9995
+    drop: float = 0.15  # share of samples that lose their last chunk of text
+    shift: float = 5.0  # of the training times towards noise, Cosmos' own
+    condition_time: float = 1e-4  # time the DiT is told for clean pictures, that of the post-trained Cosmos
+    checkpointing: bool = False  # recompute activations in the backward pass
+
+
+def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Config, device, g: torch.Generator) -> Samples:
+    """Targets at random: for each sample the tokens it reads, the pictures up to and with it, how many of them are given."""
+    states, first = read(documents, mllm, device)
+    pictures = encode(documents, vae, device)
+    rows, latents, clean = [], [], []
+    for d, document in enumerate(documents):
+        for i in torch.randperm(len(document.targets), generator=g)[: c.targets].tolist():
+            j = document.targets[i]
+            positive, negative = document.rendered.condition_lengths(j)
+            length = negative if torch.rand((), generator=g).item() < c.drop else positive
+            rows.append(range(first[d], first[d] + length))
+            latents.append(pictures[d][: j + 1])
+            clean.append(j)
+    return Samples(states, rows, latents, clean)
+
+
+def train(c: Stage2Config) -> None:
+    world = World(c.device)
+    torch.manual_seed(c.seed)
+    folder = part_folder(c.mllm, "mllm")
+    tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
+    mllm = MLLM.from_pretrained(folder, device=world.device).requires_grad_(False)
+    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
+    dit = DiT.from_pretrained(part_folder(c.dit, "dit"), device=world.device)
+    dit.gradient_checkpointing = c.checkpointing
+    if world.main:
+        print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
+
+    run = Run(c, world, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
+    loss_of = world.wrap(FlowLoss(dit, c.condition_time))
+    shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1, "targets_only": True}
+    source = open_source(c.data, c.kinds)
+    data = loader(source, tokenizer, processor, documents=c.documents, position=run.position, **shard)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16")
+    for step in run.loop():
+        g = generator(c.seed, step, world.rank)
+        micro = [next(data) for _ in range(c.accumulate)]
+        with autocast:
+            samples = [draw_samples(documents, mllm, vae, c, world.device, g) for documents, _ in micro]
+        numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
+        tokens = world.sum(numbers / dit.proj_out.out_features)
+        stats, images = {"loss": 0.0}, 0
+        for a, s in enumerate(samples):
+            t = train_times(len(s.rows), c.shift, g)
+            with world.synchronised(loss_of, a == c.accumulate - 1):
+                with autocast:
+                    error, count = loss_of(s, t, g)
+                loss = error.sum() * (world.size / tokens)  # DDP takes the mean over ranks
+                loss.backward()
+            stats["loss"] += loss.item() / world.size
+            stats |= flow_statistics(t, error.detach().cpu(), count.cpu())
+            images += len(s.rows)
+        stats["loss"] = world.sum(stats["loss"])
+        if step == 0 and world.main:
+            check_step0("flow loss", stats["loss"], 0.5, 1.0)
+        run.update({**stats, "images": world.sum(images)}, world.gather(micro[-1][1]))
+        if c.sheet_every and run.step % c.sheet_every == 0 and world.main:
+            sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae)
+    world.close()
+
+
+@torch.no_grad()
+def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int = 14) -> None:
+    """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
+    run.swap_ema()
+    wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
+    documents, _ = next(wanted)
+    states, first = read(documents, mllm, run.world.device)
+    context = dit.crossattn_proj(states)
+    latents = encode(documents, vae, run.world.device)
+    chosen = [document.targets[-1] if d % 2 else document.targets[0] for d, document in enumerate(documents)]
+    lengths = [document.rendered.condition_lengths(j) for document, j in zip(documents, chosen, strict=True)]
+    given = [z[:j] for z, j in zip(latents, chosen, strict=True)]
+    sizes = [tuple(z[j].shape[-2:]) for z, j in zip(latents, chosen, strict=True)]
+    positive, negative = ([context[a : a + n[k]] for a, n in zip(first, lengths, strict=False)] for k in (0, 1))
+    sigmas = shift_schedule(20, c.shift)
+    painted = denoise(dit, given, sizes, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0,
+                      condition_time=c.condition_time)  # fmt: skip
+    rows = []
+    for document, j, z in zip(documents, chosen, painted, strict=True):
+        asked = tokenizer.decode(document.rendered.ids[slice(*document.rendered.condition_lengths(j)[::-1])])
+        shown = [document.pictures[j - 1] if j else torch.ones(3, 8, 8), vae.decode_latents(z[None])[0], document.pictures[j]]
+        rows.append((" ".join(asked.split()), [to_image(x) for x in shown]))
+    run.swap_ema()
+    sheet(rows, run.folder / "samples" / f"step_{run.step:06d}.png")
+
+
+if __name__ == "__main__":
+    main(lambda: train(parse_config(Stage2Config, doc=__doc__)))
