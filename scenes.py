@@ -185,7 +185,7 @@ SUBJECTS = {
     "cup": Subject("mug", 2, [
         Part("mug", "a {} square", "in the middle", [poly(6, 20, 72, 20, 66, 86, 12, 86)], "blue green"),
         Part("handle", "a {} half ring", "on the right",
-             [[*oval(44, 28, 104, 76, 270, 450), *oval(58, 40, 90, 64, 270, 450)[::-1]]], "purple black"),
+             [[*oval(24, 24, 108, 80, 270, 450), *oval(46, 42, 86, 62, 270, 450)[::-1]]], "purple black"),
         Part("saucer", "a long {} rectangle", "at the bottom", [poly(-14, 84, 98, 84, 82, 108, 2, 108)], "pink orange"),
         Part("spot", "a {} circle", "on the mug", [oval(26, 38, 54, 66)], "yellow red"),
     ]),

@@ -1,0 +1,682 @@
+"""The checker of sketchbook: says whether a picture shows what it must, and whether a text says what it must.
+
+It knows only the picture, the picture before it and a statement of what had to happen; it works by analysis through synthesis.
+`see` takes a picture apart: the background is the median of the border, every pixel gets the nearest colour of the palette,
+connected foreground is a thing, and a thing is the subject whose part map, stretched over its box, explains it best. `judge`
+compares that with a check (the form is told in sketchbook.py). Steps and edits are judged against the picture really shown before
+them: what had to change has changed, to the right colour at the right place, and what had to stay has stayed. The thresholds
+(changed core 85 %, picture kept 97 %, foreground kept 93 %) were fixed before any model was trained.
+
+`claims` reads the statements back out of an answer's sentences, so that `judge_text` measures whether the picture fits the text
+just before it, whatever the request was, and `text_complete` whether the text answers the request.
+
+    python sketchbook.py check --n 150
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from checkpoint import InputError
+from scenes import BACKGROUNDS, COLOURS, OPPOSITE, PLACES, SUBJECTS, Scene, Thing, extent, fit, main_part, part_map, render, touching, usual_colours
+from sketchbook import KINDS, MOVES, NUMBERS, RELATION_WORDS, dialogue, plural
+
+CHANGED, KEPT, KEPT_FOREGROUND = 0.85, 0.97, 0.93
+MATCH = 0.72                 # least score (silhouette IoU x agreement of colours inside the parts) of a thing that is recognised
+NAMES = list(COLOURS)
+PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Seeing
+
+
+@dataclass
+class Seen:
+    """One connected thing of a picture. Boxes in pixels (x0, y0, x1, y1), x1 and y1 beyond the last."""
+    mask: np.ndarray
+    box: tuple[int, int, int, int]
+    subject: str | None = None
+    drawn: int = 0
+    colours: tuple = ()
+    score: float = 0.0
+
+    @property
+    def colour(self) -> str | None:
+        i = main_part(self.subject) if self.subject else 0
+        return self.colours[i] if i < len(self.colours) else None
+
+
+@dataclass
+class View:
+    """A picture taken apart. labels: (H, W), 0 background, 1 + i the i-th colour of the palette."""
+    background: str
+    labels: np.ndarray
+    things: list[Seen]
+
+
+@dataclass
+class Verdict:
+    ok: bool
+    reasons: list[str] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def grow(mask: np.ndarray, steps: int = 1) -> np.ndarray:
+    """Dilation by a 3x3 square, `steps` times."""
+    for _ in range(steps):
+        p = np.pad(mask, 1)
+        mask = p[:-2, 1:-1] | p[2:, 1:-1] | p[1:-1, 1:-1]
+        p = np.pad(mask, 1)
+        mask = p[1:-1, :-2] | p[1:-1, 2:] | p[1:-1, 1:-1]
+    return mask
+
+
+def core(mask: np.ndarray, steps: int = 1) -> np.ndarray:
+    """Erosion: pixels whose neighbourhood lies in the mask."""
+    return ~grow(~mask, steps)
+
+
+def uniform(labels: np.ndarray) -> np.ndarray:
+    """Pixels whose 3x3 neighbourhood has one label: away from antialiased edges."""
+    p = np.pad(labels, 1, mode="edge")
+    h, w = labels.shape
+    shifts = [p[y:y + h, x:x + w] for y in range(3) for x in range(3)]
+    return np.all([s == labels for s in shifts], axis=0)
+
+
+def components(mask: np.ndarray, least: int) -> list[np.ndarray]:
+    """8-connected components of at least `least` pixels, largest first."""
+    todo = set(zip(*np.nonzero(mask), strict=True))
+    found = []
+    while todo:
+        stack, members = [todo.pop()], []
+        while stack:
+            y, x = stack.pop()
+            members.append((y, x))
+            for n in ((y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)):
+                if n in todo:
+                    todo.remove(n)
+                    stack.append(n)
+        if len(members) >= least:
+            one = np.zeros_like(mask)
+            one[tuple(np.array(members).T)] = True
+            found.append(one)
+    return sorted(found, key=lambda m: -m.sum())
+
+
+def label(image: Image.Image) -> tuple[str, np.ndarray]:
+    """(name of the background, labels (H, W)): every pixel by its nearest colour, the background's being the border's median."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    page = np.median(border, axis=0)
+    name = min(BACKGROUNDS, key=lambda b: float(np.abs(np.array(BACKGROUNDS[b]) - page).sum()))
+    distance = ((pixels[:, :, None] - np.concatenate([page[None], PALETTE])) ** 2).sum(-1)
+    # A mixed pixel of an edge takes one of the pure colours beside it: half-covered black on white is not brown.
+    pure = (distance < 45.0 ** 2) & (distance == distance.min(-1, keepdims=True))
+    beside = np.stack([grow(pure[..., i]) for i in range(pure.shape[-1])], axis=-1)
+    return name, np.where(beside | ~beside.any(-1, keepdims=True), distance, np.inf).argmin(-1)
+
+
+@lru_cache(4096)
+def template(subject: str, drawn: int, h: int, w: int) -> np.ndarray:
+    """The part map of a partial drawing stretched to h x w pixels."""
+    m = part_map(subject, drawn)
+    rows = ((np.arange(h) + 0.5) * m.shape[0] / h).astype(int)
+    columns = ((np.arange(w) + 0.5) * m.shape[1] / w).astype(int)
+    return m[rows][:, columns]
+
+
+def explain(labels: np.ndarray, thing: Seen, subject: str, drawn: int) -> tuple[float, tuple]:
+    """(score, colours of the parts): how well the first `drawn` parts of a subject, in any colours, explain a thing."""
+    x0, y0, x1, y1 = thing.box
+    h, w = y1 - y0, x1 - x0
+    ex0, ey0, ex1, ey1 = extent(subject, drawn)
+    if abs(np.log((w / h) / ((ex1 - ex0) / (ey1 - ey0)))) > 0.22:
+        return 0.0, ()
+    parts = template(subject, drawn, h, w)
+    mine = thing.mask[y0:y1, x0:x1]
+    inside = parts >= 0
+    overlap = (inside & mine).sum() / (inside | mine).sum()
+    if overlap < 0.6:
+        return 0.0, ()
+    window, colours, right, total = labels[y0:y1, x0:x1], [], 0, 0
+    for i in range(drawn):
+        region = core(parts == i)
+        counts = np.bincount(window[region], minlength=len(NAMES) + 1)
+        best = int(counts[1:].argmax())
+        colours.append(NAMES[best])
+        right, total = right + counts[best + 1], total + counts.sum()
+    if any(j < drawn and colours[i] == colours[j] for i in range(drawn) for j in touching(subject)[i]):
+        return 0.0, ()                                          # parts that touch never share a colour: one of them is not there
+    return float(overlap * right / max(total, 1)), tuple(colours)
+
+
+def recognise(labels: np.ndarray, thing: Seen, candidates) -> Seen:
+    """The thing with the best of the candidates (subject, drawn) filled in."""
+    for subject, drawn in candidates:
+        score, colours = explain(labels, thing, subject, drawn)
+        if score > thing.score:
+            thing.subject, thing.drawn, thing.colours, thing.score = subject, drawn, colours, score
+    return thing
+
+
+WHOLE = [(s, k) for s, subject in SUBJECTS.items() for k in range(subject.small, len(subject.parts) + 1)]
+EVERY = [(s, k) for s, subject in SUBJECTS.items() for k in range(1, len(subject.parts) + 1)]
+
+
+def see(image: Image.Image, candidates=None) -> View:
+    """A picture taken apart; candidates: which (subject, parts drawn) to consider, default whole subjects and small forms."""
+    background, labels = label(image)
+    least = 14 * (image.width / 64) ** 2
+    things = []
+    for mask in components(labels > 0, least):
+        ys, xs = np.nonzero(mask)
+        thing = Seen(mask, (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1))
+        things.append(recognise(labels, thing, WHOLE if candidates is None else candidates))
+    return View(background, labels, things)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+def frame(thing: Seen, subject: str, drawn: int) -> tuple[float, float, float]:
+    """(x, y, size) in pixels of the whole subject's frame, from the box of its first `drawn` parts."""
+    x0, y0, x1, y1 = extent(subject, drawn)
+    bx0, by0, bx1, by1 = thing.box
+    size = ((bx1 - bx0) + (by1 - by0)) / ((x1 - x0) + (y1 - y0))
+    return (bx0 + bx1) / 2 - (x0 + x1) / 2 * size, (by0 + by1) / 2 - (y0 + y1) / 2 * size, size
+
+
+def region(thing: Seen, subject: str, drawn: int, part: int, shape: tuple[int, int]) -> np.ndarray:
+    """Where the visible area of a part belongs, (H, W) mask, once it is drawn on the thing that has `drawn` parts."""
+    x, y, size = frame(thing, subject, drawn)
+    x0, y0, x1, y1 = extent(subject, max(drawn, part + 1))
+    m = part_map(subject, max(drawn, part + 1)) == part
+    side = size * max(x1 - x0, y1 - y0) / max(m.shape)          # pixels per point of the map
+    rows = np.floor((np.arange(shape[0]) + 0.5 - y - y0 * size) / side).astype(int)
+    columns = np.floor((np.arange(shape[1]) + 0.5 - x - x0 * size) / side).astype(int)
+    inside = ((rows >= 0) & (rows < m.shape[0]))[:, None] & ((columns >= 0) & (columns < m.shape[1]))[None]
+    return inside & m[rows.clip(0, m.shape[0] - 1)][:, columns.clip(0, m.shape[1] - 1)]
+
+
+class Judge:
+    """One verdict in the making."""
+
+    def __init__(self, image: Image.Image, previous: Image.Image | None):
+        self.view = see(image)
+        self.before = see(previous, EVERY) if previous is not None else None
+        self.unit = image.width / 64
+        self.reasons, self.scores = [], {}
+
+    def need(self, ok, reason: str) -> bool:
+        if not ok:
+            self.reasons.append(reason)
+        return bool(ok)
+
+    def find(self, view: View, subject: str | None, colour: str | None = None, part: str | None = None) -> Seen | None:
+        """The thing of a view that fits a subject (or has a part) and a main colour best; None if there is none."""
+        best = None
+        for thing in view.things:
+            names = [s for s in SUBJECTS if s == subject or (subject is None and part in [p.name for p in SUBJECTS[s].parts])]
+            one = Seen(thing.mask, thing.box)
+            recognise(view.labels, one, [(s, k) for s in names for k in range(1, len(SUBJECTS[s].parts) + 1)])
+            if one.score >= MATCH - 0.07 and (colour is None or one.colour in (colour, None)) and (not best or one.score > best.score):
+                best = one
+        return best
+
+    def changed(self, where: np.ndarray, name: str | None) -> None:
+        """The core of a region has the colour (None: the background)."""
+        inner = core(where, round(self.unit))
+        inner = inner if inner.sum() >= 4 else where
+        right = float((self.view.labels[inner] == (NAMES.index(name) + 1 if name else 0)).mean()) if inner.any() else 0.0
+        self.scores["changed"] = right
+        self.need(right >= CHANGED, f"the region to change is only {right:.0%} {name or 'background'}")
+
+    def kept(self, apart: np.ndarray, margin: float = 2.0) -> None:
+        """Everything but the region `apart` and a margin about it is as before; edges do not count."""
+        before, after = self.before.labels, self.view.labels
+        fixed = uniform(before) & ~grow(apart, round(margin * self.unit))
+        same = before == after
+        for key, where, least in (("kept", fixed, KEPT), ("kept foreground", fixed & (before > 0), KEPT_FOREGROUND)):
+            score = float(same[where].mean()) if where.any() else 1.0
+            self.scores[key] = score
+            self.need(score >= least, f"{key}: only {score:.0%}")
+        spot = int(core(fixed & ~same).sum())                   # a small solid change hides in a percentage
+        self.scores["spot"] = spot
+        self.need(spot <= 3 * self.unit ** 2, f"something else changed ({spot} pixels at its core)")
+
+    def same_page(self) -> None:
+        self.need(self.view.background == self.before.background,
+                  f"the background became {self.view.background} from {self.before.background}")
+
+    # -- one method for each op
+
+    def scene(self, check: dict) -> None:
+        objects = check.get("objects") or []
+        if check.get("background"):
+            self.need(self.view.background == check["background"],
+                      f"the background is {self.view.background}, not {check['background']}")
+        left = [t for t in self.view.things]
+        chosen = []
+        for o in sorted(objects, key=lambda o: o.get("colour") is None):
+            fits = [t for t in left if t.subject == o["subject"] and t.score >= MATCH and o.get("colour") in (None, t.colour)]
+            count = o.get("count", 1)
+            self.need(len(fits) >= count, f"{count} {o.get('colour') or ''} {o['subject']} expected, {len(fits)} found")
+            fits = fits[:count]
+            for t in fits:
+                names = [p.name for p in SUBJECTS[t.subject].parts]
+                for name, colour in (o.get("parts") or {}).items():
+                    i = names.index(name) if name in names else len(names)
+                    self.need(i < t.drawn and t.colours[i] == colour, f"the {name} is not {colour}")
+            left = [t for t in left if all(t is not f for f in fits)]
+            chosen.append((o, fits))
+        self.need(not left, f"{len(left)} thing(s) too many: " + ", ".join(f"{t.colour} {t.subject}" for t in left))
+        self.scores["match"] = min((t.score for t in self.view.things), default=0.0)
+        for i, word, j in check.get("relations") or []:
+            a, b = (next((f[0] for o, f in chosen if o is objects[k] and f), None) for k in (i, j))
+            if a and b:
+                self.need(stands(a, word, b, self.unit), f"the {a.subject} is not {word} of the {b.subject}")
+
+    def start(self, check: dict) -> None:
+        subject = check["subject"]
+        if check.get("background"):
+            self.need(self.view.background == check["background"],
+                      f"the background is {self.view.background}, not {check['background']}")
+        if not self.need(len(self.view.things) == 1, f"{len(self.view.things)} things instead of one"):
+            return
+        thing = recognise(self.view.labels, Seen(self.view.things[0].mask, self.view.things[0].box), [(subject, 1)])
+        self.scores["match"] = thing.score
+        if self.need(thing.score >= 0.82, f"it does not look like the {check['part']} of a {subject} ({thing.score:.2f})"):
+            self.need(thing.colours[0] == check["colour"], f"the {check['part']} is {thing.colours[0]}, not {check['colour']}")
+            x, y, size = frame(thing, subject, 1)
+            x0, y0, x1, y1 = (v * size for v in extent(subject, len(SUBJECTS[subject].parts)))
+            side, slack = self.view.labels.shape[0], 3 * self.unit
+            self.need(x + x0 > -slack and y + y0 > -slack and x + x1 < side + slack and y + y1 < side + slack,
+                      "the rest of the drawing has no room")
+            self.need(size > 30 * self.unit, "too small to go on")
+
+    def part(self, check: dict) -> None:
+        part, subject = check["part"], check.get("subject")
+        self.same_page()
+        thing = self.find(self.before, subject, None, part)
+        if not self.need(thing is not None, f"no {subject or 'fitting subject'} in the picture before"):
+            return
+        subject = thing.subject
+        index = [p.name for p in SUBJECTS[subject].parts].index(part)
+        if index and thing.drawn != index:                      # the picture before is read as it must have been
+            again = recognise(self.before.labels, Seen(thing.mask, thing.box), [(subject, index)])
+            if not self.need(again.score >= MATCH - 0.07, f"the picture before is not a {subject} that waits for its {part}"):
+                return
+            thing = again
+        where = region(thing, subject, thing.drawn, index, self.view.labels.shape)
+        self.changed(where, check["colour"])
+        self.kept(where)
+        self.need(len(self.view.things) == len(self.before.things), "the new part does not belong to the drawing")
+
+    def recolour(self, check: dict) -> None:
+        self.same_page()
+        thing = self.find(self.before, check.get("subject"), check.get("was"), check.get("part"))
+        if not self.need(thing is not None, f"no {check.get('subject') or check.get('part')} in the picture before"):
+            return
+        names = [p.name for p in SUBJECTS[thing.subject].parts]
+        index = names.index(check["part"]) if check.get("part") in names else main_part(thing.subject)
+        if not self.need(index < thing.drawn, f"the {thing.subject} has no {check['part']}"):
+            return
+        # the part is what has its colour near where it belongs, so that no margin is wanted
+        near = grow(region(thing, thing.subject, thing.drawn, index, self.view.labels.shape), round(2 * self.unit))
+        where = near & thing.mask & (self.before.labels == NAMES.index(thing.colours[index]) + 1)
+        self.changed(where, check["colour"])
+        self.kept(where, 1.0)
+
+    def remove(self, check: dict) -> None:
+        self.same_page()
+        thing = self.find(self.before, check.get("subject"), check.get("colour"))
+        if self.need(thing is not None, f"no {check.get('subject')} in the picture before"):
+            self.changed(thing.mask, None)
+            self.kept(thing.mask)
+            self.need(len(self.view.things) == len(self.before.things) - 1, "not one thing fewer")
+
+    def add(self, check: dict) -> None:
+        self.same_page()
+        new = [t for t in self.view.things if not (t.mask & (self.before.labels > 0)).sum() > 0.3 * t.mask.sum()]
+        if not self.need(len(new) == 1, f"{len(new)} new things instead of one"):
+            return
+        thing = new[0]
+        self.need(thing.score >= MATCH and thing.subject == check["subject"], f"the new thing is a {thing.subject}")
+        self.need(thing.colour == check["colour"], f"the new thing is {thing.colour}, not {check['colour']}")
+        self.kept(thing.mask)
+        anchor = self.find(self.before, check.get("anchor"))
+        if check.get("relation") and self.need(anchor is not None, f"no {check.get('anchor')} in the picture before"):
+            self.need(stands(thing, check["relation"], anchor, self.unit), f"it is not {check['relation']} of the {check['anchor']}")
+
+    def move(self, check: dict) -> None:
+        self.same_page()
+        old = self.find(self.before, check.get("subject"), check.get("colour"))
+        new = self.find(self.view, check.get("subject"), check.get("colour"))
+        if not (self.need(old is not None, f"no {check.get('subject')} in the picture before")
+                and self.need(new is not None, f"no {check.get('subject')} any more")):
+            return
+        self.need(new.colours == old.colours, "its colours changed")
+        self.need(len(self.view.things) == len(self.before.things), "the number of things changed")
+        x0, y0, x1, y1 = new.box
+        ox0, oy0, ox1, oy1 = old.box
+        side = self.view.labels.shape[0]
+        gap, drift = {"left": (x0, y0 - oy0), "right": (side - x1, y0 - oy0), "top": (y0, x0 - ox0),
+                      "bottom": (side - y1, x0 - ox0)}[check["to"]]
+        self.scores.update(gap=gap / self.unit, drift=drift / self.unit)
+        self.need(gap <= 8 * self.unit, f"it is not at the {check['to']}")
+        self.need(abs(drift) <= 4 * self.unit, "it drifted sideways")
+        self.need(abs(np.log((x1 - x0) * (y1 - y0) / ((ox1 - ox0) * (oy1 - oy0)))) < 0.25, "its size changed")
+        self.kept(old.mask | new.mask)
+
+    def background(self, check: dict) -> None:
+        self.need(self.view.background == check["background"], f"the background is {self.view.background}, not {check['background']}")
+        self.kept(np.zeros_like(self.view.labels, dtype=bool))
+
+
+def stands(a: Seen, word: str, b: Seen, unit: float = 1.0) -> bool:
+    """Whether a lies wholly left of, right of, above or below b (two pixels of 64 may overlap)."""
+    if word in ("right", "below"):
+        return stands(b, OPPOSITE[word], a, unit)
+    return a.box[2] <= b.box[0] + 2 * unit if word == "left" else a.box[3] <= b.box[1] + 2 * unit
+
+
+def judge(image: Image.Image, check: dict, previous: Image.Image | None = None) -> Verdict:
+    """Whether a picture shows what the check (an entry of truth["images"], or its "check") demands of it.
+
+    previous: the picture really shown before it; steps and edits need it. Raises InputError without it or on an unknown op.
+    """
+    check = check.get("check", check) if "op" not in check else check
+    if not check or check.get("op") not in ("scene", "start", "part", "recolour", "remove", "add", "move", "background"):
+        raise InputError(f"nothing to check a picture against: {check!r}")
+    if previous is None and check["op"] not in ("scene", "start"):
+        raise InputError(f"a {check['op']} is judged against the picture before it; pass previous=")
+    court = Judge(image, previous if check["op"] not in ("scene", "start") else None)
+    getattr(court, check["op"])(check)
+    return Verdict(not court.reasons, court.reasons, court.scores)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+COLOUR = "|".join(NAMES)
+PAGE = "|".join(BACKGROUNDS)
+SUBJECT_WORDS = {w: s for s in SUBJECTS for w in (s, plural(s))}
+PART_WORDS = sorted({p.name for s in SUBJECTS.values() for p in s.parts if p.name not in SUBJECTS}, key=len, reverse=True)
+SUBJECT = "|".join(sorted(SUBJECT_WORDS, key=len, reverse=True))
+PART = "|".join(PART_WORDS)
+NUMBER = "|".join(NUMBERS[1:])
+THING = re.compile(rf"\b(?:(an?|the|{NUMBER}) )?(?:({COLOUR}) )?(?:({SUBJECT})|({PART}))\b(?: in ({COLOUR})\b)?")
+RELATION = {phrase: word for word, phrases in RELATION_WORDS.items() for phrase in phrases}
+RELATION_RE = re.compile("|".join(sorted(RELATION, key=len, reverse=True)))
+SUBJECTS_WITH = {p: [s for s in SUBJECTS if p in [q.name for q in SUBJECTS[s].parts]] for p in PART_WORDS}
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[^a-z ]", " ", text.lower())).strip()
+
+
+def subject_of(context: str, part: str) -> str | None:
+    """The subject last named in the context that has the part."""
+    named = [SUBJECT_WORDS[m] for m in re.findall(rf"\b({SUBJECT})\b", plain(context))]
+    return next((s for s in reversed(named) if s in SUBJECTS_WITH[part]), None)
+
+
+def subject_in_play(context: str) -> str | None:
+    named = re.findall(rf"\b({SUBJECT})\b", plain(context))
+    return SUBJECT_WORDS[named[-1]] if named else None
+
+
+def claims(text: str, context: str = "") -> list[dict]:
+    """The checks that an answer's sentences state, in order; context: the words said before (for "the roof": of what?)."""
+    found = []
+    for one in re.split(r"(?<=[.!?])\s+|\n", text):
+        claim = claim_of(plain(re.sub(r"^step \w+:?", "step", one.strip(), flags=re.IGNORECASE)), context)
+        if claim:
+            found.append(claim)
+    return found
+
+
+def claim_of(words: str, context: str) -> dict | None:
+    page = re.search(rf"\b({PAGE}) (?:background|paper|page)\b|\bbackground (?:is )?(?:now )?({PAGE})\b", words)
+    background = (page.group(1) or page.group(2)) if page else None
+    for name, place in PLACES.items():
+        if place in words:
+            background = name
+    if page:
+        words = words[:page.start()] + words[page.end():]
+    colours = re.findall(rf"\b({COLOUR})\b", words)
+    step = re.search(rf"\b(?:draw|start|paint|put|add|place)\b.*\b(?:for|as) the ({PART})\b", words)
+    if step and colours and not words.startswith("i "):
+        subject = subject_of(context, step.group(1)) or (SUBJECTS_WITH[step.group(1)][0] if len(SUBJECTS_WITH[step.group(1)]) == 1 else None)
+        check = {"op": "part", "subject": subject, "part": step.group(1), "colour": colours[0]}
+        if subject and SUBJECTS[subject].parts[0].name == step.group(1):
+            check.update(op="start", background=background)
+        return check
+    named = list(THING.finditer(words))
+    things = [m for m in named if m.group(3)]
+    if background and not named:
+        return {"op": "background", "background": background}
+    if not named:
+        return None
+    first = things[0] if things else None
+    subject = SUBJECT_WORDS[first.group(3)] if first else None
+    if first and re.search(r"\b(removed|gone|took|without|erased)\b", words):
+        return {"op": "remove", "subject": subject, "colour": first.group(2)}
+    to = next((side for side, phrases in MOVES.items() if any(re.search(rf"\b{p}\b(?! of)", words) for p in phrases)), None)
+    if first and to and not background:
+        return {"op": "move", "subject": subject, "to": to, "colour": first.group(2)}
+    turned = re.search(rf"\bthe (?:({COLOUR}) )?(?:({SUBJECT})|({PART})(?: of the ({SUBJECT}))?) (?:(?:is|are) )?(?:now )?({COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)", words)
+    if turned:
+        was, whole, part, owner, colour = turned.groups()
+        if whole:
+            whole = SUBJECT_WORDS[whole]
+            part = SUBJECTS[whole].parts[main_part(whole)].name
+        else:
+            whole = SUBJECT_WORDS[owner] if owner else subject_of(context, part)
+        return {"op": "recolour", "subject": whole, "was": was, "part": part, "colour": colour}
+    parts = [m for m in named if m.group(4) and m.group(2)]
+    if first and first.group(1) == "the" and not first.group(2) and not first.group(5) and len(parts) == 1 and len(things) == 1:
+        return {"op": "part", "subject": subject, "part": parts[0].group(4), "colour": parts[0].group(2)}
+    relation = RELATION_RE.search(words)
+    if relation and len(things) == 2 and re.search(r"\b(added|put|now there is)\b", words):
+        return {"op": "add", "subject": subject, "colour": first.group(2), "relation": RELATION[relation.group()],
+                "anchor": SUBJECT_WORDS[things[1].group(3)]}
+    if not first or not (first.group(2) or first.group(5)):
+        return None
+    objects = []
+    for m in named:
+        if m.group(3):
+            count = NUMBERS.index(m.group(1)) if m.group(1) in NUMBERS else 1
+            objects.append({"subject": SUBJECT_WORDS[m.group(3)], "colour": m.group(2) or m.group(5), "count": count, "parts": {}})
+        elif objects and m.group(2):
+            objects[-1]["parts"][m.group(4)] = m.group(2)
+    relations = [[0, RELATION[relation.group()], 1]] if relation and len(objects) == 2 else []
+    return {"op": "scene", "objects": objects, "relations": relations, "background": background}
+
+
+def judge_text(image: Image.Image, text: str, previous: Image.Image | None = None, context: str = "") -> Verdict:
+    """Whether a picture shows what the text just before it claims; context: everything said before that text."""
+    stated = claims(text, context)
+    if not stated:
+        return Verdict(False, [f"the text states nothing about the picture: {text!r}"])
+    check = stated[-1]
+    if check["op"] not in ("scene", "start") and previous is None:
+        return Verdict(False, [f"a {check['op']} without a picture before it"])
+    return judge(image, check, previous)
+
+
+def states(claim: dict, need: dict) -> bool:
+    """Whether a claim contains everything that is needed."""
+    if need["op"] != "scene":
+        same = claim["op"] == need["op"] and all(claim.get(k) == v for k, v in need.items() if k in ("to", "relation", "background") or
+                                                 (k == "colour" and need["op"] != "remove"))
+        subject = claim.get("subject") in (None, need.get("subject")) and claim.get("part", need.get("part")) == need.get("part")
+        return same and subject and all(claim.get(k) in (None, need[k]) for k in ("was", "anchor", "colour") if k in need)
+    if claim["op"] != "scene":
+        return False
+    chosen = []
+    for o in need["objects"]:
+        fit = next((i for i, c in enumerate(claim["objects"]) if i not in chosen and c["subject"] == o["subject"] and
+                    c["count"] == o["count"] and o["colour"] in (None, c["colour"]) and o["parts"].items() <= c["parts"].items()), None)
+        if fit is None:
+            return False
+        chosen.append(fit)
+    for i, word, j in need.get("relations") or []:
+        if not {(chosen[i], word, chosen[j]), (chosen[j], OPPOSITE[word], chosen[i])} & {tuple(r) for r in claim["relations"]}:
+            return False
+    return need.get("background") in (None, claim["background"])
+
+
+def text_complete(turn: dict, texts: list[str], context: str = "") -> bool:
+    """Whether the texts of an answer (split at its pictures) say everything that the request of truth["turns"] asks for."""
+    text = " ".join(texts)
+    for need in turn["need"]:
+        if need["op"] == "lesson":
+            steps = [c for t in texts for c in claims(t, f"{context} {need['subject']}") if c["op"] in ("start", "part")]
+            colours = {c["part"]: c["colour"] for c in steps}
+            if [c["part"] for c in steps] != [p.name for p in SUBJECTS[need["subject"]].parts] or \
+                    not need["colours"].items() <= colours.items():
+                return False
+        elif not any(states(c, need) for t in texts for c in claims(t, context)):
+            return False
+    words = f" {plain(text)} "
+    has = lambda w: any(f" {x} " in words for x in ([w] if isinstance(w, str) else w))  # noqa: E731
+    return all(map(has, turn["words"])) and not any(map(has, turn.get("avoid", ())))
+
+
+def expected_images(turn: dict) -> tuple[int, int]:
+    """(least, most) pictures due in an answer."""
+    return tuple(turn["images"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The checker checked
+
+
+def spoilt(scene: Scene, check: dict, before: Scene | None, rng: random.Random) -> list[tuple[str, Scene]]:
+    """(what is wrong, scene): pictures that differ from what the check demands in one attribute."""
+    def swap(i: int, thing: Thing | None) -> Scene:
+        return replace(scene, things=tuple(t for t in (*scene.things[:i], thing, *scene.things[i + 1:]) if t))
+
+    def painted(i: int, part: int) -> Scene:
+        t = scene.things[i]
+        free = [c for c in COLOURS if c != t.colours[part] and all(t.colours[j] != c for j in touching(t.subject)[part])]
+        return swap(i, replace(t, colours=(*t.colours[:part], rng.choice(free), *t.colours[part + 1:])))
+
+    def other(i: int) -> Scene:
+        t = scene.things[i]
+        x0, y0, x1, y1 = t.box
+        subject = rng.choice([s for s in SUBJECTS if s != t.subject])
+        drawn = SUBJECTS[subject].small if max(x1 - x0, y1 - y0) < 32 else len(SUBJECTS[subject].parts)
+        return swap(i, fit(subject, drawn, usual_colours(subject, t.main), max(x1 - x0, y1 - y0), *t.centre))
+
+    wrong, last, op = [], len(scene.things) - 1, check["op"]
+    one = scene.things[last] if scene.things else None
+    names = [p.name for p in SUBJECTS[one.subject].parts] if one else []
+    if op == "scene":
+        i = rng.randrange(len(scene.things))
+        wrong += [("colour", painted(i, main_part(scene.things[i].subject))), ("subject", other(i))]
+        if check["objects"][-1]["parts"]:
+            wrong.append(("part colour", painted(last, names.index(rng.choice(sorted(check["objects"][-1]["parts"]))))))
+        if last:
+            wrong.append(("count", swap(i, None)))
+        if check["relations"]:
+            a, b = scene.things
+            wrong.append(("relation", replace(scene, things=tuple(
+                replace(t, x=round(t.x + u.centre[0] - t.centre[0], 2), y=round(t.y + u.centre[1] - t.centre[1], 2))
+                for t, u in ((a, b), (b, a))))))
+        if check.get("background"):
+            wrong.append(("background", replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))))
+    if op in ("part", "start"):
+        wrong.append(("colour", painted(last, names.index(check["part"]))))
+        if op == "start":
+            wrong.append(("subject", other(last)))
+    if op == "part":
+        wrong.append(("too much", swap(last, replace(one, drawn=one.drawn + 1)) if one.drawn < len(names) else
+                      swap(last, replace(one, drawn=max(1, one.drawn - 2)))))
+        wrong.append(("other part", painted(last, rng.choice([i for i in range(one.drawn) if names[i] != check["part"]]))))
+    if op == "recolour":
+        i = next(k for k, (t, u) in enumerate(zip(scene.things, before.things, strict=True)) if t != u)
+        part = next(k for k, (c, e) in enumerate(zip(scene.things[i].colours, before.things[i].colours, strict=True)) if c != e)
+        wrong.append(("colour", painted(i, part)))
+        if scene.things[i].drawn > 1:
+            wrong.append(("other part", painted(i, rng.choice([k for k in range(scene.things[i].drawn) if k != part]))))
+        if last:
+            k = rng.choice([k for k in range(last + 1) if k != i])
+            wrong.append(("other thing", painted(k, main_part(scene.things[k].subject))))
+    if op == "remove":
+        gone = next(t for t in before.things if t not in scene.things)
+        wrong.append(("wrong one", replace(before, things=before.things[1:] if before.things[0] != gone else before.things[:-1])))
+        wrong.append(("kept colour", painted(0, main_part(scene.things[0].subject))))
+    if op == "add":
+        wrong += [("colour", painted(last, main_part(one.subject))), ("subject", other(last)),
+                  ("kept colour", painted(0, main_part(scene.things[0].subject)))]
+    if op == "background":
+        wrong.append(("background", replace(scene, background=rng.choice([b for b in BACKGROUNDS if b not in (scene.background, before.background)]))))
+    if op in ("background", "move"):
+        wrong.append(("kept colour", painted(last, main_part(one.subject))))
+    if op == "move":
+        wrong.append(("place", replace(scene, things=(replace(one, x=(one.x + before.things[0].x) / 2, y=(one.y + before.things[0].y) / 2),))))
+    if op in ("part", "recolour", "add", "background"):
+        t = scene.things[0]
+        wrong.append(("shifted", swap(0, replace(t, x=t.x + (5 if t.centre[0] < 32 else -5)))))
+    return wrong
+
+
+def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Image.Image:
+    """The picture as an autoencoder may give it back: slightly blurred, with Gaussian noise."""
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.5)), dtype=np.float32)
+    return Image.fromarray((pixels + rng.normal(0, sigma, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> dict[str, dict[str, tuple[int, int]]]:
+    """{kind: {test: (accepted, tried)}} over n pictures of every kind: truth, worn truth, the frame before, one wrong attribute."""
+    table: dict[str, dict[str, list[int]]] = {}
+    for kind in KINDS:
+        if kind in ("question", "text"):
+            continue
+        row, done, at = table.setdefault(kind, {}), 0, seed
+        while done < n:
+            record, at = dialogue(at, "seen", {kind: 1.0}, size), at + 1
+            rng, noise = random.Random(at), np.random.default_rng(at)
+            pictures = [c["image"] for m in record["messages"] for c in m["content"] if c["type"] == "image"]
+            previous = before = None
+            for item, image in zip(record["truth"]["images"], pictures, strict=True):
+                scene, check = Scene.from_json(item["scene"]), item["check"]
+                if check and done < n:
+                    trials = [("truth", image, previous), ("worn", worn(image, noise), previous and worn(previous, noise))]
+                    trials += [("before", previous, previous)] if previous and check["op"] != "scene" else []
+                    trials += [(f"wrong {what}", render(s, size), previous) for what, s in spoilt(scene, check, before, rng)]
+                    for what, shown, earlier in trials:
+                        cell = row.setdefault(what, [0, 0])
+                        cell[0] += judge(shown, check, earlier).ok
+                        cell[1] += 1
+                    done += 1
+                previous, before = image, scene
+        if progress:
+            progress(kind, row)
+    return {kind: {what: tuple(cell) for what, cell in row.items()} for kind, row in table.items()}
+
+
+def report(n: int = 150, size: int = 64) -> None:
+    """Prints the checker's own error rates kind by kind."""
+    def line(kind, row):
+        print(f"{kind:11s} " + "  ".join(f"{what} {ok}/{tried}" for what, (ok, tried) in row.items()), flush=True)
+
+    table = error_rates(n, size=size, progress=line)
+    for name, match in (("truth accepted", "truth"), ("worn truth accepted", "worn"), ("frame before accepted", "before"),
+                        ("wrong attribute accepted", "wrong")):
+        cells = [cell for row in table.values() for what, cell in row.items() if what.startswith(match)]
+        print(f"{name:26s} {100 * sum(c[0] for c in cells) / max(1, sum(c[1] for c in cells)):6.2f} % of {sum(c[1] for c in cells)}")
