@@ -311,13 +311,13 @@ class VisionTower(nn.Module):
         if len(plan.positions) != len(pixels):
             raise InputError(f"{len(pixels)} patches do not fill the pictures' grids {grids}")
         x = self.patch_embed(pixels)                                                          # (P, width)
-        x = x.unflatten(0, (-1, unit))[plan.order].flatten(0, 1)                              # windowed order
+        x = x.unflatten(0, (-1, unit)).index_select(0, plan.order).flatten(0, 1)              # windowed order
         inv = frequencies(c.hidden_size // c.num_heads // 2, 10000.0, x.device)               # (head_dim / 4,)
         cos, sin = rope_tables((plan.positions[..., None] * inv).flatten(1), torch.float32)   # (P, 1, head_dim)
         for i, block in enumerate(self.blocks):
             cu = plan.cu_images if i in c.fullatt_block_indexes else plan.cu_windows
             x = maybe_checkpoint(self, block, x, cu, cos, sin)                                # (P, width)
-        return self.merger(x)[plan.back]                                                      # (P / 4, H)
+        return self.merger(x).index_select(0, plan.back)                                      # (P / 4, H)
 
 
 # -------------------------------------------------------------------------------------------------------------- decoder

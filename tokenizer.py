@@ -22,7 +22,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from checkpoint import InputError, read_json, resolve, write_json
+from checkpoint import InputError, read_json, read_text, resolve, write_json
 
 WORD = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,11 +90,8 @@ class Tokenizer:
         config = read_json(folder / "tokenizer_config.json")
         if (folder / "vocab.json").exists():
             vocab = read_json(folder / "vocab.json")
-            try:
-                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            except FileNotFoundError:
-                raise InputError(f"{folder / 'merges.txt'}: file is missing") from None
-            merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+            lines = read_text(folder / "merges.txt").split("\n")
+            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         elif (folder / "tokenizer.json").exists():
             whole = read_json(folder / "tokenizer.json")
             vocab = whole["model"]["vocab"]

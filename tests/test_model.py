@@ -1,6 +1,7 @@
 """Qwen2.5-VL against `transformers` in fp32 on random checkpoints, and everything else `model.py` promises."""
 
 import copy
+import io
 import json
 import math
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from checkpoint import InputError
@@ -493,6 +494,17 @@ def test_orientation(shared):
     for n in range(2, 9):
         image = Image.open(shared / "photos" / "pillow_ok" / f"hopper_orientation_{n}.jpg")
         assert np.abs(np.asarray(to_rgb(image)) - upright).mean() < 8, n
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_orientation_as_pillow_has_it(kind):
+    stored = photo(30, 20)
+    for orientation in range(9):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        stored.save(file, kind, exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue())))
+        assert to_rgb(Image.open(file)).tobytes() == upright.convert("RGB").tobytes()
 
 
 def test_modes_by_hand():

@@ -2,14 +2,12 @@
 
 import json
 import random
-import sys
 import unicodedata
 from pathlib import Path
 
 import jinja2
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from checkpoint import InputError
 from tokenizer import ADDED, CHAT_TEMPLATE, StreamDecoder, Tokenizer, render, train_bpe
 
