@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -260,6 +261,28 @@ def tensor(offset=0, shape=b"(I2\nt", stride=b"(I1\nt", numel=2) -> bytes:
 def test_malformed_pickles(tmp_path, capsys, program, message):
     err = run(capsys, "vae", with_pickle(tmp_path / "x.pth", program), tmp_path / "vae")
     assert message in err, err
+
+
+def test_damage_anywhere_is_one_line(tmp_path):
+    """Bytes flipped at random, most of them in the pickle: the file is read, or refused as a user's error, and nothing runs."""
+    path, trace, rng = tmp_path / "x.pt", tmp_path / "trace", random.Random(0)
+    torch.save(cosmos() | {"net.blocks.0.self_attn.q_norm._extra_state": Evil(trace)}, path)
+    data, refused = path.read_bytes(), 0
+    with zipfile.ZipFile(path) as archive:
+        program = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    start = data.index(program)
+    for _ in range(150):
+        broken = bytearray(data)
+        for _ in range(3):
+            at = start + rng.randrange(len(program)) if rng.random() < 0.7 else rng.randrange(len(data))
+            broken[at] = rng.randrange(256)
+        path.write_bytes(broken)
+        try:
+            convert.convert(TorchFile(path), cosmos_names(TINY), "net.", None, convert.COSMOS_DROPPED)
+        except InputError as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused > 50 and not trace.exists()
 
 
 def test_names_cannot_command_the_terminal(tmp_path, capsys):
