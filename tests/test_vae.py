@@ -209,6 +209,14 @@ def test_norm_has_fp32_accuracy_in_half_precision():
     assert not norm(torch.zeros(1, 256, 1, 1)).any()  # a pixel without signal is no division by zero
 
 
+def test_log_variance_is_bounded():
+    vae = small()
+    with torch.no_grad():
+        vae.quant_conv.bias[16:24], vae.quant_conv.bias[24:] = 100.0, -100.0
+        _, logvar = vae.encode(torch.zeros(1, 3, 16, 16))
+    assert (logvar[:, :8] == 20).all() and (logvar[:, 8:] == -30).all()
+
+
 def test_autocast_and_channels_last():
     vae = small()
     x = torch.rand(2, 3, 32, 48) * 2 - 1
