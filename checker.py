@@ -71,12 +71,14 @@ class Verdict:
 
 
 def grow(mask: np.ndarray, steps: int = 1) -> np.ndarray:
-    """Dilation by a 3x3 square, `steps` times."""
+    """Dilation of (..., H, W) by a 3x3 square, `steps` times."""
     for _ in range(steps):
-        p = np.pad(mask, 1)
-        mask = p[:-2, 1:-1] | p[2:, 1:-1] | p[1:-1, 1:-1]
-        p = np.pad(mask, 1)
-        mask = p[1:-1, :-2] | p[1:-1, 2:] | p[1:-1, 1:-1]
+        wide = mask.copy()
+        wide[..., 1:] |= mask[..., :-1]
+        wide[..., :-1] |= mask[..., 1:]
+        mask = wide.copy()
+        mask[..., 1:, :] |= wide[..., :-1, :]
+        mask[..., :-1, :] |= wide[..., 1:, :]
     return mask
 
 
@@ -93,24 +95,30 @@ def uniform(labels: np.ndarray) -> np.ndarray:
     return np.all([s == labels for s in shifts], axis=0)
 
 
-def components(mask: np.ndarray, least: int) -> list[np.ndarray]:
-    """8-connected components of at least `least` pixels, largest first."""
-    todo = set(zip(*np.nonzero(mask), strict=True))
-    found = []
-    while todo:
-        stack, members = [todo.pop()], []
-        while stack:
-            y, x = stack.pop()
-            members.append((y, x))
-            for n in ((y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)):
-                if n in todo:
-                    todo.remove(n)
-                    stack.append(n)
-        if len(members) >= least:
-            one = np.zeros_like(mask)
-            one[tuple(np.array(members).T)] = True
-            found.append(one)
-    return sorted(found, key=lambda m: -m.sum())
+def components(mask: np.ndarray, least: float) -> list[np.ndarray]:
+    """8-connected components of at least `least` pixels, largest first. Joins the runs of neighbouring rows."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(edges == 1)
+    stops = np.nonzero(edges == -1)[1]
+    runs = list(zip(rows.tolist(), starts.tolist(), stops.tolist(), strict=True))
+    root = list(range(len(runs)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            i = root[i]
+        return i
+
+    first = 0
+    for i, (y, start, stop) in enumerate(runs):
+        while runs[first][0] < y - 1:
+            first += 1
+        for j in range(first, i):
+            if runs[j][0] == y - 1 and runs[j][1] <= stop and start <= runs[j][2]:
+                root[find(i)] = find(j)
+    found = {}
+    for i, (y, start, stop) in enumerate(runs):
+        found.setdefault(find(i), np.zeros_like(mask))[y, start:stop] = True
+    return sorted((m for m in found.values() if m.sum() >= least), key=lambda m: -int(m.sum()))
 
 
 def label(image: Image.Image) -> tuple[str, np.ndarray]:
@@ -119,20 +127,21 @@ def label(image: Image.Image) -> tuple[str, np.ndarray]:
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     page = np.median(border, axis=0)
     name = min(BACKGROUNDS, key=lambda b: float(np.abs(np.array(BACKGROUNDS[b]) - page).sum()))
-    distance = ((pixels[:, :, None] - np.concatenate([page[None], PALETTE])) ** 2).sum(-1)
+    distance = ((pixels - np.concatenate([page[None], PALETTE])[:, None, None]) ** 2).sum(-1)       # (1 + colours, H, W)
     # A mixed pixel of an edge takes one of the pure colours beside it: half-covered black on white is not brown.
-    pure = (distance < 45.0 ** 2) & (distance == distance.min(-1, keepdims=True))
-    beside = np.stack([grow(pure[..., i]) for i in range(pure.shape[-1])], axis=-1)
-    return name, np.where(beside | ~beside.any(-1, keepdims=True), distance, np.inf).argmin(-1)
+    pure = (distance < 45.0 ** 2) & (distance == distance.min(0))
+    beside = grow(pure)
+    return name, np.where(beside | ~beside.any(0), distance, np.inf).argmin(0)
 
 
-@lru_cache(4096)
-def template(subject: str, drawn: int, h: int, w: int) -> np.ndarray:
-    """The part map of a partial drawing stretched to h x w pixels."""
+@lru_cache(20_000)
+def template(subject: str, drawn: int, h: int, w: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A partial drawing stretched to h x w pixels: the mask of all, and of each part the flat indices of its core."""
     m = part_map(subject, drawn)
     rows = ((np.arange(h) + 0.5) * m.shape[0] / h).astype(int)
     columns = ((np.arange(w) + 0.5) * m.shape[1] / w).astype(int)
-    return m[rows][:, columns]
+    m = m[rows][:, columns]
+    return m >= 0, [np.flatnonzero(core(m == i)) for i in range(drawn)]
 
 
 def explain(labels: np.ndarray, thing: Seen, subject: str, drawn: int) -> tuple[float, tuple]:
@@ -142,16 +151,14 @@ def explain(labels: np.ndarray, thing: Seen, subject: str, drawn: int) -> tuple[
     ex0, ey0, ex1, ey1 = extent(subject, drawn)
     if abs(np.log((w / h) / ((ex1 - ex0) / (ey1 - ey0)))) > 0.22:
         return 0.0, ()
-    parts = template(subject, drawn, h, w)
+    inside, cores = template(subject, drawn, h, w)
     mine = thing.mask[y0:y1, x0:x1]
-    inside = parts >= 0
     overlap = (inside & mine).sum() / (inside | mine).sum()
     if overlap < 0.6:
         return 0.0, ()
-    window, colours, right, total = labels[y0:y1, x0:x1], [], 0, 0
+    window, colours, right, total = labels[y0:y1, x0:x1].ravel(), [], 0, 0
     for i in range(drawn):
-        region = core(parts == i)
-        counts = np.bincount(window[region], minlength=len(NAMES) + 1)
+        counts = np.bincount(window[cores[i]], minlength=len(NAMES) + 1)
         best = int(counts[1:].argmax())
         colours.append(NAMES[best])
         right, total = right + counts[best + 1], total + counts.sum()
@@ -474,7 +481,7 @@ def claim_of(words: str, context: str) -> dict | None:
     subject = SUBJECT_WORDS[first.group(3)] if first else None
     if first and re.search(r"\b(removed|gone|took|without|erased)\b", words):
         return {"op": "remove", "subject": subject, "colour": first.group(2)}
-    to = next((side for side, phrases in MOVES.items() if any(re.search(rf"\b{p}\b(?! of)", words) for p in phrases)), None)
+    to = next((side for side, (ways, at) in MOVES.items() if any(re.search(rf"\b{p}\b(?! of)", words) for p in (*ways, at))), None)
     if first and to and not background:
         return {"op": "move", "subject": subject, "to": to, "colour": first.group(2)}
     turned = re.search(rf"\bthe (?:({COLOUR}) )?(?:({SUBJECT})|({PART})(?: of the ({SUBJECT}))?) (?:(?:is|are) )?(?:now )?({COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)", words)

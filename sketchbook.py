@@ -8,7 +8,8 @@ A record is {"messages": [{"role", "content": [{"type": "text", "text"} | {"type
 "held_out", "truth"}. Everything follows from a seed; nothing is stored and nothing runs out.
 
 Three splits have disjoint random streams. `train` and `seen` share one distribution; neither ever shows what is held out: a
-subject in a colour, an arrangement of two subjects, a phrasing. Each `held_out` dialogue has at least one of them ("held_out_by").
+subject in a colour, an arrangement of two subjects, a phrasing. Each `held_out` dialogue has at least one of them, named in
+"held_out_by".
 
 "truth" serves checker.py alone. truth["images"] has an entry per picture in reading order: {"role", "scene", "check"}, where
 check is None for a user's picture and otherwise says what the picture has to show, relative to the picture before it:
@@ -16,8 +17,10 @@ check is None for a user's picture and otherwise says what the picture has to sh
      "background"}                                a picture on its own; what is None or absent is free
     {"op": "start" | "part", "subject", "part", "colour", "background"}           a step of a lesson
     {"op": "recolour", "subject", "was", "part", "colour"}   {"op": "remove", "subject", "colour"}
-    {"op": "add", "subject", "colour", "relation", "anchor"}  {"op": "move", "subject", "to"}  {"op": "background", "background"}
-truth["turns"] has an entry per answer: {"kind", "images": [least, most], "need": [facts its text must state], "words": [words]}.
+    {"op": "add", "subject", "colour", "relation", "anchor"}   {"op": "move", "subject", "to"}
+    {"op": "background", "background"}
+truth["turns"] has an entry per answer: {"kind", "images": [least, most], "need": [checks that its text must state], "words" that
+it must have and words to "avoid"}.
 """
 
 from __future__ import annotations
@@ -26,15 +29,36 @@ import argparse
 import json
 import random
 import re
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import InputError
 from scenes import (
-    BACKGROUNDS, COLOURS, FIGURES, OPPOSITE, PLACES, QUARTERS, RELATIONS, SHAPES, SUBJECTS, Scene, Thing, cells, colours_for, fit,
-    large, main_part, random_scene, relation_cells, render, small, touching, usual_colours,
+    BACKGROUNDS,
+    COLOURS,
+    FIGURES,
+    OPPOSITE,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SUBJECTS,
+    Scene,
+    Thing,
+    cells,
+    colours_for,
+    fit,
+    large,
+    main_part,
+    random_scene,
+    relation_cells,
+    render,
+    small,
+    touching,
+    usual_colours,
 )
 
 SPLITS = ("train", "seen", "held_out")
@@ -121,48 +145,59 @@ def sentence(text: str) -> str:
 # What the two say. {x} is the noun phrase asked for, {s} a subject, {c} a colour, {p} a part, {b} a background.
 
 ASK = {
-    "lesson": ["How do I draw {x}?", "How can I draw {x}?", "Show me how to draw {x}.", "Teach me to draw {x}.", "I want to draw {x}.",
-               "Please show me how to draw {x} step by step.", "How to draw {x}", "Can you teach me how to draw {x}?",
-               "Draw {x} step by step.", "A drawing lesson, please: {x}.", "What are the steps to draw {x}?",
-               "~I would love to learn drawing {x}.", "~Guide me through drawing {x}."],
-    "one": ["Draw {x}.", "Please draw {x}.", "A picture of {x}.", "{x}", "Can you draw {x}?", "Paint {x}.", "I would like {x}.",
-            "Show me {x}.", "A photo of {x}", "Make a picture of {x}.", "Could you paint {x} for me?", "An image of {x}", "I need {x}.",
-            "~Sketch {x}.", "~Give me {x}, please."],
-    "recolour": ["Make the {p} {c}.", "Now make the {p} {c}.", "Paint the {p} {c}.", "Change the {p} to {c}.", "Can the {p} be {c}?",
-                 "I want the {p} to be {c}.", "Turn the {p} {c}.", "Please colour the {p} {c}.", "The {p} should be {c}.",
-                 "~Give the {p} the colour {c}.", "~Recolour the {p} in {c}."],
-    "remove": ["Remove {x}.", "Take {x} away.", "Please take away {x}.", "Erase {x}.", "I do not want {x}.", "Delete {x}.",
-               "Can you remove {x}?", "~Get rid of {x}."],
-    "add": ["Add {x} {r} {y}.", "Put {x} {r} {y}.", "Draw {x} {r} {y} too.", "Please add {x} {r} {y}.", "Can you put {x} {r} {y}?",
-            "I also want {x} {r} {y}.", "~Place another thing: {x} {r} {y}."],
-    "add_part": ["Add {x} to the {s}.", "The {s} needs {x}.", "Please give the {s} {x}.", "Draw {x} on the {s}.",
-                 "My {s} has no {p}. Add {x}.", "Finish the {s} with {x}.", "~What about {x} for the {s}?"],
-    "move": ["Move {x} {to}.", "Put {x} {to}.", "Please move {x} {to}.", "Can you move {x} {to}?", "Shift {x} {to}.",
-             "I want {x} {to}.", "~Slide {x} over so that it is {to}."],
-    "background": ["Make the background {b}.", "Change the background to {b}.", "Use a {b} background.", "Now with a {b} background.",
-                   "Please paint the background {b}.", "I want a {b} background.", "~Let the background become {b}."],
-    "multi": ["Put {x} of the first picture {r} {y} of the second.", "Draw {x} from picture one {r} {y} from picture two.",
-              "Put both in one picture: {x} {r} {y}.", "Combine the two pictures with {x} {r} {y}.",
-              "~Join these pictures, {x} {r} {y}."],
-    "multi_colour": ["Draw the {s} of the first picture in the colour of the {t}.", "Paint the {s} in the colour of the {t}.",
-                     "Give the {s} the colour of the {t} in picture two.", "Make the first {s} look like the {t} in colour.",
-                     "~Let the {s} borrow its colour from the {t}."],
-    "story": ["Tell me a story about {x}.", "Tell a story about {x}.", "A story about {x}, please.", "Write a short story with {x}.",
-              "I want a picture story about {x}.", "Make up a story with {x}.", "~What happened to {x} one day?"],
+    "lesson": [
+        "How do I draw {x}?", "How can I draw {x}?", "Show me how to draw {x}.", "Teach me to draw {x}.", "I want to draw {x}.",
+        "Please show me how to draw {x} step by step.", "How to draw {x}", "Can you teach me how to draw {x}?",
+        "Draw {x} step by step.", "A drawing lesson, please: {x}.", "What are the steps to draw {x}?",
+        "~I would love to learn drawing {x}.", "~Guide me through drawing {x}."],
+    "one": [
+        "Draw {x}.", "Please draw {x}.", "A picture of {x}.", "{x}", "Can you draw {x}?", "Paint {x}.", "I would like {x}.",
+        "Show me {x}.", "A photo of {x}", "Make a picture of {x}.", "Could you paint {x} for me?", "An image of {x}", "I need {x}.",
+        "~Sketch {x}.", "~Give me {x}, please."],
+    "recolour": [
+        "Make the {p} {c}.", "Now make the {p} {c}.", "Paint the {p} {c}.", "Change the {p} to {c}.", "Can the {p} be {c}?",
+        "I want the {p} to be {c}.", "Turn the {p} {c}.", "Please colour the {p} {c}.", "The {p} should be {c}.",
+        "~Give the {p} the colour {c}.", "~Recolour the {p} in {c}."],
+    "remove": [
+        "Remove {x}.", "Take {x} away.", "Please take away {x}.", "Erase {x}.", "I do not want {x}.", "Delete {x}.",
+        "Can you remove {x}?", "~Get rid of {x}."],
+    "add": [
+        "Add {x} {r} {y}.", "Put {x} {r} {y}.", "Draw {x} {r} {y} too.", "Please add {x} {r} {y}.", "Can you put {x} {r} {y}?",
+        "I also want {x} {r} {y}.", "~Place another thing: {x} {r} {y}."],
+    "add_part": [
+        "Add {x} to the {s}.", "The {s} needs {x}.", "Please give the {s} {x}.", "Draw {x} on the {s}.",
+        "My {s} has no {p}. Add {x}.", "Finish the {s} with {x}.", "~What about {x} for the {s}?"],
+    "move": [
+        "Move {x} {to}.", "Put {x} {to}.", "Please move {x} {to}.", "Can you move {x} {to}?", "Shift {x} {to}.", "I want {x} {to}.",
+        "~Slide {x} over so that it is {to}."],
+    "background": [
+        "Make the background {b}.", "Change the background to {b}.", "Use a {b} background.", "Now with a {b} background.",
+        "Please paint the background {b}.", "I want a {b} background.", "~Let the background become {b}."],
+    "multi": [
+        "Put {x} of the first picture {r} {y} of the second.", "Draw {x} from picture one {r} {y} from picture two.",
+        "Put both in one picture: {x} {r} {y}.", "Combine the two pictures with {x} {r} {y}.", "~Join these pictures, {x} {r} {y}."],
+    "multi_colour": [
+        "Draw the {s} of the first picture in the colour of the {t}.", "Paint the {s} in the colour of the {t}.",
+        "Give the {s} the colour of the {t} in picture two.", "Make the first {s} look like the {t} in colour.",
+        "~Let the {s} borrow its colour from the {t}."],
+    "story": [
+        "Tell me a story about {x}.", "Tell a story about {x}.", "A story about {x}, please.", "Write a short story with {x}.",
+        "I want a picture story about {x}.", "Make up a story with {x}.", "~What happened to {x} one day?"],
 }
 RELATION_WORDS = {"left": ["to the left of", "left of", "on the left of"], "right": ["to the right of", "right of", "on the right of"],
                   "above": ["above", "over"], "below": ["below", "under"]}
 
 SAY = {
-    "scene": ["Here is {x}{b}.", "This is {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.", "Sure, here is {x}{b}.",
-              "Of course. This is {x}{b}."],
-    "scenes": ["Here are {x}{b}.", "These are {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.", "Sure, here are {x}{b}."],
+    "scene": ["Here is {x}{b}.", "This is {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.",
+              "Sure, here is {x}{b}.", "Of course. This is {x}{b}."],
+    "scenes": ["Here are {x}{b}.", "These are {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.",
+               "Sure, here are {x}{b}."],
     "recolour": ["Now the {p} {is} {c}.", "The {p} {is} {c} now.", "I painted the {p} {c}.", "Sure, the {p} {is} now {c}.",
                  "Here the {p} {is} {c}."],
     "remove": ["I removed {x}.", "{x} is gone.", "I took {x} away.", "Here is the picture without {x}."],
     "add": ["I added {x} {r} {y}.", "Now there is {x} {r} {y}.", "I put {x} {r} {y}."],
     "add_part": ["I added {x} to the {s}.", "Now the {s} has {x}.", "Here is the {s} with {x}."],
-    "move": ["Now {x} is {to}.", "I moved {x} {to}.", "{x} is {to} now."],
+    "move": ["Now {x} is {at}.", "I moved {x} {to}.", "{x} is {at} now."],
     "background": ["Now the background is {b}.", "The background is {b} now.", "I painted the background {b}.",
                    "Here it is on a {b} background."],
     "open": ["Sure!", "Let us begin.", "Of course.", "Good idea!", "With pleasure.", "Here we go."],
@@ -170,32 +205,48 @@ SAY = {
               "Now you have {ax}."],
     "start": ["{lead} draw {look} {where} for the {p}{b}.", "{lead} start with {look} {where} for the {p}{b}.",
               "{lead} paint {look} {where}{b}, this is for the {p}."],
-    "part": ["{lead} draw {look} {where} for the {p}.", "{lead} put {look} {where} as the {p}.", "{lead} add {look} {where} for the {p}.",
-             "{lead} paint {look} {where} as the {p}.", "{lead} place {look} {where} for the {p}."],
+    "part": ["{lead} draw {look} {where} for the {p}.", "{lead} put {look} {where} as the {p}.",
+             "{lead} add {look} {where} for the {p}.", "{lead} paint {look} {where} as the {p}.",
+             "{lead} place {look} {where} for the {p}."],
+    "story alone": ["Then {the} was {place}.", "{the} went on and was {place}.", "Later {the} was alone {place}."],
+    "story last": ["At last {the} slept {place}.", "In the end {the} was {place}."],
+    "story stood": ["Then {the} stood {r} {y} {place}.", "{the} sat down {r} {y} {place}.", "Soon {the} was {r} {y} {place}."],
+    "story met": ["{the} met {y} {place}.", "Then {the} saw {y} {place}.", "{the} found {y} {place}.",
+                  "Soon {the} played with {y} {place}."],
 }
-MOVES = {"left": ["to the left side", "on the left side", "to the left"], "right": ["to the right side", "on the right side", "to the right"],
-         "top": ["to the top", "at the top"], "bottom": ["to the bottom", "at the bottom"]}
+# How one asks for a move, how one says where it led.
+MOVES = {"left": (["to the left side", "to the left"], "on the left side"),
+         "right": (["to the right side", "to the right"], "on the right side"),
+         "top": (["to the top"], "at the top"), "bottom": (["to the bottom"], "at the bottom")}
 
 # Talk without pictures: questions, answers, words the answer must contain.
 TALK = [
-    (["Hello!", "Hi", "Hello there", "~Hey you"], ["Hello! What shall we draw?", "Hi! What would you like to draw?"], ["what", "draw"]),
+    (["Hello!", "Hi", "Hello there", "~Hey you"], ["Hello! What shall we draw?", "Hi! What would you like to draw?"],
+     ["what", "draw"]),
     (["Good morning", "Good evening!"], ["Good day! What shall we draw?", "Hello! What do you want to draw?"], ["what", "draw"]),
-    (["Who are you?", "What are you?", "~Tell me who you are."], ["I am a sketchbook. I teach drawing.", "I am a sketchbook that draws simple pictures."],
-     ["sketchbook"]),
+    (["Who are you?", "What are you?", "~Tell me who you are."],
+     ["I am a sketchbook. I teach drawing.", "I am a sketchbook that draws simple pictures."], ["sketchbook"]),
     (["What can you do?", "How can you help me?", "~What are you good at?"],
      ["I can draw pictures, change them and tell stories.", "I can teach you to draw, step by step."], ["can"]),
     (["What do I need to draw?", "What do I need for a drawing?", "Which things does one draw with?", "~What tools does drawing take?"],
      ["You need paper and a pencil.", "One draws on paper with a pencil."], ["paper", "pencil"]),
-    (["What do I paint with?", "What does a painter use?"], ["You paint with a brush.", "A painter uses a brush and paint."], ["brush"]),
-    (["How many colours do you know?", "How many colours have you got?"], ["I know nine colours.", "There are nine colours."], ["nine"]),
-    (["Which colours do you know?", "Name your colours."], ["Red, orange, yellow, green, blue, purple, pink, brown and black."], list(COLOURS)),
-    (["Thank you!", "Thanks", "Thank you very much.", "That is great, thank you.", "~Many thanks!"], ["You are welcome!", "With pleasure."], []),
+    (["What do I paint with?", "What does a painter use?"], ["You paint with a brush.", "A painter uses a brush and paint."],
+     ["brush"]),
+    (["How many colours do you know?", "How many colours have you got?"], ["I know nine colours.", "There are nine colours."],
+     ["nine"]),
+    (["Which colours do you know?", "Name your colours."], ["Red, orange, yellow, green, blue, purple, pink, brown and black."],
+     list(COLOURS)),
+    (["Thank you!", "Thanks", "Thank you very much.", "That is great, thank you.", "~Many thanks!"],
+     ["You are welcome!", "With pleasure."], []),
     (["Goodbye", "Bye!", "See you later."], ["Goodbye!", "Goodbye, see you soon."], ["goodbye"]),
     (["What colour is grass?", "Which colour has grass?"], ["Grass is green."], ["green"]),
     (["What colour is the sky?"], ["The sky is blue."], ["blue"]),
-    (["What is a triangle?", "How many sides does a triangle have?"], ["A triangle is a shape with three sides.", "A triangle has three sides."], ["three"]),
-    (["What is a square?", "How many sides does a square have?"], ["A square is a shape with four sides.", "A square has four sides."], ["four"]),
-    (["What comes first in a lesson?", "How do I start a drawing?"], ["Start with a big shape.", "Draw a big shape first."], ["big", "shape"]),
+    (["What is a triangle?", "How many sides does a triangle have?"],
+     ["A triangle is a shape with three sides.", "A triangle has three sides."], ["three"]),
+    (["What is a square?", "How many sides does a square have?"],
+     ["A square is a shape with four sides.", "A square has four sides."], ["four"]),
+    (["What comes first in a lesson?", "How do I start a drawing?"], ["Start with a big shape.", "Draw a big shape first."],
+     ["big", "shape"]),
     (["How do I clean a brush?"], ["Clean the brush with water."], ["water"]),
     (["Is drawing hard?", "Is it hard to draw?"], ["No, it is easy, step by step.", "No, drawing is easy."], ["easy"]),
 ]
@@ -207,25 +258,30 @@ def talk_items() -> list[tuple[list[str], list[str], list[str]]]:
     items = list(TALK)
     for (one, two), mixed in MIXES.items():
         for x, y in ((one, two), (two, one)):
-            items.append(([f"What do I get when I mix {x} and {y}?", f"Which colour do {x} and {y} make?", f"How do I mix {x} with {y}?",
-                           f"~What happens if {x} meets {y}?"], [f"{x} and {y} make {mixed}.", f"You get {mixed}."], [mixed]))
-        items.append(([f"How do I mix {mixed}?", f"How can I make {mixed}?"], [f"Mix {one} and {two}.", f"You mix {one} with {two}."], [one, two]))
+            items.append(([f"What do I get when I mix {x} and {y}?", f"Which colour do {x} and {y} make?",
+                           f"How do I mix {x} with {y}?", f"~What happens if {x} meets {y}?"],
+                          [f"{x} and {y} make {mixed}.", f"You get {mixed}."], [mixed]))
+        items.append(([f"How do I mix {mixed}?", f"How can I make {mixed}?"],
+                      [f"Mix {one} and {two}.", f"You mix {one} with {two}."], [one, two]))
     for i in range(1, 5):
-        items.append(([f"What comes after {NUMBERS[i]}?", f"Which number follows {NUMBERS[i]}?"], [f"After {NUMBERS[i]} comes {NUMBERS[i + 1]}."], [NUMBERS[i + 1]]))
+        items.append(([f"What comes after {NUMBERS[i]}?", f"Which number follows {NUMBERS[i]}?"],
+                      [f"After {NUMBERS[i]} comes {NUMBERS[i + 1]}."], [NUMBERS[i + 1]]))
         for j in range(1, 6 - i):
+            total = NUMBERS[i + j]
             items.append(([f"What is {NUMBERS[i]} and {NUMBERS[j]}?", f"How much is {NUMBERS[i]} plus {NUMBERS[j]}?"],
-                          [f"{NUMBERS[i]} and {NUMBERS[j]} make {NUMBERS[i + j]}.", f"That is {NUMBERS[i + j]}."], [NUMBERS[i + j]]))
+                          [f"{NUMBERS[i]} and {NUMBERS[j]} make {total}.", f"That is {total}."], [total]))
     for name in FIGURES:
-        parts = SUBJECTS[name].parts
+        parts, x = SUBJECTS[name].parts, a(name)
         names = listing([p.name if p.name.endswith("s") else a(p.name) for p in parts])
-        items.append(([f"What parts does {a(name)} have?", f"Which parts belong to {a(name)}?", f"What is {a(name)} made of?",
-                       f"~Name the parts of {a(name)}."], [f"{a(name)} has {names}.", f"It has {names}."], [p.name for p in parts]))
-        items.append(([f"How many parts does {a(name)} have?", f"How many steps does {a(name)} take?"],
-                      [f"{a(name)} has {NUMBERS[len(parts)]} parts.", f"{a(name)} takes {NUMBERS[len(parts)]} steps."], [NUMBERS[len(parts)]]))
+        items.append(([f"What parts does {x} have?", f"Which parts belong to {x}?", f"What is {x} made of?",
+                       f"~Name the parts of {x}."], [f"{x} has {names}.", f"It has {names}."], [p.name for p in parts]))
+        number = NUMBERS[len(parts)]
+        items.append(([f"How many parts does {x} have?", f"How many steps does {x} take?"],
+                      [f"{x} has {number} parts.", f"{x} takes {number} steps."], [number]))
         for part in parts:
-            shape = part.look.replace("{} ", "")
-            items.append(([f"What shape {is_are(part.name)} the {part.name} of {a(name)}?", f"How do I draw the {part.name} of {a(name)}?"],
-                          [f"The {part.name} {is_are(part.name)} {shape}.", f"Draw {shape}."], [shape.split()[-1]]))
+            shape, verb = part.look.replace("{} ", ""), is_are(part.name)
+            items.append(([f"What shape {verb} the {part.name} of {x}?", f"Which shape {verb} the {part.name} of {x}?"],
+                          [f"The {part.name} {verb} {shape}.", f"Draw {shape}."], [shape.split()[-1]]))
     return items
 
 
@@ -386,7 +442,7 @@ def present(d: Dialogue, kind: str, ask: str, x: str, say_x: str, scene: Scene, 
         on = f" on a {scene.background} background"
     d.ask(ask.format(x=x + (on if need.get("background") else "")))
     d.answer(kind, 1, need=[need])
-    many = sum(o["count"] for o in check["objects"]) > 1
+    many = check["objects"][0]["count"] > 1
     d.say(d.pick(SAY["scenes" if many else "scene"]).format(x=say_x, b=on))
     d.draw(scene, **{"op": "scene", "relations": [], "background": scene.background if on else None, **check})
 
@@ -433,6 +489,16 @@ def count(d: Dialogue) -> None:
             {"objects": objects}, need)
 
 
+def placed(d: Dialogue, x: str, cx: str, word: str, y: str, cy: str, size_x=None) -> tuple[Thing, Thing]:
+    """Two small things, x in the relation `word` to y, further apart along that axis than along the other."""
+    while True:
+        cell_x, cell_y = relation_cells(d.rng, word)
+        one, other = small_thing(d, x, cx, cell_x, size_x), small_thing(d, y, cy, cell_y)
+        (ax, ay), (bx, by) = one.centre, other.centre
+        if (abs(ax - bx) > abs(ay - by) + 4) == (word in ("left", "right")):
+            return one, other
+
+
 def two_things(d: Dialogue, kind: str) -> None:
     """two: any arrangement; binding: two colours that must not be swapped; position: a stated relation."""
     x, word, y = d.couple()
@@ -440,8 +506,7 @@ def two_things(d: Dialogue, kind: str) -> None:
         y = x
     cx = d.colour(x)
     cy = d.colour(y, besides=(cx,) if kind == "binding" else ())
-    cell_x, cell_y = relation_cells(d.rng, word)
-    things = small_thing(d, x, cx, cell_x), small_thing(d, y, cy, cell_y)
+    things = placed(d, x, cx, word, y, cy)
     scene = Scene(d.page(), things)
     objects = [*objects_of(things[0]), *objects_of(things[1])]
     plain = kind == "position" and d.chance(0.2)                # "a cat left of a cup": colours are left to the assistant
@@ -475,11 +540,10 @@ def any_scene(d: Dialogue, n: int | None = None) -> Scene:
         return Scene(background, (large(d.rng, subject, colours_for(d.rng, subject, d.colour(subject))),))
     if n == 2:
         x, word, y = d.couple()
-        subjects, places = [x, y], relation_cells(d.rng, word)
-    else:
-        subjects, places = [], cells(d.rng, n)
-        while len(subjects) < n:
-            subjects.append(d.subject(besides=subjects))
+        return Scene(background, placed(d, x, d.colour(x), word, y, d.colour(y)))
+    subjects, places = [], cells(d.rng, n)
+    while len(subjects) < n:
+        subjects.append(d.subject(besides=subjects))
     return Scene(background, tuple(small_thing(d, s, d.colour(s), cell) for s, cell in zip(subjects, places, strict=True)))
 
 
@@ -525,8 +589,7 @@ def add(d: Dialogue) -> None:
     """A new thing beside one that is there."""
     x, word, y = d.couple()
     cx, cy = d.colour(x), d.colour(y)
-    cell_x, cell_y = relation_cells(d.rng, word)
-    new, old = small_thing(d, x, cx, cell_x), small_thing(d, y, cy, cell_y)
+    new, old = placed(d, x, cx, word, y, cy)
     before = Scene(d.page(0.4), (old,))
     d.scene = before
     words = {"x": noun_phrase(x, cx), "r": d.rng.choice(RELATION_WORDS[word]), "y": d.ref(old)}
@@ -572,10 +635,10 @@ def move(d: Dialogue) -> None:
     before = Scene(d.page(0.4), (thing,))
     d.scene = before
     x = d.ref(thing)
-    d.ask(d.pick(ASK["move"]).format(x=x, to=MOVES[to][0]), before)
+    d.ask(d.pick(ASK["move"]).format(x=x, to=d.rng.choice(MOVES[to][0])), before)
     check = {"op": "move", "subject": subject, "to": to}
     d.answer("move", 1, need=[check])
-    d.say(d.pick(SAY["move"]).format(x=x, to=d.rng.choice(MOVES[to][:2])))
+    d.say(d.pick(SAY["move"]).format(x=x, to=MOVES[to][0][0], at=MOVES[to][1]))
     d.draw(replace(before, things=(shifted(thing, to),)), **check)
 
 
@@ -594,9 +657,9 @@ def multi(d: Dialogue) -> None:
     x, word, y = d.couple()
     if d.chance(0.6):
         cx, cy = d.colour(x), d.colour(y)
-        first, second = (Scene(d.page(0.5), (small_thing(d, s, c, (0, 0, 64, 64), d.rng.uniform(28.5, 40)),)) for s, c in ((x, cx), (y, cy)))
-        cell_x, cell_y = relation_cells(d.rng, word)
-        scene = Scene(d.page(0.7), (small_thing(d, x, cx, cell_x), small_thing(d, y, cy, cell_y)))
+        first, second = (Scene(d.page(0.5), (small_thing(d, s, c, (0, 0, 64, 64), d.rng.uniform(28.5, 40)),))
+                         for s, c in ((x, cx), (y, cy)))
+        scene = Scene(d.page(0.7), placed(d, x, cx, word, y, cy))
         r = d.rng.choice(RELATION_WORDS[word])
         objects, relations = [*objects_of(scene.things[0]), *objects_of(scene.things[1])], [[0, word, 1]]
         need = {"op": "scene", "objects": objects, "relations": relations}
@@ -632,86 +695,81 @@ def story(d: Dialogue) -> None:
     fact = {"subject": hero, "colour": None if free else main, "count": 1, "parts": {}}
     d.answer("story", n if told else 2, n if told else 4, need=[{"op": "scene", "objects": [fact]}])
     the = f"the {main} {hero}"
-    places = d.rng.sample(list(BACKGROUNDS), n) if n <= len(BACKGROUNDS) else []
-    for k, page in enumerate(places):
-        place = PLACES[page]
-        company = d.chance(0.15) if k == 0 else d.chance(0.65)
-        subject = hero = SUBJECTS and hero
-        things, relations = [small_thing(d, hero, main, (4, 4, 60, 60), size)], []
+    for k, page in enumerate(d.rng.sample(list(BACKGROUNDS), n)):
+        things, relations, r, y = [small_thing(d, hero, main, (4, 4, 60, 60), size)], [], "", ""
+        company = d.chance(0.15 if k == 0 else 0.65)
         if company:
-            subject = d.subject(besides=(hero,), shapes=0.6)
-            word = d.rng.choice([r for r in RELATIONS if not {(r, hero, subject), (OPPOSITE[r], subject, hero)} & HELD_OUT_RELATIONS])
-            other = d.colour(subject)
-            cell_x, cell_y = relation_cells(d.rng, word)
-            things = [small_thing(d, hero, main, cell_x, size), small_thing(d, subject, other, cell_y)]
-            y = noun_phrase(subject, other)
-        if k == 0 and not company:
-            text = d.pick(["Once there was {x} {place}.", "One day {x} woke up {place}.", "There was once {x} {place}."])
-        elif not company:
-            text = d.pick(["Then {the} was {place}.", "{the} went on and was {place}.", "Later {the} was alone {place}.",
-                           "At last {the} slept {place}."])
-        elif d.chance(0.5):
-            r = d.rng.choice(RELATION_WORDS[word])
+            friend = d.subject(besides=(hero,), shapes=0.6)
+            held = HELD_OUT_RELATIONS if d.want != "relation" else ()
+            word = d.rng.choice([w for w in RELATIONS if (w, hero, friend) not in held and (OPPOSITE[w], friend, hero) not in held])
+            things = placed(d, hero, main, word, friend, d.colour(friend), size)
+            r, y = d.rng.choice(RELATION_WORDS[word]), noun_phrase(friend, things[1].main)
+        if company and d.chance(0.5):
             relations = [[0, word, 1]]
-            text = (("One day {x} stood " if k == 0 else d.pick(["Then {the} stood ", "{the} sat down ", "Soon {the} was "])) + r + " {y} {place}.")
+            text = "One day {x} stood {r} {y} {place}." if k == 0 else d.pick(SAY["story stood"])
+        elif company:
+            text = "Once {x} met {y} {place}." if k == 0 else d.pick(SAY["story met"])
+        elif k == 0:
+            text = d.pick(["Once there was {x} {place}.", "One day {x} woke up {place}.", "There was once {x} {place}."])
         else:
-            text = "Once {x} met {y} {place}." if k == 0 else d.pick(["{the} met {y} {place}.", "Then {the} saw {y} {place}.",
-                                                                      "{the} found {y} {place}.", "Soon {the} played with {y} {place}."])
-        d.say(text.format(x=noun_phrase(hero, main), the=the, place=place, y=y if company else ""))
+            text = d.pick(SAY["story last" if k == n - 1 and d.chance(0.7) else "story alone"])
+        d.say(text.format(x=noun_phrase(hero, main), the=the, place=PLACES[page], r=r, y=y))
         objects = [o for t in things for o in objects_of(t)]
         d.draw(Scene(page, tuple(things)), op="scene", objects=objects, relations=relations, background=page)
     if d.chance(0.4):
         d.say(d.pick(["The end.", "What a day!", f"And {the} was happy."]))
 
 
-def questions(d: Dialogue, scene: Scene) -> list[tuple[str, str, str, list[str], list[str]]]:
-    """(topic, question, answer, words the answer must have, words it must not have) on a picture, all true."""
-    rng, items = d.rng, []
-    things = scene.things
-    kinds = sorted({t.subject for t in things})
-    page = scene.background
-    items.append(("background", rng.choice(["What colour is the background?", "Which colour is the paper?", "~On what background is it?"]),
-                  rng.choice([f"The background is {page}.", f"It is {page}."]), [page], [b for b in BACKGROUNDS if b != page and b not in page]))
-    absent = d.subject(besides=kinds)
-    items.append(("no", rng.choice([f"Is there {a(absent)}?", f"Do you see {a(absent)}?"]), f"No, there is no {absent}.", ["no"], ["yes"]))
-    t = rng.choice(things)
-    same = [u for u in things if u.subject == t.subject]
-    np_ = noun_phrase(t.subject, t.main)
-    items.append(("yes", rng.choice([f"Is there {a(t.subject)}?", f"Do you see {a(t.subject)}?"]), f"Yes, there is {np_}.", ["yes", t.subject], ["no"]))
+def questions(d: Dialogue, scene: Scene) -> list[tuple[str, list[str], str, list, list]]:
+    """(topic, phrasings, answer, words the answer must have, words it must not have) on a picture, all true."""
+    items = []
+
+    def item(topic: str, asks: list[str], replies: list[str], words: list, avoid: list = ()) -> None:
+        items.append((topic, asks, d.rng.choice(replies), words, list(avoid)))
+
+    things, page = scene.things, scene.background
+    subjects = sorted({t.subject for t in things})
+    t = d.rng.choice(things)
+    x = t.subject
+    same = [u for u in things if u.subject == x]
+    ax = noun_phrase(x, t.main)
+    item("background", ["What colour is the background?", "Which colour is the paper?", "~On what background is it?"],
+         [f"The background is {page}.", f"It is {page}."], [page], [b for b in BACKGROUNDS if b not in page])
+    absent = d.subject(besides=subjects)
+    item("no", [f"Is there {a(absent)}?", f"Do you see {a(absent)}?"], [f"No, there is no {absent}."], ["no"], ["yes"])
+    item("total", ["How many things are there?", "How many objects do you see?"],
+         ["There is one thing." if len(things) == 1 else f"There are {NUMBERS[len(things)]} things."], [NUMBERS[len(things)]],
+         set(NUMBERS) - {NUMBERS[len(things)]})
+    parts = SUBJECTS[x].parts[:t.drawn]
+    if len(things) == 1 and len(parts) > 1:
+        i = d.rng.randrange(t.drawn)
+        part, c, verb = parts[i].name, t.colours[i], is_are(parts[i].name)
+        item("part", [f"What colour {verb} the {part}?", f"What colour {verb} the {part} of the {x}?"], [f"The {part} {verb} {c}."],
+             [c], set(COLOURS) - {c})
+        if t.colours[:t.drawn].count(c) == 1:
+            item("which", [f"Which part is {c}?"], [f"The {part} {verb} {c}."], [part], {p.name for p in parts} - {part})
+    if t.drawn <= main_part(x):
+        return items                                            # what has not got its main part yet has no colour of its own
+    item("yes", [f"Is there {a(x)}?", f"Do you see {a(x)}?"], [f"Yes, there is {ax}."], ["yes", x], ["no"])
     number = NUMBERS[len(same)]
-    items.append(("count", rng.choice([f"How many {plural(t.subject)} are there?", f"How many {plural(t.subject)} do you see?",
-                                       f"~Count the {plural(t.subject)}."]),
-                  f"There {'is' if len(same) == 1 else 'are'} {number} {t.subject if len(same) == 1 else plural(t.subject)}.",
-                  [number], [n for n in NUMBERS if n != number]))
-    items.append(("total", rng.choice(["How many things are there?", "How many objects do you see?"]),
-                  f"There {'is one thing' if len(things) == 1 else f'are {NUMBERS[len(things)]} things'}.",
-                  [NUMBERS[len(things)]], [n for n in NUMBERS if n != NUMBERS[len(things)]]))
+    item("count", [f"How many {plural(x)} are there?", f"How many {plural(x)} do you see?", f"~Count the {plural(x)}."],
+         [f"There is one {x}." if len(same) == 1 else f"There are {number} {plural(x)}."], [number], set(NUMBERS) - {number})
     if len(things) == 1:
-        items.append(("what", rng.choice(["What is this?", "What do you see?", "What is in the picture?", "~Can you name this?"]),
-                      rng.choice([f"It is {np_}.", f"This is {np_}.", f"I see {np_}."]), [t.main, t.subject], []))
+        item("what", ["What is this?", "What do you see?", "What is in the picture?", "~Can you name this?"],
+             [f"It is {ax}.", f"This is {ax}.", f"I see {ax}."], [t.main, x])
     if len({u.main for u in same}) == 1:
-        items.append(("colour", rng.choice([f"What colour is the {t.subject}?", f"Which colour has the {t.subject}?", f"~Name the colour of the {t.subject}."]),
-                      f"The {t.subject} is {t.main}.", [t.main], [c for c in COLOURS if c != t.main]))
-        other = d.rng.choice([c for c in COLOURS if c != t.main and c != HELD_OUT_COLOURS[t.subject]])
-        items.append(("colour no", f"Is the {t.subject} {other}?", f"No, the {t.subject} is {t.main}.", ["no", t.main], ["yes"]))
-        items.append(("colour yes", f"Is the {t.subject} {t.main}?", f"Yes, the {t.subject} is {t.main}.", ["yes"], ["no"]))
-    if len(things) == 1 and t.subject in FIGURES:
-        names = [p.name for p in SUBJECTS[t.subject].parts[:t.drawn]]
-        i = rng.randrange(t.drawn)
-        items.append(("part", rng.choice([f"What colour {is_are(names[i])} the {names[i]}?", f"What colour {is_are(names[i])} the {names[i]} of the {t.subject}?"]),
-                      f"The {names[i]} {is_are(names[i])} {t.colours[i]}.", [t.colours[i]], [c for c in COLOURS if c != t.colours[i]]))
-        owners = [n for n, c in zip(names, t.colours, strict=False) if c == t.colours[i]]
-        if len(owners) == 1:
-            items.append(("which", f"Which part is {t.colours[i]}?", f"The {names[i]} {is_are(names[i])} {t.colours[i]}.", [names[i]],
-                          [n for n in names if n != names[i]]))
-    if len(things) == 2 and len(kinds) == 2:
+        item("colour", [f"What colour is the {x}?", f"Which colour has the {x}?", f"~Name the colour of the {x}."],
+             [f"The {x} is {t.main}."], [t.main], set(COLOURS) - {t.main})
+        other = d.rng.choice([c for c in COLOURS if c not in (t.main, HELD_OUT_COLOURS[x])])
+        item("colour no", [f"Is the {x} {other}?"], [f"No, the {x} is {t.main}."], ["no", t.main], ["yes"])
+        item("colour yes", [f"Is the {x} {t.main}?"], [f"Yes, the {x} is {t.main}."], ["yes"], ["no"])
+    if len(things) == 2 and len(subjects) == 2:
         u = things[1] if t is things[0] else things[0]
         axis, first, _ = arrangement(t, u)
-        word = axis if first == t.subject else OPPOSITE[axis]
-        r = rng.choice(RELATION_WORDS[word])
-        items.append(("relation", f"What is {r} the {u.subject}?", f"{np_} is {r} the {u.subject}.", [t.main, t.subject], []))
-        items.append(("where", f"Where is the {t.subject}?", f"The {t.subject} is {r} the {u.subject}.",
-                      [{"left": "left", "right": "right", "above": RELATION_WORDS["above"], "below": RELATION_WORDS["below"]}[word]], []))
+        word = axis if first == x else OPPOSITE[axis]
+        r = d.rng.choice(RELATION_WORDS[word])
+        item("relation", [f"What is {r} the {u.subject}?"], [f"{ax} is {r} the {u.subject}."], [t.main, x])
+        item("where", [f"Where is the {x}?"], [f"The {x} is {r} the {u.subject}."], [RELATION_WORDS[word]])
     return items
 
 
@@ -726,12 +784,8 @@ def question(d: Dialogue, scene: Scene | None = None) -> None:
         given = replace(given, things=(replace(t, drawn=d.rng.randint(main_part(t.subject) + 1, t.drawn)),))
     d.scene = given
     for k in range(2 if d.chance(0.25) else 1):
-        items = questions(d, given)
-        _, ask, reply, words, avoid = d.rng.choice([q for q in items if q[1][0] != "~" or d.want == "phrasing"])
-        if ask[0] == "~":
-            d.held.add("phrasing")
-            ask = ask[1:]
-        d.ask(ask, *(() if scene or k else (given,)))
+        _, asks, reply, words, avoid = d.rng.choice(questions(d, given))
+        d.ask(d.pick(asks), *(() if scene or k else (given,)))
         d.answer("question", words=words, avoid=avoid)
         d.say(reply)
     d.asked = True
@@ -803,11 +857,8 @@ def dialogue(seed: int, split: str = "train", kinds: dict[str, float] | None = N
         held = set.union(d.held, *(held_out_in(i["scene"]) for i in d.images))
         if bool(held) == (split == "held_out") and (not held or want in held):
             break
-    messages = [{"role": m["role"], "content": [{"type": "image", "image": render(c["image"], size)} if c["type"] == "image" else c
-                                                for c in m["content"]]} for m in d.messages]
-    images = [{**i, "scene": i["scene"].to_json()} for i in d.images]
-    return {"messages": messages, "kind": kind, "held_out": bool(held), "held_out_by": sorted(held),
-            "truth": {"images": images, "turns": d.turns}}
+    return {"messages": painted(d, size), "kind": kind, "held_out": bool(held), "held_out_by": sorted(held),
+            "truth": {"images": [{**i, "scene": i["scene"].to_json()} for i in d.images], "turns": d.turns}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -838,118 +889,102 @@ def place_words(thing: Thing) -> str:
     return f"at the {row} {column}".strip() if row else f"on the {column}"
 
 
-def describe(scene: Scene, rng: random.Random | None = None, whole: bool = True) -> str:
-    """What a picture shows: subjects, colours of all parts, numbers, places, background. Without rng always the same words."""
+def describe(scene: Scene, rng: random.Random | None = None) -> str:
+    """What a picture shows: subjects, colours of all parts, numbers, places, background. Without rng always in the same words."""
     rng = rng or random.Random(0)
     groups = {}
     for t in scene.things:
-        groups.setdefault((t.subject, t.colours[:t.drawn]), []).append(t)
+        groups.setdefault((t.subject, t.drawn, t.colours[:t.drawn]), []).append(t)
     said = []
-    for (subject, _), group in groups.items():
-        t = group[0]
-        unfinished = t.drawn < SUBJECTS[subject].small
-        words = noun_phrase(subject, None if unfinished and t.drawn <= main_part(subject) else t.main, len(group))
-        if unfinished:
-            parts = SUBJECTS[subject].parts[:t.drawn]
-            words = f"the beginning of {a(subject)}, {listing([part_phrase(p.name, c) for p, c in zip(parts, t.colours, strict=False)])},"
-        elif whole or len(groups) == 1:
-            words += with_parts(t)
-        if len(group) == 1 and whole:
-            words += f" {place_words(t)}"
-        said.append(words)
-    lead = rng.choice(["The picture shows {}", "I see {}", "There is {}" if len(scene.things) == 1 else "There are {}", "This is {}"])
-    ends = [f" on a {scene.background} background.", f". The background is {scene.background}.", f" on {scene.background} paper."]
-    body = said[0] if len(said) == 1 else ", ".join(said[:-1]) + (", and " if whole else " and ") + said[-1]
-    return sentence(lead.format(body).rstrip(",")) if False else re.sub(r",(?=[,.]|\s*$| on )", "", sentence(lead.format(body) + rng.choice(ends)))
+    for group in groups.values():
+        t, where = group[0], f" {place_words(group[0])}" if len(group) == 1 else ""
+        if t.drawn < SUBJECTS[t.subject].small:                 # not yet what it is going to be
+            parts = zip(SUBJECTS[t.subject].parts[:t.drawn], t.colours, strict=False)
+            said.append(f"{listing([part_phrase(p.name, c) for p, c in parts])} of {a(t.subject)}{where}")
+        else:
+            said.append(noun_phrase(t.subject, t.main, len(group)) + with_parts(t) + where)
+    lead = rng.choice(["The picture shows", "I see", "There is" if len(scene.things) == 1 else "There are"])
+    end = rng.choice([f" on a {scene.background} background.", f". The background is {scene.background}.",
+                      f" on {scene.background} paper."])
+    return sentence(f"{lead} {said[0] if len(said) == 1 else ', '.join(said[:-1]) + ', and ' + said[-1]}{end}")
+
+
+def painted(d: Dialogue, size: int) -> list[dict]:
+    """The messages with pictures in place of scenes."""
+    return [{"role": m["role"], "content": [{"type": "image", "image": render(c["image"], size)} if c["type"] == "image" else c
+                                            for c in m["content"]]} for m in d.messages]
 
 
 def looking(seed: int, size: int = 64) -> dict:
     """A record with one picture of the user and a description or answers: how the language model learns to see."""
-    rng = random.Random(f"looking {seed}")
-    d = None
 
     def make(r):
-        nonlocal d
-        d = Dialogue(r)
-        scene = random_scene(r)
-        if r.random() < 0.5:
-            ask = r.choice(["Describe this picture.", "What is in this picture?", "Describe the picture.", "What does the picture show?",
-                            "Tell me what you see.", "Look at this and describe it."])
-            d.ask(ask, scene)
+        d, scene = Dialogue(r), random_scene(r)
+        if r.random() < 0.6:
+            d.ask(r.choice(["Describe this picture.", "What is in this picture?", "Describe the picture.",
+                            "What does the picture show?", "Tell me what you see.", "Look at this and describe it."]), scene)
             d.answer("looking")
             d.say(describe(scene, r))
-        else:
-            for k in range(r.randint(1, 3)):
-                items = [q for q in questions(d, scene) if q[1][0] != "~" and (scene.things[0].drawn > main_part(scene.things[0].subject))]
-                if not items:
-                    items = [q for q in questions(d, scene) if q[0] in ("background", "no", "part", "total")]
-                _, ask, reply, words, avoid = r.choice(items)
-                d.ask(ask.removeprefix("~"), *(() if k else (scene,)))
-                d.answer("looking", words=words, avoid=avoid)
-                d.say(reply)
-        return (scene,), None
+            return (scene,), d
+        items = questions(d, scene)
+        for k, item in enumerate(r.sample(items, min(len(items), r.randint(1, 4)))):
+            d.ask(d.pick(item[1]), *(() if k else (scene,)))
+            d.answer("looking", words=item[3], avoid=item[4])
+            d.say(item[2])
+        return (scene,), d
 
-    (scene,), _ = allowed(rng, make)
-    messages = [{"role": m["role"], "content": [{"type": "image", "image": render(c["image"], size)} if c["type"] == "image" else c
-                                                for c in m["content"]]} for m in d.messages]
-    return {"messages": messages, "kind": "looking", "held_out": False, "held_out_by": [],
+    _, d = allowed(random.Random(f"looking {seed}"), make)
+    return {"messages": painted(d, size), "kind": "looking", "held_out": False, "held_out_by": [],
             "truth": {"images": [{**i, "scene": i["scene"].to_json()} for i in d.images], "turns": d.turns}}
 
 
+def film(d: Dialogue, frames: int) -> tuple[list[Scene], str]:
+    """Scenes and a caption: something is drawn part by part, moves, grows, changes its colour, or company arrives."""
+    kind = d.rng.choice(("draw", "draw", "move", "grow", "recolour", "arrive", "background"))
+    page = d.page()
+    on = d.on(page)
+    if kind == "arrive":
+        x, word, y = d.couple()
+        new, old = placed(d, x, d.colour(x), word, y, d.colour(y))
+        text = d.pick(["{y} appears, then {x} {r} it", "first {y}, then {x} {r} it", "{x} arrives {r} {y}"])
+        text = text.format(x=noun_phrase(x, new.main), y=noun_phrase(y, old.main), r=d.rng.choice(RELATION_WORDS[word]))
+        return [Scene(page, (old,) if k < frames / 2 else (old, new)) for k in range(frames)], text + on
+    subject = d.subject(shapes=0.0 if kind == "draw" else 0.3)
+    main = d.colour(subject)
+    x = noun_phrase(subject, main)
+    if kind == "draw":
+        thing, named = whole_thing(d, subject, main, d.rng.choice((0, 1, 2, 6)))
+        text = d.pick(["{x} is drawn part by part", "Somebody draws {x}", "A drawing of {x} grows", "Watch {x} being drawn"])
+        steps = [max(1, round((k + 1) * thing.drawn / frames)) for k in range(frames)]
+        return [Scene(page, (replace(thing, drawn=n),)) for n in steps], text.format(x=x + with_parts(thing, named)) + on
+    if kind in ("recolour", "background"):
+        thing, _ = whole_thing(d, subject, main, 0)
+        i = main_part(subject)
+        new_page = d.rng.choice([b for b in BACKGROUNDS if b != page])
+        new = d.colour(subject, besides={main} | {thing.colours[j] for j in touching(subject)[i]})
+        if kind == "background":
+            text = d.pick(["The background behind {x} turns from {p} to {n}", "{x}, and the background becomes {n}"])
+            return [Scene(page if k < frames / 2 else new_page, (thing,)) for k in range(frames)], text.format(x=x, p=page, n=new_page)
+        after = replace(thing, colours=(*thing.colours[:i], new, *thing.colours[i + 1:]))
+        text = d.pick(["{x} turns {c}", "{x} changes its colour to {c}", "{x} becomes {c}"]).format(x=x, c=new)
+        return [Scene(page, (thing if k < frames / 2 else after,)) for k in range(frames)], text + on
+    length = d.rng.uniform(28.5, 32) if subject in FIGURES else d.rng.uniform(18, 32)
+    thing = small_thing(d, subject, main, (0, 0, 64, 64), length)
+    at = [k / max(1, frames - 1) for k in range(frames)]
+    if kind == "move":
+        start, end = d.rng.choice([("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
+        p, q = shifted(thing, start), shifted(thing, end)
+        text = d.pick(["{x} moves from the {f} to the {t}", "{x} goes to the {t}", "{x} slides to the {t}"]).format(x=x, f=start, t=end)
+        return [Scene(page, (replace(thing, x=p.x + (q.x - p.x) * s, y=p.y + (q.y - p.y) * s),)) for s in at], text + on
+    verb, lengths = d.rng.choice([("grows", (length, 54)), ("shrinks", (54, length))])
+    text = d.pick(["{x} {v}", "{x} slowly {v}", "{x} {v} in the middle"]).format(x=x, v=verb)
+    return [Scene(page, (fit(subject, thing.drawn, thing.colours, lengths[0] + (lengths[1] - lengths[0]) * s, 32, 32),)) for s in at], \
+        text + on
+
+
 def clip(seed: int, frames: int = 4, size: int = 64) -> tuple[str, list[Image.Image]]:
-    """A short film and its caption: a drawing that grows part by part, a thing that moves, grows or changes its colour."""
-
-    def make(r):
-        kind = r.choice(("draw", "draw", "move", "grow", "recolour", "arrive", "background"))
-        d = Dialogue(r)
-        page = d.page()
-        on = d.on(page)
-        subject = d.subject(shapes=0.0 if kind == "draw" else 0.3)
-        main = d.colour(subject)
-        x = noun_phrase(subject, main)
-        if kind == "draw":
-            thing, named = whole_thing(d, subject, main, 6)
-            if r.random() < 0.5:
-                thing, named = whole_thing(d, subject, main, r.randint(0, 2))
-            steps = [max(1, round((k + 1) * thing.drawn / frames)) for k in range(frames)]
-            text = r.choice(["{x} is drawn part by part{b}", "Somebody draws {x}{b}", "A drawing of {x} grows{b}", "Watch {x} being drawn{b}"])
-            return [Scene(page, (replace(thing, drawn=n),)) for n in steps], text.format(x=x + with_parts(thing, named), b=on)
-        if kind == "arrive":
-            a_, word, b_ = d.couple()
-            ca, cb = d.colour(a_), d.colour(b_)
-            cell_a, cell_b = relation_cells(r, word)
-            first, second = small_thing(d, a_, ca, cell_a), small_thing(d, b_, cb, cell_b)
-            text = r.choice(["{y} appears, then {x} {r} it{b}", "first {y}, then {x} {r} it{b}"])
-            scenes = [Scene(page, (second,) if k < frames / 2 else (second, first)) for k in range(frames)]
-            return scenes, text.format(x=noun_phrase(a_, ca), y=noun_phrase(b_, cb), r=r.choice(RELATION_WORDS[word]), b=on)
-        if kind in ("recolour", "background"):
-            thing, _ = whole_thing(d, subject, main, 0)
-            if kind == "background":
-                new = r.choice([b for b in BACKGROUNDS if b != page])
-                text = r.choice(["The background behind {x} turns from {p} to {n}", "{x}, and the background becomes {n}"])
-                return [Scene(page if k < frames / 2 else new, (thing,)) for k in range(frames)], text.format(x=x, p=page, n=new)
-            i = main_part(subject)
-            new = d.colour(subject, besides={main} | {thing.colours[j] for j in touching(subject)[i]})
-            after = replace(thing, colours=(*thing.colours[:i], new, *thing.colours[i + 1:]))
-            text = r.choice(["{x} turns {c}{b}", "{x} changes its colour to {c}{b}", "{x} becomes {c}{b}"])
-            return [Scene(page, (thing if k < frames / 2 else after,)) for k in range(frames)], text.format(x=x, c=new, b=on)
-        length = r.uniform(28.5, 32) if subject in FIGURES else r.uniform(18, 32)
-        thing = small_thing(d, subject, main, (0, 0, 64, 64), length)
-        if kind == "move":
-            start, end = r.choice([("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
-            one_, two_ = shifted(thing, start), shifted(thing, end)
-            at = [k / (frames - 1) for k in range(frames)]
-            text = r.choice(["{x} moves from the {f} to the {t}{b}", "{x} goes to the {t}{b}", "{x} slides to the {t} side{b}"])
-            return [Scene(page, (replace(thing, x=one_.x + (two_.x - one_.x) * s, y=one_.y + (two_.y - one_.y) * s),)) for s in at], \
-                text.format(x=x, f=start, t=end, b=on)
-        lengths = [length * 0.95 + (54 - length * 0.95) * k / (frames - 1) for k in range(frames)]
-        word = "grows"
-        if r.random() < 0.5:
-            lengths, word = lengths[::-1], "shrinks"
-        text = r.choice(["{x} {w}{b}", "{x} slowly {w}{b}", "{x} in the middle {w}{b}"])
-        return [Scene(page, (fit(subject, thing.drawn, thing.colours, v, 32, 32),)) for v in lengths], text.format(x=x, w=word, b=on)
-
-    scenes, text = allowed(random.Random(f"clip {seed}"), make)
+    """A caption and the frames of a short film, for pretraining the painter; nothing held out is in it."""
+    scenes, text = allowed(random.Random(f"clip {seed}"), lambda r: film(Dialogue(r), frames))
     return sentence(text), [render(s, size) for s in scenes]
 
 
@@ -972,3 +1007,60 @@ def write(folder, n: int, seed: int = 0, split: str = "train", kinds: dict[str, 
                         item["image"], k = name, k + 1
             out.write(json.dumps(record) + "\n")
     return folder / "records.jsonl"
+
+
+def show(path, n: int = 12, seed: int = 0, split: str = "train", kinds: dict[str, float] | None = None, size: int = 64) -> None:
+    """A contact sheet: a dialogue a row, the pictures twice as large with the words that led to them underneath."""
+    rows, side, wide = [], 128, 176
+    for i in range(seed, seed + n):
+        strip, said = [], []
+        for m in (record := dialogue(i, split, kinds, size))["messages"]:
+            for c in m["content"]:
+                if c["type"] == "text":
+                    said.append(f"{'> ' if m['role'] == 'user' else ''}{c['text']}")
+                else:
+                    strip.append((c["image"].resize((side, side), Image.Resampling.NEAREST), said))
+                    said = []
+        rows.append((record["kind"], [*strip, (None, said)] if said else strip))
+    font = ImageFont.load_default(11)
+    sheet = Image.new("RGB", (wide * max(len(r) for _, r in rows) + 8, (side + 92) * len(rows)), (244, 244, 244))
+    pen = ImageDraw.Draw(sheet)
+    for y, (kind, strip) in enumerate(rows):
+        for x, (picture, said) in enumerate(strip):
+            corner = (8 + x * wide, 14 + y * (side + 92))
+            if picture:
+                sheet.paste(picture, corner)
+            lines = [line for text in said for line in textwrap.wrap(text, 29)]
+            pen.multiline_text((corner[0], corner[1] + (side + 3 if picture else 0)), "\n".join(lines[:5 if picture else 14]), (40, 40, 40), font)
+        pen.text((8, y * (side + 92) + 1), kind, (150, 60, 60), font)
+    sheet.save(path)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("command", choices=("write", "show", "check"))
+    arguments.add_argument("--out", default=None, help="folder of the corpus, or file of the sheet")
+    arguments.add_argument("--n", type=int, default=12, help="how many dialogues; for check how many pictures a kind")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--split", choices=SPLITS, default="train")
+    arguments.add_argument("--kinds", nargs="*", metavar="KIND", help="only these kinds, by their usual weights")
+    arguments.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    given = arguments.parse_args()
+    try:
+        if unknown := set(given.kinds or ()) - set(KINDS):
+            raise InputError(f"no kind called {sorted(unknown)[0]!r}; there are {', '.join(KINDS)}")
+        kinds = {k: KINDS[k][1] for k in given.kinds} if given.kinds else None
+        if given.command == "write":
+            print(write(given.out or "corpus", given.n, given.seed, given.split, kinds, given.size))
+        elif given.command == "show":
+            show(given.out or "sheet.png", given.n, given.seed, given.split, kinds, given.size)
+        else:
+            import checker                                      # it imports this module, so it cannot stand above
+            checker.report(given.n, given.size)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
