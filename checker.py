@@ -24,8 +24,24 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from checkpoint import InputError
-from scenes import BACKGROUNDS, COLOURS, OPPOSITE, PLACES, SUBJECTS, Scene, Thing, extent, fit, main_part, part_map, render, touching, usual_colours
-from sketchbook import KINDS, MOVES, NUMBERS, RELATION_WORDS, dialogue, plural
+from phrases import MOVES, NUMBERS, RELATION_WORDS, plural
+from scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    OPPOSITE,
+    PLACES,
+    SUBJECTS,
+    Scene,
+    Thing,
+    extent,
+    fit,
+    main_part,
+    part_map,
+    render,
+    touching,
+    usual_colours,
+)
+from sketchbook import KINDS, dialogue
 
 CHANGED, KEPT, KEPT_FOREGROUND = 0.85, 0.97, 0.93
 MATCH = 0.72                 # least score (silhouette IoU x agreement of colours inside the parts) of a thing that is recognised

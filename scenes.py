@@ -104,7 +104,7 @@ SUBJECTS = {
         Part("window", "a {} square", "on the cabin", [rect(37, 9, 63, 34)], "yellow pink"),
     ]),
     "snowman": Subject("body", 3, [
-        Part("body", "a big {} circle", "at the bottom", [oval(15, 46, 85, 98)], "blue pink"),
+        Part("body", "a big {} oval", "at the bottom", [oval(15, 46, 85, 98)], "blue pink"),
         Part("head", "a {} circle", "on top", [oval(26, 2, 74, 52)], "pink yellow"),
         Part("hat", "a {} block", "on the head",
              [poly(33, -16, 67, -16, 67, 7, 80, 7, 80, 16, 20, 16, 20, 7, 33, 7)], "black purple"),
@@ -121,7 +121,7 @@ SUBJECTS = {
     ]),
     "flower": Subject("petals", 2, [
         Part("petals", "five {} circles", "in a ring",
-             [oval(x - 19, y - 19, x + 19, y + 19) for x, y in spikes(5, 21, 21, 50, 30)[::2]], "pink red"),
+             [oval(x - 21, y - 21, x + 21, y + 21) for x, y in spikes(5, 20, 20, 50, 30)[::2]], "pink red"),
         Part("centre", "a {} circle", "inside the ring", [oval(36, 16, 64, 44)], "yellow orange"),
         Part("stem", "a {} rectangle", "below", [rect(39, 62, 61, 112)], "green brown"),
         Part("leaves", "two {} ovals", "beside the stem", mirror(oval(6, 78, 42, 103)), "blue green"),
