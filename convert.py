@@ -147,7 +147,7 @@ class TorchFile:
             raise InputError(f"{path}: no such file")
         with open(self.path, "rb") as file:
             if file.read(2) != b"PK":
-                raise InputError(f"{path}: not in the zip format that torch.save writes since 1.6: a legacy file must be saved anew first")
+                raise InputError(f"{path}: not in the zip format of torch.save since 1.6: a legacy file must be saved anew")
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             with zipfile.ZipFile(self.path) as archive:
