@@ -1,0 +1,641 @@
+"""The whole system at work: write text, decide that a picture is due, paint it, look at it, write on.
+
+    duo = DuoGen.from_pretrained("checkpoints/tiny")
+    answer = duo.generate("How do I draw a house?", duo.settings(seed=1))
+    answer.parts                  # ["Step 1: ...", Picture, "Step 2: ...", Picture, ...]
+    answer.stop                   # why it ends there, see STOPS
+
+One loop makes a document (`Answer.write`). The language model reads the prompt once into a KV cache; of every token only the
+connector's output is kept, a thousand numbers instead of the hundred thousand of all layers. When the model writes BOV, the DiT
+paints under the condition of all tokens before it and of all earlier pictures; the new picture is appended to the cache, and
+the model goes on. Nothing is ever read twice.
+
+`write` is a coroutine: it yields what happens, and where a picture is due it yields a `Paint` and waits to be sent the picture.
+So one driver shows a document as it grows (`stream`), another keeps many documents in lockstep and paints what they wait for in
+one packed batch (`generate_many`), with the same results up to rounding.
+
+A checkpoint is a folder (or a Hub repository) with mllm/, dit/, vae/ and duogen.json:
+
+    {"format": 1, "parts": {"mllm": "mllm", "dit": "dit", "vae": "vae"}, "sampling": {"steps": 35, "height": 704, ...}}
+
+A part is a folder beside that file, or a Hub name "owner/name", "owner/name/folder", "owner/name/folder@revision". "sampling"
+holds defaults for `Settings`; its height and width are the size of a picture in a dialogue that has none yet.
+"""
+
+import hashlib
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from checkpoint import InputError, config_from_json, read_json, resolve, write_json
+from connector import features
+from dit import CONDITION_TIME, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
+from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
+from records import load_image
+from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
+from vae import VAE, VAEConfig, to_image, to_tensor
+
+FORMAT = 1  # of duogen.json
+BUNDLED = "checkpoints/tiny"
+PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
+SIDE = 16  # a picture's sides are multiples of it: 8 pixels a latent, 2 latents a patch
+PACK = 65536  # patches painted in one batch at most; an activation of the 2B network is then 0.5 GB in bf16
+STOPS = {
+    "end": "the model ended its answer",
+    "max_tokens": "the limit of text tokens (max_tokens) is reached",
+    "max_images": "one more picture was due than the limit (max_images) allows",
+    "context": "the language model's context is full",
+    "interrupted": "it was interrupted",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may differ from one answer to the next. A checkpoint has its own defaults: start from `DuoGen.settings(...)`."""
+
+    seed: int = 0  # of the text's sampling and of every picture's noise
+    steps: int = 35  # calls of the DiT for a picture
+    guidance: float = 8.0  # v = v_neg + guidance (v_pos - v_neg); 1 is none
+    sampler: str = "unipc"  # or "euler"
+    schedule: str = "shift"  # noise levels: "shift" as in training, or "karras" as for Cosmos' post-trained weights
+    shift: float = 5.0
+    height: int | None = None  # pixels; None: like the last picture of the dialogue, else the checkpoint's default
+    width: int | None = None
+    max_area: int | None = 1280 * 704  # pixels; a larger picture is shrunk before the DiT sees it
+    max_images: int = 8  # pictures in an answer
+    max_tokens: int = 2048  # tokens that the language model writes, BOVs included
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_p: float = 1.0  # sample among the likeliest tokens that have this share together
+    system: str = SYSTEM  # used where the dialogue does not begin with a system message of its own
+    negative: str = "chunk"  # what guidance leaves out: the last "chunk" of text; all ("empty"); "none": no guidance
+    use_condition_images: bool = True  # False: the DiT does not see the earlier pictures
+    condition_time: float | None = CONDITION_TIME  # what the DiT is told about clean pictures; None: the target's time
+
+    def __post_init__(self):
+        def need(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise InputError(f"{name} {getattr(self, name)}: must be {what}")
+
+        need(0 <= self.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
+        need(1 <= self.steps <= 1000, "steps", "from 1 to 1000")
+        need(math.isfinite(self.guidance), "guidance", "a finite number, 1 for none")
+        need(self.sampler in ("unipc", "euler"), "sampler", "unipc or euler")
+        need(self.schedule in ("shift", "karras"), "schedule", "shift or karras")
+        need(math.isfinite(self.shift) and self.shift > 0, "shift", "above 0")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            need(side is None or (SIDE <= side <= 8192 and side % SIDE == 0), name, f"a multiple of {SIDE} from {SIDE} to 8192")
+        need(self.max_area is None or self.max_area >= SIDE**2, "max_area", f"at least {SIDE**2} pixels")
+        need(0 <= self.max_images <= 1000, "max_images", "from 0 to 1000")
+        need(1 <= self.max_tokens <= 10**6, "max_tokens", "from 1 to 1000000")
+        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
+        need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        need(self.negative in ("chunk", "empty", "none"), "negative", "chunk, empty or none")
+        need(self.condition_time is None or 0 <= self.condition_time < 1, "condition_time", "from 0 to below 1")
+
+    @property
+    def scale(self) -> float:
+        """The guidance that is really in force."""
+        return 1.0 if self.negative == "none" else self.guidance
+
+    @property
+    def painting(self) -> tuple:
+        """What pictures that are painted in one batch have in common."""
+        return self.steps, self.schedule, self.shift, self.scale, self.sampler, self.condition_time
+
+
+def override(settings: Settings, values: dict, where: str) -> Settings:
+    """Settings with some values changed; unknown names and wrong types are an InputError that begins with `where`."""
+    return config_from_json(Settings, asdict(settings) | values, where)
+
+
+# ----------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass
+class Text:
+    """A piece of text, as it is written."""
+
+    text: str
+
+
+@dataclass
+class Paint:
+    """A picture is due. Whoever drives `Answer.write` sends it in reply."""
+
+    number: int  # of the picture in the answer, from 0
+    size: tuple[int, int]  # (H, W) in pixels
+    seed: int  # of its noise
+    conditions: list[Tensor]  # clean latents (C, h, w) of the earlier pictures
+    positive: Tensor  # (n, text_dim) connector rows of all tokens before BOV
+    negative: Tensor | None  # (m, text_dim), m < n; None where guidance is off
+    settings: Settings
+    seconds: float = 0.0  # what the painting took; a batch's time is shared evenly
+
+
+@dataclass
+class Picture:
+    """A picture of the answer."""
+
+    image: Image.Image
+    seed: int  # of its noise
+    context: tuple[int, int]  # tokens that conditioned guidance's positive and negative branch
+    seconds: float
+
+
+@dataclass
+class Stop:
+    """The end; reason is a key of STOPS."""
+
+    reason: str
+
+
+Event = Text | Paint | Picture | Stop
+
+
+# ----------------------------------------------------------------------------------------------------------------- answer
+
+
+class Answer:
+    """One answer: the loop that makes it (`write`), and then what it is."""
+
+    def __init__(self, duo: "DuoGen", messages: str | list[dict], settings: Settings, index: int = 0):
+        self.duo, self.settings, self.index = duo, settings, index
+        self.messages = read_dialogue(messages)
+        self.images = [part["image"] for m in self.messages for part in m["content"] if part["type"] == "image"]
+        self.parts: list[str | Picture] = []
+        self.stop = "interrupted"  # until it ends otherwise
+        self.tokens = 0  # written by the language model, control tokens included
+        self.text_seconds = self.paint_seconds = 0.0
+
+        patches = [duo.processor(image) for image in self.images]
+        self._grids = [grid for _, grid in patches]
+        self._pixels = torch.cat([p for p, _ in patches]) if patches else None
+        grids = [duo.processor.merged(grid) for grid in self._grids]
+        rendered = render(duo.tokenizer, self.messages, grids, generation_prompt=True, default_system=settings.system)
+        self._ids = rendered.ids
+        self.prompt_tokens = len(rendered.ids)
+        self._chunk = rendered.images[-1].end + 1 if rendered.images else rendered.system_end
+        # What the DiT is shown of every picture so far, and the latents of those that it has been shown already.
+        self._pictures = [to_tensor(image, SIDE, settings.max_area) for image in self.images]
+        self._latents: list[Tensor] = []
+        self.size = tuple(self._pictures[-1].shape[1:]) if self.images else duo.size
+        self.size = settings.height or self.size[0], settings.width or self.size[1]
+        if self.prompt_tokens >= duo.context:
+            raise InputError(f"the prompt has {self.prompt_tokens:,} tokens, the limit is {duo.context - 1:,}: shorten it")
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+    @property
+    def text(self) -> str:
+        """The text alone, pieces between pictures on lines of their own."""
+        return "\n".join(part.strip() for part in self.parts if isinstance(part, str))
+
+    @property
+    def message(self) -> dict:
+        """The answer as a message: append it and a new question to `messages`, and the dialogue goes on."""
+        parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p.image} for p in self.parts]
+        return {"role": "assistant", "content": parts}
+
+    def write(self) -> Generator[Event, Image.Image | None, None]:
+        """The loop. Yields Text, Picture, at the end one Stop, and Paint, to which the reply must be the picture."""
+        duo, s, tokenizer = self.duo, self.settings, self.duo.tokenizer
+        decoder = StreamDecoder(tokenizer)
+        choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
+        self._cache, self._rows, self._position = duo.cache(self._capacity()), [], 0
+        unread, pixels, grids = self._ids, self._pixels, self._grids
+        reason, painted, began = "max_tokens", 0, time.perf_counter()
+        while self.tokens < s.max_tokens:
+            if self._cache.length + len(unread) > self._cache.capacity:
+                reason = "context"
+                break
+            logits = self._read(unread, pixels, grids)
+            token = duo.choose(logits, s, choices)
+            self.tokens += 1
+            if token in (tokenizer.im_end, tokenizer.endoftext):
+                reason = "end"
+                break
+            if token == tokenizer.vision_start:
+                if painted == s.max_images:
+                    reason = "max_images"
+                    break
+                yield from self._write(decoder.flush())
+                self.text_seconds += time.perf_counter() - began
+                request = self._request(painted)
+                image = yield request
+                self.paint_seconds += request.seconds
+                began = time.perf_counter()
+                context = len(request.positive), 0 if request.negative is None else len(request.negative)
+                self.parts.append(Picture(image, request.seed, context, request.seconds))
+                yield self.parts[-1]
+                painted += 1
+                self._pictures.append(to_tensor(image, SIDE, s.max_area))
+                pixels, grid = duo.processor(image)
+                grids, (h, w) = [grid], duo.processor.merged(grid)
+                unread = [token, *[tokenizer.image_pad] * (h * w), tokenizer.vision_end]
+                self._chunk = self._cache.length + len(unread)
+                continue
+            yield from self._write(decoder.push(token))
+            unread, pixels, grids = [token], None, []
+        yield from self._write(decoder.flush())
+        self.text_seconds += time.perf_counter() - began
+        self.stop = reason
+        self._cache = self._rows = self._pixels = None  # a list of finished answers is light
+        self._latents, self._pictures = [], []
+        yield Stop(reason)
+
+    def _capacity(self) -> int:
+        """Tokens that this answer can reach, so that the cache is allocated once."""
+        p = self.duo.processor
+        unit = p.patch_size * p.merge_size
+        h, w = smart_resize(*self.size, unit, p.min_pixels, p.max_pixels)
+        picture = (h // unit) * (w // unit) + 2
+        return min(self.duo.context, self.prompt_tokens + self.settings.max_tokens + self.settings.max_images * picture)
+
+    def _write(self, text: str) -> Iterator[Text]:
+        if not text:
+            return
+        if self.parts and isinstance(self.parts[-1], str):
+            self.parts[-1] += text
+        else:
+            self.parts.append(text)
+        yield Text(text)
+
+    @torch.no_grad()
+    def _read(self, ids: list[int], pixels: Tensor | None, grids: list[tuple[int, int]]) -> Tensor:
+        """Append ids to the cache and their connector rows to the context -> logits (vocab,) of what comes next."""
+        duo = self.duo
+        positions, after = mrope_positions(ids, [duo.processor.merged(grid) for grid in grids], duo.tokenizer.image_pad)
+        hidden = duo.mllm(
+            torch.tensor(ids, device=duo.device),
+            (positions + self._position).to(duo.device),
+            torch.tensor([0, len(ids)], dtype=torch.int32, device=duo.device),
+            None if pixels is None else pixels.to(duo.device),
+            grids or None,
+            cache=self._cache,
+        )
+        self._position += after
+        self._rows.append(duo.connect(hidden))
+        return duo.mllm.logits(hidden[-1][-1:])[0]
+
+    def _request(self, number: int) -> Paint:
+        """What the DiT needs for the picture that is due now.
+
+        A generated picture conditions the later ones by what it is as a file: decoded, rounded to 8 bits and encoded again. Its
+        own latent, fresh from the sampler, would be another distribution than the encoded pictures of the training, and an
+        answer that is continued from its saved pages would differ from one continued at once.
+        """
+        s, began = self.settings, time.perf_counter()
+        if s.use_condition_images:
+            self._latents += self.duo.encode(self._pictures[len(self._latents) :])
+        rows = torch.cat(self._rows)                                                   # (n, text_dim)
+        self._rows = [rows]
+        # The negative branch is a slice: causal states before the last chunk of text know nothing of it.
+        negative = None if s.scale == 1 else rows[: self._chunk if s.negative == "chunk" else 0]
+        self.paint_seconds += time.perf_counter() - began
+        return Paint(number, self.size, derive(s.seed, self.index, number), [*self._latents], rows, negative, s)
+
+
+def read_dialogue(messages: str | list[dict]) -> list[dict]:
+    """Messages with every content a list of parts and every picture loaded. The last one must be the user's."""
+    out = []
+    for message in [{"role": "user", "content": messages}] if isinstance(messages, str) else messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") in p for p in parts):
+            form = '{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": ...}]}'
+            raise InputError(f"messages: each must be {form}, not {message!r:.80}")
+        parts = [p | {"image": load_image(p["image"])} if p["type"] == "image" else p for p in parts]
+        out.append(message | {"content": parts})
+    if not out or out[-1].get("role") != "user":
+        raise InputError("messages: the last one must be the user's: that is what gets an answer")
+    if not any(p["type"] == "image" or str(p.get("text", "")).strip() for p in out[-1]["content"]):
+        raise InputError("the prompt is empty: say what you want")
+    return out
+
+
+def derive(*key: int | str) -> int:
+    """A seed that depends on nothing but the key, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- system
+
+
+class DuoGen:
+    """The parts of the system, checked to fit together.
+
+    defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
+    from, for the record.
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+        dit: DiT,
+        vae: VAE,
+        defaults: Settings | None = None,
+        size: tuple[int, int] = (704, 1280),
+        sources: dict[str, str] | None = None,
+    ):
+        check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
+        self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
+        self.tokenizer, self.processor = tokenizer, processor
+        self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
+        self.device = mllm.model.embed_tokens.weight.device
+        self.context = mllm.config.max_position_embeddings
+        # The model may write ordinary tokens, ask for a picture, and end. Everything else is for others to write.
+        allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
+        allowed[[*tokenizer.vocab.values(), tokenizer.vision_start, tokenizer.im_end, tokenizer.endoftext]] = True
+        self.allowed = allowed.to(self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        ckpt: str | Path | None = None,
+        *,
+        mllm: str | Path | None = None,
+        dit: str | Path | None = None,
+        vae: str | Path | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "DuoGen":
+        """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
+
+        mllm, dit, vae: take this part from elsewhere: a folder that holds it, a folder with a subfolder of the part's name, or
+        a Hub name as in the module's docstring. With all three given and no ckpt, the sampling defaults are those of Cosmos.
+        dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
+        """
+        named = {"mllm": mllm, "dit": dit, "vae": vae}
+        sources, sampling, base = dict(named), {}, None
+        if ckpt is not None or not all(named.values()):
+            base = find_checkpoint(ckpt, revision)
+            manifest = read_manifest(base / "duogen.json")
+            sources, sampling = {p: named[p] or manifest["parts"].get(p) for p in PARTS}, manifest["sampling"]
+            for part, source in sources.items():
+                if source is None:
+                    raise InputError(f"{base / 'duogen.json'}: names no {part}: give one with {part}=...")
+        elif revision:
+            raise InputError(f"revision {revision}: it is a checkpoint's, and there is none: write NAME@{revision} for a part")
+        folders, configs = {}, {}
+        for part, kind in PARTS.items():
+            folder = resolve(sources[part], base=None if named[part] else base)
+            inside = not (folder / "config.json").exists() and (folder / part / "config.json").exists()
+            folders[part] = folder / part if inside else folder
+            configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
+        tokenizer = Tokenizer.from_pretrained(folders["mllm"])
+        processor = ImageProcessor.from_pretrained(folders["mllm"])
+        check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])  # before gigabytes are read
+        size = sampling.pop("height", None) or 704, sampling.pop("width", None) or 1280
+        return cls(
+            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=device),
+            tokenizer,
+            processor,
+            DiT.from_pretrained(folders["dit"], dtype=dtype, device=device),
+            VAE.from_pretrained(folders["vae"], device=device),
+            override(Settings(), sampling, "sampling of duogen.json"),
+            size,
+            {part: origin(f) for part, f in [*folders.items(), *([("ckpt", base)] if base else [])]},
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder; duogen.json, without which it is none, comes last."""
+        folder = Path(folder)
+        for part in (self.mllm, self.tokenizer, self.processor):
+            part.save_pretrained(folder / "mllm")
+        self.dit.save_pretrained(folder / "dit")
+        self.vae.save_pretrained(folder / "vae")
+        write_manifest(folder, self.defaults, self.size)
+
+    def settings(self, **values) -> Settings:
+        """The checkpoint's defaults, with some values changed."""
+        return override(self.defaults, values, "settings")
+
+    # ------------------------------------------------------------------------------------------------------- the drivers
+
+    def answer(self, messages: str | list[dict], settings: Settings | None = None, index: int = 0) -> Answer:
+        """An answer that is yet to be written. index: number of the document among those with the same seed."""
+        return Answer(self, messages, settings or self.defaults, index)
+
+    def stream(self, answer: Answer, progress: Callable[[int, int], None] | None = None) -> Iterator[Event]:
+        """Write one answer, painting what it asks for. progress(done, steps) is called while a picture is painted."""
+        writer, reply = answer.write(), None
+        while True:
+            try:
+                event = writer.send(reply)
+            except StopIteration:
+                return
+            yield event
+            reply = self.paint([event], progress)[0] if isinstance(event, Paint) else None
+
+    def generate(self, messages: str | list[dict], settings: Settings | None = None, index: int = 0) -> Answer:
+        """The finished answer."""
+        answer = self.answer(messages, settings, index)
+        deque(self.stream(answer), maxlen=0)
+        return answer
+
+    def generate_many(
+        self,
+        dialogues: list[str | list[dict]],
+        settings: Settings | list[Settings] | None = None,
+        *,
+        batch: int = 64,
+        first: int = 0,
+        done: Callable[[Answer], None] | None = None,
+    ) -> list[Answer]:
+        """One answer for each dialogue, up to `batch` of them in lockstep: all write until each needs a picture or has ended,
+        then all pictures are painted together. Answer i is that of generate(dialogues[i], settings, first + i), up to rounding.
+
+        settings: one for all, or one each. done(answer) is called as soon as an answer is finished. Memory: `batch` KV caches.
+        """
+        each = settings if isinstance(settings, list) else [settings] * len(dialogues)
+        answers = [self.answer(m, s, first + i) for i, (m, s) in enumerate(zip(dialogues, each, strict=True))]
+        queue, active = deque(answers), {}  # answer -> (its coroutine, the picture it waits for)
+        while queue or active:
+            while queue and len(active) < batch:
+                answer = queue.popleft()
+                active[answer] = answer.write(), None
+            requests = {}
+            for answer, (writer, reply) in list(active.items()):
+                request = until_paint(writer, reply)
+                if request is not None:
+                    requests[answer] = request
+                    continue
+                del active[answer]
+                if done is not None:
+                    done(answer)
+            for answer, image in zip(requests, self.paint(list(requests.values())), strict=True):
+                active[answer] = active[answer][0], image
+        return answers
+
+    # --------------------------------------------------------------------------------------------------------- the parts
+
+    def cache(self, capacity: int) -> KVCache:
+        return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device)
+
+    def connect(self, hidden: list[Tensor]) -> Tensor:
+        """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
+
+        Per token, hence in slices: the features of a long prompt would take 200 KB a token at full size.
+        """
+        dtype = self.dit.crossattn_proj[0].weight.dtype
+        slices = zip(*(h.split(512) for h in hidden), strict=True)
+        return torch.cat([self.dit.crossattn_proj(features(list(part)).to(dtype)) for part in slices])
+
+    @torch.no_grad()
+    def encode(self, pictures: list[Tensor]) -> list[Tensor]:
+        """Pictures (3, H, W) in [-1, 1] -> normalised latents (C, H/8, W/8), each encoded alone."""
+        return [self.vae.encode_latents(x[None].to(self.device))[0] for x in pictures]
+
+    def choose(self, logits: Tensor, settings: Settings, generator: torch.Generator) -> int:
+        """The next token from logits (vocab,): the likeliest, or drawn among the likeliest (nucleus; arXiv 1904.09751)."""
+        logits = logits.float().masked_fill(~self.allowed, -torch.inf)
+        if settings.temperature == 0:
+            return int(logits.argmax())
+        p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
+        mass = p.cumsum(0)
+        keep = int((mass - p < settings.top_p).sum())  # the smallest set that has the share top_p
+        u = torch.rand((), generator=generator) * mass[keep - 1].cpu()  # one number from the CPU: every device draws the same
+        return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
+
+    @torch.no_grad()
+    def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+        """The pictures of all requests, in packed batches: one for all with the same settings that fit into PACK patches."""
+        batches: dict[tuple, list[list[Paint]]] = {}
+        room: dict[tuple, int] = {}
+        for r in requests:
+            patches = math.prod(r.size) // SIDE**2 + sum(z[0].numel() // 4 for z in r.conditions)
+            patches *= 1 if r.negative is None else 2
+            if room.get(r.settings.painting, 0) < patches:
+                batches.setdefault(r.settings.painting, []).append([])
+                room[r.settings.painting] = PACK
+            batches[r.settings.painting][-1].append(r)
+            room[r.settings.painting] -= patches
+        images = {}
+        for batch in (b for group in batches.values() for b in group):
+            began, s, factor = time.perf_counter(), batch[0].settings, self.vae.config.factor
+            latents = denoise(
+                self.dit,
+                [r.conditions for r in batch],
+                [(r.size[0] // factor, r.size[1] // factor) for r in batch],
+                [r.positive for r in batch],
+                None if s.scale == 1 else [r.negative for r in batch],
+                [r.seed for r in batch],
+                sigmas=shift_schedule(s.steps, s.shift) if s.schedule == "shift" else karras_schedule(s.steps),
+                guidance=s.scale,
+                method=s.sampler,
+                condition_time=s.condition_time,
+                progress=progress,
+            )
+            for r, z in zip(batch, latents, strict=True):
+                images[id(r)] = to_image(self.vae.decode_latents(z[None])[0])
+            for r in batch:
+                r.seconds = (time.perf_counter() - began) / len(batch)
+        return [images[id(r)] for r in requests]
+
+
+def until_paint(writer: Generator[Event, Image.Image | None, None], reply: Image.Image | None) -> Paint | None:
+    """Let a coroutine go on to its next picture; None: it has ended."""
+    while True:
+        try:
+            event = writer.send(reply)
+        except StopIteration:
+            return None
+        if isinstance(event, Paint):
+            return event
+        reply = None
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoint
+
+
+def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, dit: DiTConfig, vae: VAEConfig) -> None:
+    """InputError, with both numbers, where two parts do not belong together."""
+    layers, width = mllm.num_hidden_layers, mllm.hidden_size
+    if dit.crossattn_proj_in_channels != layers * width:
+        raise InputError(
+            f"the connector in the DiT reads {dit.crossattn_proj_in_channels} numbers per token, the language model gives "
+            f"{layers} layers x {width} = {layers * width}: take a DiT that was trained with this language model"
+        )
+    if (dit.out_channels, dit.in_channels) != (vae.z_dim, vae.z_dim + 1):
+        raise InputError(
+            f"the DiT paints latents of {dit.out_channels} channels (and reads {dit.in_channels}, with the mask), the VAE has "
+            f"{vae.z_dim}: take the VAE that the DiT was trained with"
+        )
+    if vae.factor * dit.patch_size[1] != SIDE:
+        raise InputError(f"a patch of the DiT is {vae.factor * dit.patch_size[1]} pixels with this VAE, it must be {SIDE}")
+    vision = mllm.vision
+    seen = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    cut = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+    if seen != cut:
+        raise InputError(f"preprocessor_config.json cuts patches {cut} (size, merge, frames), the language model reads {seen}")
+    if tokenizer.vocab_size > mllm.vocab_size:
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the language model {mllm.vocab_size} embeddings")
+    ids, known = (tokenizer.image_pad, tokenizer.vision_start), (mllm.image_token_id, mllm.vision_start_token_id)
+    if ids != known:
+        raise InputError(f"the tokenizer's <|image_pad|>, <|vision_start|> are {ids}, the language model's are {known}")
+
+
+def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:
+    """The folder of a checkpoint; None is the bundled one, which lies beside this file."""
+    if ckpt is None:
+        ckpt = Path(__file__).parent / BUNDLED
+        if not ckpt.is_dir():
+            raise InputError(f"{BUNDLED}: the bundled checkpoint is missing: train it with `make tiny`, or name one (--ckpt)")
+    if revision and Path(ckpt).exists():
+        raise InputError(f"revision {revision}: {ckpt} is a folder on this machine, which has none: leave it out")
+    folder = resolve(ckpt, revision=revision)
+    if not (folder / "duogen.json").exists():
+        raise InputError(f"{ckpt}: no duogen.json in it, so it is no checkpoint of the whole system: is it one of its parts?")
+    return folder
+
+
+def read_manifest(path: Path) -> dict:
+    """duogen.json, checked: {"parts": {part: source}, "sampling": {setting: value}}."""
+    manifest = read_json(path)
+    number = manifest.get("format")
+    if number != FORMAT or type(number) is not int:
+        raise InputError(f"{path}: format {number!r:.40}, this version reads format {FORMAT}: update the one or the other")
+    for key in manifest:
+        if key not in ("format", "parts", "sampling"):
+            raise InputError(f"{path}: unknown key {key}: it may have format, parts and sampling")
+    for key in ("parts", "sampling"):
+        if not isinstance(manifest.get(key), dict):
+            raise InputError(f"{path}: {key} is missing or no object")
+    for part, source in manifest["parts"].items():
+        if part not in PARTS:
+            raise InputError(f"{path}: unknown part {part}: there are {', '.join(PARTS)}")
+        if not isinstance(source, str) or not source:
+            raise InputError(f"{path}: part {part} must be a folder's or a Hub repository's name, not {source!r:.40}")
+    override(Settings(), manifest["sampling"], f"{path}: sampling")
+    return manifest
+
+
+def write_manifest(folder: str | Path, defaults: Settings, size: tuple[int, int], parts: dict[str, str] | None = None) -> None:
+    """duogen.json with the settings that differ from Settings(). parts: sources, by default the folders beside it."""
+    plain = asdict(Settings())
+    sampling = {k: v for k, v in asdict(defaults).items() if v != plain[k]} | {"height": size[0], "width": size[1]}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "duogen.json", {"format": FORMAT, "parts": parts or {p: p for p in PARTS}, "sampling": sampling})
+
+
+def origin(folder: Path) -> str:
+    """Where a part came from, so that it can be found again: a folder, or a Hub name with its commit."""
+    hub = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(/.*)?$", folder.as_posix())
+    return f"{hub[1]}/{hub[2]}{hub[4] or ''}@{hub[3]}" if hub else str(folder)

@@ -1,0 +1,573 @@
+"""The loop on small random parts, the language model's choices written by hand: what is read, painted, kept and said."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import dit as dit_module
+import model as model_module
+import pipeline
+import vae as vae_module
+from checkpoint import InputError
+from connector import features
+from dit import DiT, DiTConfig
+from model import MLLM, ImageProcessor, MLLMConfig, VisionConfig, mrope_positions
+from pipeline import Answer, DuoGen, Paint, Picture, Settings, Stop, Text, derive, override, until_paint
+from tokenizer import render, train_bpe
+from vae import VAE, VAEConfig, to_image, to_tensor
+
+BOV, END = "<|vision_start|>", "<|im_end|>"
+TWO = ["Step 1: a wall.", BOV, "Step 2: a roof. é", BOV, "Done.", END]
+PLAIN = ["Just words.", END]
+
+
+def make_duo(**settings) -> DuoGen:
+    torch.manual_seed(1)
+    tokenizer = train_bpe(["Step one: draw a wall. Step two: draw a roof. system user assistant helpful"] * 4, 330)
+    vision = VisionConfig(32, 64, 2, 2, 48, patch_size=8, window_size=32, fullatt_block_indexes=(1,))
+    config = MLLMConfig(64, 96, 3, 2, 1, 340, 1e-6, vision, mrope_section=(4, 6, 6), max_position_embeddings=600)
+    mllm = MLLM.from_config(config.for_tokenizer(tokenizer))
+    dit = DiT.from_config(DiTConfig(2, 2, 32, 2.0, 8, text_embed_dim=24, crossattn_proj_in_channels=3 * 64))
+    for p in (*mllm.parameters(), *dit.parameters()):  # fresh parts hardly listen: gates are closed, embeddings faint
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=2 * p.shape[1] ** -0.5)
+    vae = VAE.from_config(VAEConfig(8, num_res_blocks=1))
+    processor = ImageProcessor(8, min_pixels=16 * 16, max_pixels=64 * 64)
+    defaults = Settings(steps=3, guidance=3.0, max_tokens=60, max_images=4, **settings)
+    return DuoGen(mllm, tokenizer, processor, dit, vae, defaults, (32, 48))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return make_duo()
+
+
+@pytest.fixture
+def duo(parts, monkeypatch):
+    """`duo.say(script, ...)`: what the language model says in document 0, 1, ..., whatever its logits are."""
+    scripts = {}
+
+    def say(*texts, seed=0):
+        for i, script in enumerate(texts):
+            scripts[derive(seed, i, "text")] = [t for x in script for t in parts.tokenizer.encode_with_control(x)]
+
+    def choose(logits, settings, generator):
+        assert logits.shape == (340,) and logits.isfinite().all()
+        return scripts[generator.initial_seed()].pop(0)
+
+    monkeypatch.setattr(parts, "choose", choose)
+    monkeypatch.setattr(parts, "say", say, raising=False)
+    return parts
+
+
+def picture(seed=0, size=(32, 32)) -> Image.Image:
+    return to_image(torch.randn(3, *size, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1))
+
+
+def question(*images, text="How do I draw a house?"):
+    return [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
+
+
+def same(a: Image.Image, b: Image.Image, levels: int = 0) -> bool:
+    """Up to so many of the 255 steps of rounding."""
+    x, y = to_tensor(a), to_tensor(b)
+    return x.shape == y.shape and bool(((x - y).abs() <= levels * 2 / 255 + 1e-6).all())
+
+
+def drive(duo, answer):
+    """All events, and the text, hidden states and rows that were kept, in one place."""
+    return list(duo.stream(answer))
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def test_events_come_in_order_and_the_answer_records_them(duo):
+    duo.say(TWO)
+    answer = duo.answer("How do I draw a house?")
+    events = drive(duo, answer)
+    kinds = [type(e) for e in events]
+    assert [k for i, k in enumerate(kinds) if k is not Text or kinds[i - 1] is not Text] == [
+        Text, Paint, Picture, Text, Paint, Picture, Text, Stop
+    ]  # fmt: skip
+    assert events[-1].reason == answer.stop == "end"
+    assert [p if isinstance(p, str) else "picture" for p in answer.parts] == [TWO[0], "picture", TWO[2], "picture", TWO[4]]
+    assert "".join(e.text for e in events if isinstance(e, Text)) == TWO[0] + TWO[2] + TWO[4]
+    assert answer.tokens == len([t for x in TWO for t in duo.tokenizer.encode_with_control(x)])
+    assert answer.text_seconds > 0 and answer.paint_seconds > 0
+    assert [p.image.size for p in answer.pictures] == [(48, 32)] * 2
+    assert answer.pictures[0].seed == derive(0, 0, 0) != answer.pictures[1].seed
+
+
+def test_an_answer_without_a_picture_never_wakes_the_painter(duo, monkeypatch):
+    duo.say(PLAIN)
+    monkeypatch.setattr(pipeline, "denoise", None)
+    monkeypatch.setattr(duo.vae, "forward", None)
+    answer = duo.generate("Hello")
+    assert answer.parts == ["Just words."] and answer.stop == "end" and answer.paint_seconds == 0
+
+
+def test_cache_with_appended_pictures_equals_the_full_pass(duo, monkeypatch):
+    """Hidden states and connector rows of prompt, text and pictures, read piece by piece, are those of one whole pass."""
+    duo.say(TWO)
+    fed, seen, rows = [], [], []
+    forward = duo.mllm.forward
+
+    def spy(ids, positions, cu, pixels=None, grids=None, cache=None):
+        hidden = forward(ids, positions, cu, pixels, grids, cache=cache)
+        fed.append((ids, positions, pixels, grids))
+        seen.append(hidden)
+        return hidden
+
+    monkeypatch.setattr(duo.mllm, "forward", spy)
+    monkeypatch.setattr(duo, "connect", lambda hidden: rows.append(DuoGen.connect(duo, hidden)) or rows[-1])
+    answer = duo.answer(question(picture()))
+    drive(duo, answer)
+    monkeypatch.setattr(duo.mllm, "forward", forward)
+
+    ids = torch.cat([f[0] for f in fed])
+    grids = [g for f in fed for g in f[3] or []]
+    pixels = torch.cat([f[2] for f in fed if f[2] is not None])
+    assert len(grids) == 3 and (ids == duo.tokenizer.image_pad).sum() == 3 * 2 * 2
+    positions, _ = mrope_positions(ids, [duo.processor.merged(g) for g in grids], duo.tokenizer.image_pad)
+    assert torch.equal(torch.cat([f[1] for f in fed], 1), positions)
+    with torch.no_grad():
+        whole = forward(ids, positions, torch.tensor([0, len(ids)], dtype=torch.int32), pixels, grids)
+        context = duo.dit.crossattn_proj(features(whole))
+    for layer in range(3):
+        torch.testing.assert_close(torch.cat([h[layer] for h in seen]), whole[layer], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(rows), context, rtol=1e-4, atol=1e-4)
+    # What was written is what training would render: a finished dialogue gives the same ids.
+    messages = [*answer.messages, answer.message]
+    rendered = render(duo.tokenizer, messages, [duo.processor.merged(g) for g in grids])
+    assert rendered.ids[: len(ids)] == ids.tolist() and rendered.ids[len(ids)] == duo.tokenizer.im_end
+
+
+def test_conditions_are_those_of_training(duo):
+    """Positive: all rows before BOV. Negative: up to the end of the previous picture, or of the system turn."""
+    duo.say(TWO)
+    answer = duo.answer(question())
+    requests = [e for e in drive(duo, answer) if isinstance(e, Paint)]
+    rendered = render(duo.tokenizer, [*answer.messages, answer.message], [(2, 3)] * 2)
+    for j, request in enumerate(requests):
+        positive, negative = rendered.condition_lengths(j)
+        assert request.positive.shape == (positive, 24) and request.negative.shape == (negative, 24)
+        assert torch.equal(request.negative, request.positive[:negative])
+        assert answer.pictures[j].context == (positive, negative)
+        assert len(request.conditions) == j
+    # with a picture of the user's, the first negative branch keeps it
+    duo.say(TWO)
+    given = duo.answer(question(picture()))
+    first = next(e for e in drive(duo, given) if isinstance(e, Paint))
+    rendered = render(duo.tokenizer, [*given.messages, given.message], [(2, 2)] * 3)
+    assert len(first.negative) == rendered.images[0].end + 1 and len(first.conditions) == 1
+
+
+def test_condition_latents_are_of_the_pictures_as_files(duo):
+    duo.say(TWO)
+    user = picture(size=(48, 32))
+    answer = duo.answer(question(user))
+    requests = [e for e in drive(duo, answer) if isinstance(e, Paint)]
+    shown = [user, answer.pictures[0].image]
+    for z, image in zip(requests[1].conditions, shown, strict=True):
+        assert torch.equal(z, duo.vae.encode_latents(to_tensor(image)[None])[0])
+
+
+@pytest.mark.parametrize("negative, length", [("chunk", 16), ("empty", 0), ("none", None)])
+def test_kinds_of_negative_branch(duo, negative, length):
+    duo.say(TWO)
+    answer = duo.answer(question(), duo.settings(negative=negative))
+    first = next(e for e in drive(duo, answer) if isinstance(e, Paint))
+    assert (first.negative is None) == (length is None) and (first.settings.scale == 1) == (length is None)
+    assert length is None or len(first.negative) == answer.pictures[0].context[1] == length
+    assert answer.pictures[0].image.size == (48, 32)
+
+
+def test_condition_images_can_be_withheld_and_matter(duo):
+    images = {}
+    for use in (True, False):
+        duo.say(TWO)
+        answer = duo.answer(question(picture()), duo.settings(use_condition_images=use))
+        requests = [e for e in drive(duo, answer) if isinstance(e, Paint)]
+        assert [len(r.conditions) for r in requests] == ([1, 2] if use else [0, 0])
+        images[use] = answer.pictures[0].image
+    assert not same(images[True], images[False], 2)
+
+
+def test_one_packed_call_a_step_and_context_once_a_picture(duo, monkeypatch):
+    """Both guidance branches are one forward pass; the connector runs once a token, keys and values once a picture."""
+    duo.say(TWO)
+    calls = {"dit": [], "kv": 0, "rows": 0}
+    forward, kv, connector = duo.dit.forward, duo.dit.context_kv, duo.dit.crossattn_proj.forward
+
+    def count(name, function):
+        def counted(*args, **kwargs):
+            if name == "dit":
+                calls["dit"].append(len(args[3].cu_seqlens) - 1)
+            else:
+                calls[name] += 1 if name == "kv" else len(args[0])
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(duo.dit, "forward", count("dit", forward))
+    monkeypatch.setattr(duo.dit, "context_kv", count("kv", kv))
+    monkeypatch.setattr(duo.dit.crossattn_proj, "forward", count("rows", connector))
+    answer = duo.generate("How?", duo.settings(steps=5, sampler="euler"))
+    assert calls["dit"] == [2] * 5 * 2 and calls["kv"] == 2
+    assert calls["rows"] == answer.pictures[-1].context[0] + 2 * 3 + 2 + len(duo.tokenizer.encode(TWO[4]))
+    duo.say(TWO)
+    calls["dit"].clear()
+    duo.generate("How?", duo.settings(steps=4, guidance=1))
+    assert calls["dit"] == [1] * 4 * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_limits_end_a_document_cleanly(duo):
+    many = ["a", BOV] * 6 + ["end", END]
+    for settings, stop, pictures in (
+        ({"max_images": 2}, "max_images", 2),
+        ({"max_images": 0}, "max_images", 0),
+        ({"max_images": 6}, "end", 6),
+        ({"max_tokens": 3}, "max_tokens", 1),
+        ({"max_tokens": 4}, "max_tokens", 2),
+    ):
+        duo.say(many)
+        answer = duo.generate("x", duo.settings(**settings))
+        assert (answer.stop, len(answer.pictures)) == (stop, pictures), settings
+        assert answer.tokens <= answer.settings.max_tokens
+
+
+def test_the_context_is_a_limit_too(duo, monkeypatch):
+    prompt = duo.answer("x").prompt_tokens
+    monkeypatch.setattr(duo, "context", prompt + 5)
+    duo.say(["abcdefgh", END])
+    answer = duo.generate("x")
+    assert answer.stop == "context" and answer.text == "abcdef" and answer.tokens == 6  # the last is said, but not read
+    duo.say(["a", BOV, "b", END])
+    answer = duo.generate("x")
+    assert answer.stop == "context" and len(answer.pictures) == 1  # delivered, although it does not fit to be looked at
+    monkeypatch.setattr(duo, "context", prompt)
+    with pytest.raises(InputError, match=f"the prompt has {prompt} tokens"):
+        duo.answer("x")
+
+
+def test_endoftext_ends_too_and_half_a_character_is_not_lost(duo):
+    e = duo.tokenizer.encode("é")
+    assert len(e) == 2
+    half = duo.tokenizer.bytes_of[e[0]]
+    assert half == "é".encode()[:1]
+    duo.say([END])
+    scripts = [e[0], duo.tokenizer.vision_start, *e, duo.tokenizer.endoftext]
+    duo.choose, before = (lambda *_: scripts.pop(0)), duo.choose
+    try:
+        answer = duo.generate("x")
+    finally:
+        duo.choose = before
+    assert answer.stop == "end" and [p for p in answer.parts if isinstance(p, str)] == ["\N{REPLACEMENT CHARACTER}", "é"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- choices
+
+
+def test_control_tokens_are_never_chosen(parts):
+    t = parts.tokenizer
+    logits = torch.zeros(340)
+    logits[[t.image_pad, t.vision_end, t.im_start, t.video_pad, t.added["<tool_call>"], 339]] = 50.0
+    logits[t.encode("a")[0]] = 1.0
+    assert t.vocab_size <= 339  # so that 339 is a row without a token
+    assert parts.choose(logits, Settings(), None) == t.encode("a")[0]
+    g = torch.Generator().manual_seed(0)
+    chosen = {parts.choose(logits, Settings(temperature=1.0), g) for _ in range(400)}
+    forbidden = {*t.added.values(), *range(t.vocab_size, 340)} - {t.im_end, t.vision_start, t.endoftext}
+    assert not chosen & forbidden and len(chosen) > 100
+    for allowed in (t.im_end, t.vision_start, t.endoftext):
+        assert parts.choose(torch.full((340,), -1.0).index_fill(0, torch.tensor(allowed), 9.0), Settings(), None) == allowed
+
+
+def test_sampling_follows_the_probabilities(parts):
+    ids = [1, 2, 3]
+    logits = torch.full((340,), -100.0)
+    logits[ids] = torch.tensor([0.5, 0.3, 0.2]).log()
+
+    def shares(**settings):
+        g = torch.Generator().manual_seed(0)
+        n = [0] * 340
+        for _ in range(1500):
+            n[parts.choose(logits, Settings(**settings), g)] += 1
+        return [n[i] / 1500 for i in ids]
+
+    assert shares(temperature=1.0) == pytest.approx([0.5, 0.3, 0.2], abs=0.05)
+    assert shares(temperature=1.0, top_p=0.7) == pytest.approx([0.625, 0.375, 0], abs=0.05)
+    assert shares(temperature=1.0, top_p=0.5) == [1, 0, 0]
+    flat = torch.tensor([0.5, 0.3, 0.2]) ** 0.5
+    assert shares(temperature=2.0) == pytest.approx((flat / flat.sum()).tolist(), abs=0.05)
+    assert shares(temperature=0.0) == [1, 0, 0]
+
+
+def test_a_seed_reproduces_and_another_differs(parts):
+    hot = replace(parts.defaults, temperature=1.0, max_tokens=25, max_images=2, seed=5)
+    a, b, c = (parts.generate("Draw.", s) for s in (hot, hot, replace(hot, seed=6)))
+    assert a.text == b.text and all(same(x.image, y.image) for x, y in zip(a.pictures, b.pictures, strict=True))
+    assert a.text != c.text
+    assert parts.generate("Draw.", hot, index=1).text != a.text
+
+
+def test_the_noise_is_seeded_by_seed_document_and_picture(duo):
+    seen = set()
+    for seed, index in ((0, 0), (0, 1), (1, 0)):
+        duo.say(*[TWO] * (index + 1), seed=seed)
+        answer = duo.generate("x", duo.settings(seed=seed), index)
+        seen |= {p.seed for p in answer.pictures}
+        assert not same(answer.pictures[0].image, answer.pictures[1].image, 2)
+    assert len(seen) == 6
+
+
+# --------------------------------------------------------------------------------------------------------------- lockstep
+
+
+def test_many_in_lockstep_equal_each_alone(duo, monkeypatch):
+    """Different numbers of pictures, conditions and sizes; every round is one packed call."""
+    dialogues = ["Draw a house", question(picture(3)), "Talk", question(picture(4, (48, 32)), picture(5))]
+    scripts = [TWO, ["Look:", BOV, END], PLAIN, ["", BOV, BOV, "ok", END]]
+    settings = [duo.settings(max_images=9)] * 4
+    duo.say(*scripts)
+    alone = [duo.generate(m, s, i) for i, (m, s) in enumerate(zip(dialogues, settings, strict=True))]
+    calls, denoise = [], pipeline.denoise
+
+    def spy(dit, conditions, *args, **kwargs):
+        calls.append(len(conditions))
+        return denoise(dit, conditions, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "denoise", spy)
+    for batch, expected in ((64, [3, 2]), (2, None)):
+        calls.clear()
+        duo.say(*scripts)
+        finished = []
+        together = duo.generate_many(dialogues, settings, batch=batch, done=finished.append)
+        assert expected is None or calls == expected
+        assert sorted(a.index for a in finished) == [0, 1, 2, 3] and max(calls) <= batch
+        for a, b in zip(alone, together, strict=True):
+            assert (a.text, a.stop, a.tokens) == (b.text, b.stop, b.tokens) and len(a.pictures) == len(b.pictures)
+            for x, y in zip(a.pictures, b.pictures, strict=True):
+                assert x.seed == y.seed and x.context == y.context and same(x.image, y.image, 1)
+
+
+def test_pictures_with_other_settings_are_other_batches(duo, monkeypatch):
+    duo.say(TWO, TWO, TWO)
+    calls, denoise = [], pipeline.denoise
+
+    def spy(dit, conditions, *args, **kwargs):
+        calls.append((len(conditions), kwargs["guidance"]))
+        return denoise(dit, conditions, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "denoise", spy)
+    duo.generate_many(["x"] * 3, [duo.settings(), duo.settings(guidance=5.0, seed=0), duo.settings(negative="none")])
+    assert sorted(calls) == [(1, 1.0)] * 2 + [(1, 3.0)] * 2 + [(1, 5.0)] * 2
+    calls.clear()
+    duo.say(TWO, TWO, TWO)
+    monkeypatch.setattr(pipeline, "PACK", 30)  # a 32x48 picture is 6 patches, 12 with both branches; a condition doubles that
+    duo.generate_many(["x"] * 3)
+    assert calls == [(2, 3.0), (1, 3.0), (1, 3.0), (1, 3.0), (1, 3.0)]
+
+
+def test_an_interrupted_answer_keeps_what_is_there(duo):
+    duo.say(TWO)
+    answer = duo.answer("x")
+    writer = answer.write()
+    assert isinstance(until_paint(writer, None), Paint)
+    assert answer.stop == "interrupted" and answer.text == TWO[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- size
+
+
+def test_size_of_pictures(duo):
+    def size(messages, **settings):
+        return duo.answer(messages, duo.settings(**settings)).size
+
+    assert size("x") == (32, 48)
+    assert size("x", height=64) == (64, 48)
+    assert size(question(picture(0, (48, 80)))) == (48, 80)
+    assert size(question(picture(0, (47, 81)))) == (48, 80)
+    assert size(question(picture(0, (48, 80)), picture(0, (16, 32)))) == (16, 32)
+    assert size(question(picture(0, (48, 80))), width=32) == (48, 32)
+    assert size(question(picture(0, (128, 128))), max_area=64 * 64) == (64, 64)
+
+
+def test_asked_for_size_is_painted(duo):
+    duo.say(TWO)
+    answer = duo.generate(question(picture(0, (48, 48))), duo.settings(height=64, width=32))
+    assert [p.image.size for p in answer.pictures] == [(32, 64)] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("seed", -1, "whole number"), ("steps", 0, "from 1"), ("steps", 2.5, "int is expected"), ("shift", 0.0, "above 0"),
+        ("guidance", float("nan"), "finite"), ("sampler", "ddim", "unipc or euler"), ("schedule", "cosine", "shift or karras"),
+        ("height", 100, "multiple of 16"), ("width", 0, "multiple of 16"), ("max_images", -1, "from 0"),
+        ("max_tokens", 0, "from 1"), ("temperature", -0.1, "0 or more"), ("top_p", 0.0, "above 0"), ("top_p", 1.5, "at most 1"),
+        ("negative", "all", "chunk, empty"), ("condition_time", 1.0, "below 1"), ("max_area", 10, "at least 256"),
+        ("stepz", 3, "did you mean steps"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_by_name(name, value, message):
+    with pytest.raises(InputError, match=message) as e:
+        override(Settings(), {name: value}, "line 3")
+    assert name in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "last one must be the user's"), ("   ", "prompt is empty"), ([{"role": "user", "content": []}], "prompt is empty"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "last one must be the user's"),
+        ([{"role": "user"}], "each must be"), ([{"role": "user", "content": [{"type": "image"}]}], "each must be"),
+        (["hello"], "each must be"), ([{"role": "bot", "content": "x"}, {"role": "user", "content": "a"}], "none of system"),
+        ([{"role": "user", "content": [{"type": "image", "image": "/no/such.png"}]}], "no such file"),
+    ],
+)  # fmt: skip
+def test_bad_dialogues_are_refused(parts, messages, message):
+    with pytest.raises(InputError, match=message):
+        parts.answer(messages)
+
+
+def test_control_tokens_in_a_prompt_are_text(parts):
+    ids = parts.answer("a <|vision_start|> <|im_end|> b")._ids
+    assert ids.count(parts.tokenizer.vision_start) == 0 and ids.count(parts.tokenizer.im_end) == 2
+
+
+def test_system_prompt(parts):
+    plain = parts.tokenizer.decode(parts.answer("x")._ids)
+    assert "You are a helpful assistant." in plain
+    assert "Be brief" in parts.tokenizer.decode(parts.answer("x", parts.settings(system="Be brief"))._ids)
+    own = [{"role": "system", "content": "Mine"}, {"role": "user", "content": "x"}]
+    text = parts.tokenizer.decode(parts.answer(own, parts.settings(system="Be brief"))._ids)
+    assert "Mine" in text and "Be brief" not in text
+
+
+def test_a_dialogue_goes_on(duo):
+    duo.say(TWO)
+    answer = duo.generate("How?")
+    duo.say(PLAIN)
+    more = duo.answer([*answer.messages, answer.message, {"role": "user", "content": "And now?"}])
+    assert len(more.images) == 2 and more.size == (32, 48)
+    assert drive(duo, more)[-1] == Stop("end")
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    parts.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_comes_back_as_it_was(parts, folder, capsys):
+    other = DuoGen.from_pretrained(folder)
+    assert (other.defaults, other.size) == (parts.defaults, parts.size)
+    settings = replace(parts.defaults, temperature=1.0, max_tokens=12, max_images=1)
+    a, b = parts.generate("Draw.", settings), other.generate("Draw.", settings)
+    assert a.text == b.text and a.tokens == b.tokens
+    for x, y in zip(a.pictures, b.pictures, strict=True):
+        assert same(x.image, y.image, 1)
+    assert other.sources["dit"] == str(folder / "dit") and other.sources["ckpt"] == str(folder)
+    assert json.loads((folder / "duogen.json").read_text())["format"] == 1
+
+
+def test_parts_from_elsewhere(parts, folder, tmp_path):
+    shutil.copytree(folder / "dit", tmp_path / "other")
+    duo = DuoGen.from_pretrained(folder, dit=tmp_path / "other")
+    assert duo.sources["dit"] == str(tmp_path / "other") and duo.sources["vae"] == str(folder / "vae")
+    duo = DuoGen.from_pretrained(mllm=folder, dit=folder, vae=folder)  # each finds its subfolder; no checkpoint at all
+    assert duo.defaults == Settings() and duo.size == (704, 1280) and "ckpt" not in duo.sources
+
+
+def test_sources_on_the_hub_are_named_with_their_commit():
+    cache = Path("/home/u/.cache/huggingface/hub/models--nvidia--Cosmos-Predict2.5-2B/snapshots")
+    assert pipeline.origin(cache / ("a" * 40) / "transformer") == f"nvidia/Cosmos-Predict2.5-2B/transformer@{'a' * 40}"
+    assert pipeline.origin(Path("here/dit")) == "here/dit"
+
+
+def edited(folder, tmp_path, file, change):
+    copy = tmp_path / "ckpt"
+    shutil.copytree(folder, copy)
+    value = json.loads((copy / file).read_text())
+    change(value)
+    (copy / file).write_text(json.dumps(value))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("duogen.json", lambda v: v.update(format=2), "format 2, this version reads format 1"),
+        ("duogen.json", lambda v: v.pop("format"), "format None"),
+        ("duogen.json", lambda v: v.update(extra=1), "unknown key extra"),
+        ("duogen.json", lambda v: v["parts"].update(lm="x"), "unknown part lm"),
+        ("duogen.json", lambda v: v["parts"].update(vae=3), "part vae must be"),
+        ("duogen.json", lambda v: v["parts"].pop("dit"), "names no dit"),
+        ("duogen.json", lambda v: v["parts"].update(dit="nowhere"), "nowhere"),
+        ("duogen.json", lambda v: v.update(sampling=[]), "sampling is missing or no object"),
+        ("duogen.json", lambda v: v["sampling"].update(stpes=3), "did you mean steps"),
+        ("duogen.json", lambda v: v["sampling"].update(steps=0), "steps 0"),
+        ("dit/config.json", lambda v: v.update(crossattn_proj_in_channels=128), "reads 128 .* 3 layers x 64 = 192"),
+        ("dit/config.json", lambda v: v.update(out_channels=8, in_channels=9), "latents of 8 channels"),
+        ("dit/config.json", lambda v: v.update(patch_size=[1, 4, 4]), "32 pixels"),
+        ("vae/config.json", lambda v: v.update(dim_mult=[1, 2, 4], temperal_downsample=[False, True]), "8 pixels"),
+        ("mllm/preprocessor_config.json", lambda v: v.update(patch_size=14), "cuts patches"),
+        ("mllm/config.json", lambda v: v.update(image_token_id=5), "image_pad"),
+        ("mllm/config.json", lambda v: v.update(vocab_size=300), "tokenizer has 325 tokens"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_any_weight_is_read(folder, tmp_path, monkeypatch, file, change, message):
+    copy = edited(folder, tmp_path, file, change)
+    monkeypatch.setattr(MLLM, "from_pretrained", None)
+    with pytest.raises(InputError, match=message) as e:
+        DuoGen.from_pretrained(copy)
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_no_checkpoint_is_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no duogen.json"):
+        DuoGen.from_pretrained(folder / "dit")
+    with pytest.raises(InputError, match="no such folder"):
+        DuoGen.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="revision v1: .* folder on this machine"):
+        DuoGen.from_pretrained(folder, revision="v1")
+    with pytest.raises(InputError, match="revision v1"):
+        DuoGen.from_pretrained(mllm=folder, dit=folder, vae=folder, revision="v1")
+    monkeypatch.setattr(pipeline, "BUNDLED", "checkpoints/absent")
+    with pytest.raises(InputError, match="make tiny"):
+        DuoGen.from_pretrained()
+
+
+def test_half_precision_runs(folder):
+    duo = DuoGen.from_pretrained(folder, dtype=torch.bfloat16)
+    assert duo.vae.dtype == torch.float32 and duo.dit.proj_out.weight.dtype == torch.bfloat16
+    answer = duo.generate(question(picture()), duo.settings(temperature=1.0, max_tokens=8))
+    assert answer.stop in ("end", "max_tokens", "max_images")
+
+
+def test_answers_of_the_presets(parts):
+    """The parts as the published sizes have them fit together, on paper."""
+    for name, dit, vae in (("tiny", "tiny", "tiny"), ("7B", "2B", "wan2.1")):
+        c = model_module.PRESETS[name]
+        processor = ImageProcessor(c.vision.patch_size)
+        tokenizer = SimpleNamespace(vocab_size=1024, image_pad=c.image_token_id, vision_start=c.vision_start_token_id)
+        pipeline.check_fit(c, tokenizer, processor, dit_module.PRESETS[dit], vae_module.PRESETS[vae])
+    assert isinstance(parts.answer("x"), Answer)
