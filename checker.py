@@ -3,9 +3,9 @@
 It knows only the picture, the picture before it and a statement of what had to happen; it works by analysis through synthesis.
 `see` takes a picture apart: the background is the median of the border, every pixel gets the nearest colour of the palette,
 connected foreground is a thing, and a thing is the subject whose part map, stretched over its box, explains it best. `judge`
-compares that with a check (the form is told in sketchbook.py). Steps and edits are judged against the picture really shown before
-them: what had to change has changed, to the right colour at the right place, and what had to stay has stayed. The thresholds
-(changed core 85 %, picture kept 97 %, foreground kept 93 %) were fixed before any model was trained.
+compares that with a check (the form is told in sketchbook.py). Steps and edits are judged against the picture really shown
+before them: what had to change has changed, to the right colour at the right place, and what had to stay has stayed. The
+thresholds (changed core 85 %, picture kept 97 %, foreground kept 93 %) were fixed before any model was trained.
 
 `claims` reads the statements back out of an answer's sentences, so that `judge_text` measures whether the picture fits the text
 just before it, whatever the request was, and `text_complete` whether the text answers the request.
@@ -44,7 +44,7 @@ from scenes import (
 from sketchbook import KINDS, dialogue
 
 CHANGED, KEPT, KEPT_FOREGROUND = 0.85, 0.97, 0.93
-MATCH = 0.72                 # least score (silhouette IoU x agreement of colours inside the parts) of a thing that is recognised
+MATCH = 0.72                 # least score of a thing that is recognised: silhouette IoU x agreement of colours inside the parts
 NAMES = list(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 
@@ -138,7 +138,7 @@ def components(mask: np.ndarray, least: float) -> list[np.ndarray]:
 
 
 def label(image: Image.Image) -> tuple[str, np.ndarray]:
-    """(name of the background, labels (H, W)): every pixel by its nearest colour, the background's being the border's median."""
+    """(background, labels (H, W)): every pixel by its nearest colour; that of the background is the median of the border."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     page = np.median(border, axis=0)
@@ -179,7 +179,7 @@ def explain(labels: np.ndarray, thing: Seen, subject: str, drawn: int) -> tuple[
         colours.append(NAMES[best])
         right, total = right + counts[best + 1], total + counts.sum()
     if any(j < drawn and colours[i] == colours[j] for i in range(drawn) for j in touching(subject)[i]):
-        return 0.0, ()                                          # parts that touch never share a colour: one of them is not there
+        return 0.0, ()                                          # parts that touch never share a colour: one is not there
     return float(overlap * right / max(total, 1)), tuple(colours)
 
 
@@ -253,7 +253,8 @@ class Judge:
             names = [s for s in SUBJECTS if s == subject or (subject is None and part in [p.name for p in SUBJECTS[s].parts])]
             one = Seen(thing.mask, thing.box)
             recognise(view.labels, one, [(s, k) for s in names for k in range(1, len(SUBJECTS[s].parts) + 1)])
-            if one.score >= MATCH - 0.07 and (colour is None or one.colour in (colour, None)) and (not best or one.score > best.score):
+            fits = one.score >= MATCH - 0.07 and (colour is None or one.colour in (colour, None))
+            if fits and (best is None or one.score > best.score):
                 best = one
         return best
 
@@ -278,6 +279,10 @@ class Judge:
         self.scores["spot"] = spot
         self.need(spot <= 3 * self.unit ** 2, f"something else changed ({spot} pixels at its core)")
 
+    def page(self, check: dict) -> None:
+        wanted = check.get("background")
+        self.need(wanted in (None, self.view.background), f"the background is {self.view.background}, not {wanted}")
+
     def same_page(self) -> None:
         self.need(self.view.background == self.before.background,
                   f"the background became {self.view.background} from {self.before.background}")
@@ -286,12 +291,12 @@ class Judge:
 
     def scene(self, check: dict) -> None:
         objects = check.get("objects") or []
-        if check.get("background"):
-            self.need(self.view.background == check["background"],
-                      f"the background is {self.view.background}, not {check['background']}")
+        self.page(check)
         left = [t for t in self.view.things]
         chosen = []
         for o in sorted(objects, key=lambda o: o.get("colour") is None):
+            if "drawn" in o:                                    # a stage of a drawing that need not be a whole thing
+                left = [self.at_stage(t, o["subject"], o["drawn"]) for t in left]
             fits = [t for t in left if t.subject == o["subject"] and t.score >= MATCH and o.get("colour") in (None, t.colour)]
             count = o.get("count", 1)
             self.need(len(fits) >= count, f"{count} {o.get('colour') or ''} {o['subject']} expected, {len(fits)} found")
@@ -310,11 +315,14 @@ class Judge:
             if a and b:
                 self.need(stands(a, word, b, self.unit), f"the {a.subject} is not {word} of the {b.subject}")
 
+    def at_stage(self, thing: Seen, subject: str, drawn: int) -> Seen:
+        """The thing read as a stage of a drawing, where that explains it about as well as anything."""
+        other = recognise(self.view.labels, Seen(thing.mask, thing.box), [(subject, drawn)])
+        return other if other.score >= max(MATCH, thing.score - 0.05) else thing
+
     def start(self, check: dict) -> None:
         subject = check["subject"]
-        if check.get("background"):
-            self.need(self.view.background == check["background"],
-                      f"the background is {self.view.background}, not {check['background']}")
+        self.page(check)
         if not self.need(len(self.view.things) == 1, f"{len(self.view.things)} things instead of one"):
             return
         thing = recognise(self.view.labels, Seen(self.view.things[0].mask, self.view.things[0].box), [(subject, 1)])
@@ -380,7 +388,7 @@ class Judge:
         self.kept(thing.mask)
         anchor = self.find(self.before, check.get("anchor"))
         if check.get("relation") and self.need(anchor is not None, f"no {check.get('anchor')} in the picture before"):
-            self.need(stands(thing, check["relation"], anchor, self.unit), f"it is not {check['relation']} of the {check['anchor']}")
+            self.need(stands(thing, check["relation"], anchor, self.unit), f"it is not {check['relation']} of the other")
 
     def move(self, check: dict) -> None:
         self.same_page()
@@ -403,7 +411,7 @@ class Judge:
         self.kept(old.mask | new.mask)
 
     def background(self, check: dict) -> None:
-        self.need(self.view.background == check["background"], f"the background is {self.view.background}, not {check['background']}")
+        self.page(check)
         self.kept(np.zeros_like(self.view.labels, dtype=bool))
 
 
@@ -414,12 +422,25 @@ def stands(a: Seen, word: str, b: Seen, unit: float = 1.0) -> bool:
     return a.box[2] <= b.box[0] + 2 * unit if word == "left" else a.box[3] <= b.box[1] + 2 * unit
 
 
-def judge(image: Image.Image, check: dict, previous: Image.Image | None = None) -> Verdict:
-    """Whether a picture shows what the check (an entry of truth["images"], or its "check") demands of it.
+def whole_scene(scene: Scene) -> dict:
+    """The check that demands everything of a scene but places and sizes."""
+    groups = {}
+    for t in scene.things:
+        parts = {p.name: c for p, c in zip(SUBJECTS[t.subject].parts[:t.drawn], t.colours, strict=False)}
+        colour = t.main if main_part(t.subject) < t.drawn else None
+        one = {"subject": t.subject, "colour": colour, "count": 0, "parts": parts, "drawn": t.drawn}
+        groups.setdefault((t.subject, t.drawn, t.colours), one)["count"] += 1
+    return {"op": "scene", "objects": list(groups.values()), "background": scene.background}
 
-    previous: the picture really shown before it; steps and edits need it. Raises InputError without it or on an unknown op.
+
+def judge(image: Image.Image, check: dict, previous: Image.Image | None = None) -> Verdict:
+    """Whether a picture shows what a check, or an entry of truth["images"], demands of it.
+
+    An entry without a check (a picture of the user) demands its whole scene, places and sizes apart. previous: the picture
+    really shown before it; steps and edits need it. Raises InputError without it or on an unknown op.
     """
-    check = check.get("check", check) if "op" not in check else check
+    if "op" not in check and "scene" in check:
+        check = check.get("check") or whole_scene(Scene.from_json(check["scene"]))
     if not check or check.get("op") not in ("scene", "start", "part", "recolour", "remove", "add", "move", "background"):
         raise InputError(f"nothing to check a picture against: {check!r}")
     if previous is None and check["op"] not in ("scene", "start"):
@@ -441,6 +462,8 @@ SUBJECT = "|".join(sorted(SUBJECT_WORDS, key=len, reverse=True))
 PART = "|".join(PART_WORDS)
 NUMBER = "|".join(NUMBERS[1:])
 THING = re.compile(rf"\b(?:(an?|the|{NUMBER}) )?(?:({COLOUR}) )?(?:({SUBJECT})|({PART}))\b(?: in ({COLOUR})\b)?")
+TURNED = re.compile(rf"\bthe (?:({COLOUR}) )?(?:({SUBJECT})|({PART})(?: of the ({SUBJECT}))?) (?:(?:is|are) )?(?:now )?"
+                    rf"({COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)")
 RELATION = {phrase: word for word, phrases in RELATION_WORDS.items() for phrase in phrases}
 RELATION_RE = re.compile("|".join(sorted(RELATION, key=len, reverse=True)))
 SUBJECTS_WITH = {p: [s for s in SUBJECTS if p in [q.name for q in SUBJECTS[s].parts]] for p in PART_WORDS}
@@ -451,14 +474,10 @@ def plain(text: str) -> str:
 
 
 def subject_of(context: str, part: str) -> str | None:
-    """The subject last named in the context that has the part."""
+    """The subject last named in the context that has the part, or the only one there is."""
     named = [SUBJECT_WORDS[m] for m in re.findall(rf"\b({SUBJECT})\b", plain(context))]
-    return next((s for s in reversed(named) if s in SUBJECTS_WITH[part]), None)
-
-
-def subject_in_play(context: str) -> str | None:
-    named = re.findall(rf"\b({SUBJECT})\b", plain(context))
-    return SUBJECT_WORDS[named[-1]] if named else None
+    owners = SUBJECTS_WITH[part]
+    return next((s for s in reversed(named) if s in owners), owners[0] if len(owners) == 1 else None)
 
 
 def claims(text: str, context: str = "") -> list[dict]:
@@ -482,9 +501,10 @@ def claim_of(words: str, context: str) -> dict | None:
     colours = re.findall(rf"\b({COLOUR})\b", words)
     step = re.search(rf"\b(?:draw|start|paint|put|add|place)\b.*\b(?:for|as) the ({PART})\b", words)
     if step and colours and not words.startswith("i "):
-        subject = subject_of(context, step.group(1)) or (SUBJECTS_WITH[step.group(1)][0] if len(SUBJECTS_WITH[step.group(1)]) == 1 else None)
-        check = {"op": "part", "subject": subject, "part": step.group(1), "colour": colours[0]}
-        if subject and SUBJECTS[subject].parts[0].name == step.group(1):
+        part = step.group(1)
+        subject = subject_of(context, part)
+        check = {"op": "part", "subject": subject, "part": part, "colour": colours[0]}
+        if subject and SUBJECTS[subject].parts[0].name == part:
             check.update(op="start", background=background)
         return check
     named = list(THING.finditer(words))
@@ -497,10 +517,10 @@ def claim_of(words: str, context: str) -> dict | None:
     subject = SUBJECT_WORDS[first.group(3)] if first else None
     if first and re.search(r"\b(removed|gone|took|without|erased)\b", words):
         return {"op": "remove", "subject": subject, "colour": first.group(2)}
-    to = next((side for side, (ways, at) in MOVES.items() if any(re.search(rf"\b{p}\b(?! of)", words) for p in (*ways, at))), None)
+    to = next((side for side, (ways, at) in MOVES.items() for p in (*ways, at) if re.search(rf"\b{p}\b(?! of)", words)), None)
     if first and to and not background:
         return {"op": "move", "subject": subject, "to": to, "colour": first.group(2)}
-    turned = re.search(rf"\bthe (?:({COLOUR}) )?(?:({SUBJECT})|({PART})(?: of the ({SUBJECT}))?) (?:(?:is|are) )?(?:now )?({COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)", words)
+    turned = TURNED.search(words)
     if turned:
         was, whole, part, owner, colour = turned.groups()
         if whole:
@@ -522,7 +542,8 @@ def claim_of(words: str, context: str) -> dict | None:
     for m in named:
         if m.group(3):
             count = NUMBERS.index(m.group(1)) if m.group(1) in NUMBERS else 1
-            objects.append({"subject": SUBJECT_WORDS[m.group(3)], "colour": m.group(2) or m.group(5), "count": count, "parts": {}})
+            colour = m.group(2) or m.group(5)
+            objects.append({"subject": SUBJECT_WORDS[m.group(3)], "colour": colour, "count": count, "parts": {}})
         elif objects and m.group(2):
             objects[-1]["parts"][m.group(4)] = m.group(2)
     relations = [[0, RELATION[relation.group()], 1]] if relation and len(objects) == 2 else []
@@ -543,19 +564,17 @@ def judge_text(image: Image.Image, text: str, previous: Image.Image | None = Non
 def states(claim: dict, need: dict) -> bool:
     """Whether a claim contains everything that is needed."""
     if need["op"] != "scene":
-        same = claim["op"] == need["op"] and all(claim.get(k) == v for k, v in need.items() if k in ("to", "relation", "background") or
-                                                 (k == "colour" and need["op"] != "remove"))
-        subject = claim.get("subject") in (None, need.get("subject")) and claim.get("part", need.get("part")) == need.get("part")
-        return same and subject and all(claim.get(k) in (None, need[k]) for k in ("was", "anchor", "colour") if k in need)
+        vague = ("subject", "was", "anchor") + (("colour",) if need["op"] == "remove" else ())     # "the car" will do
+        return all(claim.get(k) == v or (k in vague and claim.get(k) is None) for k, v in need.items())
     if claim["op"] != "scene":
         return False
     chosen = []
     for o in need["objects"]:
-        fit = next((i for i, c in enumerate(claim["objects"]) if i not in chosen and c["subject"] == o["subject"] and
-                    c["count"] == o["count"] and o["colour"] in (None, c["colour"]) and o["parts"].items() <= c["parts"].items()), None)
-        if fit is None:
+        fits = [i for i, c in enumerate(claim["objects"]) if i not in chosen and o["colour"] in (None, c["colour"])
+                and (c["subject"], c["count"]) == (o["subject"], o["count"]) and o["parts"].items() <= c["parts"].items()]
+        if not fits:
             return False
-        chosen.append(fit)
+        chosen.append(fits[0])
     for i, word, j in need.get("relations") or []:
         if not {(chosen[i], word, chosen[j]), (chosen[j], OPPOSITE[word], chosen[i])} & {tuple(r) for r in claim["relations"]}:
             return False
@@ -605,6 +624,9 @@ def spoilt(scene: Scene, check: dict, before: Scene | None, rng: random.Random) 
         drawn = SUBJECTS[subject].small if max(x1 - x0, y1 - y0) < 32 else len(SUBJECTS[subject].parts)
         return swap(i, fit(subject, drawn, usual_colours(subject, t.main), max(x1 - x0, y1 - y0), *t.centre))
 
+    def other_page() -> str:
+        return rng.choice([b for b in BACKGROUNDS if b != scene.background and (before is None or b != before.background)])
+
     wrong, last, op = [], len(scene.things) - 1, check["op"]
     one = scene.things[last] if scene.things else None
     names = [p.name for p in SUBJECTS[one.subject].parts] if one else []
@@ -621,7 +643,7 @@ def spoilt(scene: Scene, check: dict, before: Scene | None, rng: random.Random) 
                 replace(t, x=round(t.x + u.centre[0] - t.centre[0], 2), y=round(t.y + u.centre[1] - t.centre[1], 2))
                 for t, u in ((a, b), (b, a))))))
         if check.get("background"):
-            wrong.append(("background", replace(scene, background=rng.choice([b for b in BACKGROUNDS if b != scene.background]))))
+            wrong.append(("background", replace(scene, background=other_page())))
     if op in ("part", "start"):
         wrong.append(("colour", painted(last, names.index(check["part"]))))
         if op == "start":
@@ -641,17 +663,19 @@ def spoilt(scene: Scene, check: dict, before: Scene | None, rng: random.Random) 
             wrong.append(("other thing", painted(k, main_part(scene.things[k].subject))))
     if op == "remove":
         gone = next(t for t in before.things if t not in scene.things)
-        wrong.append(("wrong one", replace(before, things=before.things[1:] if before.things[0] != gone else before.things[:-1])))
+        rest = before.things[1:] if before.things[0] != gone else before.things[:-1]
+        wrong.append(("wrong one", replace(before, things=rest)))
         wrong.append(("kept colour", painted(0, main_part(scene.things[0].subject))))
     if op == "add":
         wrong += [("colour", painted(last, main_part(one.subject))), ("subject", other(last)),
                   ("kept colour", painted(0, main_part(scene.things[0].subject)))]
     if op == "background":
-        wrong.append(("background", replace(scene, background=rng.choice([b for b in BACKGROUNDS if b not in (scene.background, before.background)]))))
+        wrong.append(("background", replace(scene, background=other_page())))
     if op in ("background", "move"):
         wrong.append(("kept colour", painted(last, main_part(one.subject))))
     if op == "move":
-        wrong.append(("place", replace(scene, things=(replace(one, x=(one.x + before.things[0].x) / 2, y=(one.y + before.things[0].y) / 2),))))
+        old = before.things[0]
+        wrong.append(("place", replace(scene, things=(replace(one, x=(one.x + old.x) / 2, y=(one.y + old.y) / 2),))))
     if op in ("part", "recolour", "add", "background"):
         t = scene.things[0]
         wrong.append(("shifted", swap(0, replace(t, x=t.x + (5 if t.centre[0] < 32 else -5)))))
@@ -665,7 +689,7 @@ def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Im
 
 
 def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> dict[str, dict[str, tuple[int, int]]]:
-    """{kind: {test: (accepted, tried)}} over n pictures of every kind: truth, worn truth, the frame before, one wrong attribute."""
+    """{kind: {test: (accepted, tried)}} over n pictures a kind: truth, worn truth, the frame before, one wrong attribute."""
     table: dict[str, dict[str, list[int]]] = {}
     for kind in KINDS:
         if kind in ("question", "text"):
@@ -702,4 +726,5 @@ def report(n: int = 150, size: int = 64) -> None:
     for name, match in (("truth accepted", "truth"), ("worn truth accepted", "worn"), ("frame before accepted", "before"),
                         ("wrong attribute accepted", "wrong")):
         cells = [cell for row in table.values() for what, cell in row.items() if what.startswith(match)]
-        print(f"{name:26s} {100 * sum(c[0] for c in cells) / max(1, sum(c[1] for c in cells)):6.2f} % of {sum(c[1] for c in cells)}")
+        accepted, tried = sum(c[0] for c in cells), sum(c[1] for c in cells)
+        print(f"{name:26s} {100 * accepted / max(1, tried):6.2f} % of {tried}")
