@@ -7,14 +7,14 @@ lie in one packed sequence without padding, a patch knows its position (image, r
 sample.
 
     dit = DiT.from_pretrained(folder)
-    context = dit.crossattn_proj(features(hidden))                        # what the language model says, see connector.py
-    latents = denoise(dit, [[clean]], [(88, 160)], [context], [negative], [seed], sigmas=shift_schedule(35, 5.0))
+    context = dit.crossattn_proj(features(hidden))          # what the language model says, see connector.py
+    [latent] = denoise(dit, [[clean]], [(88, 160)], [context], [negative], [seed], sigmas=shift_schedule(35), guidance=8.0)
 
-+-- The flow convention of this repository -----------------------------------------------------------------------------+
-|   x_t = (1 - t) x_0 + t eps        t = 0 is data, t = 1 is noise        (Lipman et al. 2210.02747, Liu et al. 2209.03003) |
-|   v   = eps - x_0                  what the network predicts; x_0 = x_t - t v                                          |
-|   dx  = v dt                       sampling walks t from 1 to 0                                                        |
-+-----------------------------------------------------------------------------------------------------------------------+
++-- The flow convention of this repository --------------------------------------------------------------------------+
+|  x_t = (1 - t) x_0 + t eps     t = 0 is data, t = 1 is noise   (Lipman et al. 2210.02747, Liu et al. 2209.03003)   |
+|  v   = eps - x_0               what the network predicts; x_0 = x_t - t v                                          |
+|  dx  = v dt                    sampling walks t from 1 to 0                                                        |
++--------------------------------------------------------------------------------------------------------------------+
 """
 
 import json
@@ -110,7 +110,6 @@ class Pack:
     image_ids: Tensor  # (N,) long: image in the batch
     cu_seqlens: Tensor  # (S + 1,) int32: boundaries of the samples
     shapes: list[tuple[int, int]]  # (rows, columns) of each image, in patches
-    counts: list[int]  # images of each sample
     chunk: int  # greatest common divisor of the images' patch counts: so many neighbours surely share an image
 
 
@@ -128,7 +127,7 @@ def pack_images(sizes: list[list[tuple[int, int]]], device: str | torch.device =
     lengths = [sum(h * w for h, w in sample) for sample in sizes]
     cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     chunk = math.gcd(*patches.tolist())
-    return Pack(positions.to(device), images.to(device), cu.to(device), shapes, [len(s) for s in sizes], chunk)
+    return Pack(positions.to(device), images.to(device), cu.to(device), shapes, chunk)
 
 
 def patchify(latent: Tensor, patch: int = 2) -> Tensor:
@@ -182,11 +181,11 @@ class TimeEmbedder(nn.Module):
 
 
 class HeadNorm(torch.autograd.Function):
-    """RMSNorm over each head's channels, then the rotary embedding if there is one: n = w x / rms(x), y = n cos + swap(n) sin.
+    """RMSNorm over each head's channels, then the rotary embedding if any: n = x / rms(x), y = w n, y cos + swap(y) sin.
 
     x (N, heads, d), w (d,), cos and sin (N, 1, d) or None; channel i pairs with i + d / 2, the sign of the rotation is in sin.
-    All in fp32, y in x's dtype. Written out with its gradient because this small step is otherwise a third of the time that a
-    small model spends outside matrix products: autograd would walk over x three times as often.
+    All in fp32, the result in x's dtype. The gradient is written out because autograd takes twice the time for it (bf16, CPU),
+    and in a small model such steps between the matrix products are what one waits for.
     """
 
     @staticmethod

@@ -217,7 +217,7 @@ def test_positions_restart_in_every_image_and_count_images_per_sample():
     pack = pack_images([[(1, 2), (2, 1)], [(2, 2)]])
     assert pack.positions.tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
     assert pack.image_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 2] and pack.cu_seqlens.tolist() == [0, 4, 8]
-    assert pack.cu_seqlens.dtype == torch.int32 and pack.shapes == [(1, 2), (2, 1), (2, 2)] and pack.counts == [2, 1]
+    assert pack.cu_seqlens.dtype == torch.int32 and pack.shapes == [(1, 2), (2, 1), (2, 2)]
     assert pack.chunk == 2
     for sizes in ([], [[]], [[(0, 3)]]):
         with pytest.raises(InputError, match="at least"):
