@@ -201,7 +201,8 @@ def train_mllm(c: MLLMConfig) -> None:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
             loss = loss_of(batch) / (batch.labels >= 0).sum()
         if step == 0:
-            check_step0("cross-entropy", loss.item(), math.log(config.vocab_size), 0.15)
+            guess = math.log(config.vocab_size)
+            check_step0("cross-entropy", loss.item(), 0.9 * guess, 1.2 * guess)
         loss.backward()
         run.update({"loss": loss.item(), "tokens": len(batch.ids), "documents": len(documents)}, position)
 
@@ -270,7 +271,8 @@ def train_dit(c: DiTConfig) -> None:
             error, count = loss_of(samples, t, g)
         loss = error.sum() / count.sum()
         if step == 0:
-            check_step0("flow loss", loss.item(), 1 + mean_square(samples.latents), 0.1)
+            guess = 1 + mean_square(samples.latents)
+            check_step0("flow loss", loss.item(), 0.9 * guess, 1.1 * guess)
         loss.backward()
         run.update({"loss": loss.item(), **flow_statistics(t, error, count), "images": int(count.sum()) // 16}, position)
         if c.sheet_every and run.step % c.sheet_every == 0:

@@ -1,0 +1,233 @@
+"""The training scripts on small random parts: what is trained, resuming, two processes, loss positions, overfitting."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sketchbook
+import train_stage1
+import train_stage2
+import training
+from checkpoint import InputError
+from data import tokenize
+from dit import PRESETS as DIT_PRESETS
+from dit import DiT, DiTConfig, denoise, shift_schedule
+from model import MLLM, ImageProcessor
+from model import PRESETS as MLLM_PRESETS
+from tokenizer import train_bpe
+from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, generator
+from vae import PRESETS as VAE_PRESETS
+from vae import VAE
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """mllm/, dit/ and vae/ folders of a system far smaller than the miniature."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    texts = [p["text"] for s in range(60) for m in sketchbook.dialogue(s)["messages"] for p in m["content"] if "text" in p]
+    tokenizer = train_bpe(texts, 600)
+    config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
+    config.num_hidden_layers = 2
+    config.vision.depth, config.vision.fullatt_block_indexes = 2, [1]
+    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=4096)
+    for part in (MLLM.from_config(config), tokenizer, processor):
+        part.save_pretrained(folder / "mllm")
+    dit = DiTConfig(2, 2, 32, adaln_lora_dim=8, text_embed_dim=32, crossattn_proj_in_channels=2 * config.hidden_size)
+    DiT.from_config(dit).save_pretrained(folder / "dit")
+    VAE.from_config(VAE_PRESETS["tiny"]).save_pretrained(folder / "vae")
+    return folder
+
+
+def config(stage, parts, out, **options):
+    cls = {1: train_stage1.Stage1Config, 2: train_stage2.Stage2Config}[stage]
+    quiet = {"sheet_every": 0, "save_every": 0, "log_every": 1}
+    common = {"out": str(out), "mllm": str(parts), "device": "cpu", "dtype": "fp32", **quiet}
+    own = {"tokens": 400} if stage == 1 else {"dit": str(parts), "vae": str(parts), "documents": 3}
+    return cls(**{**common, **own, **options})
+
+
+STAGES = {1: train_stage1.train, 2: train_stage2.train}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(training.latest(run) / "trainer.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resumed_run_equals_the_straight_one(stage, parts, tmp_path):
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    STAGES[stage](config(stage, parts, straight, steps=4, decay=0.0, warmup=2))
+    interrupted = config(stage, parts, halves, steps=4, decay=0.0, warmup=2, save_every=2)
+    stopped = Run.update
+
+    def die_after_saving(self, *args):
+        stopped(self, *args)
+        if self.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", die_after_saving)
+        with pytest.raises(KeyboardInterrupt):
+            STAGES[stage](interrupted)
+    STAGES[stage](interrupted)
+    a, b = weights(straight), weights(halves)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_take_the_step_of_one(stage, parts, tmp_path):
+    """Two ranks with one micro-batch each see the documents of one rank that accumulates two."""
+    options = {"steps": 2, "decay": 0.0, "warmup": 1, "ema": 0.0}
+    options |= {"documents": 1, "kinds": "text" if stage == 1 else "one"}
+    options |= {"tokens": 4000} if stage == 1 else {"targets": 1}
+    values = vars(config(stage, parts, tmp_path / "two", **options))
+    flags = [f"--{k}={v}" for k, v in values.items() if not isinstance(v, bool)]
+    script = ROOT / f"train_stage{stage}.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    STAGES[stage](config(stage, parts, tmp_path / "one", accumulate=2, **options))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    a, b = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert all((a[k] - b[k]).abs().max() < 2e-5 for k in a if k.startswith("live."))
+
+
+def test_frozen_parts_stay_bit_identical(parts, tmp_path, monkeypatch):
+    loaded = {}
+    for cls in (MLLM, VAE):
+        original = cls.from_pretrained.__func__
+
+        def keep(c, *args, original=original, **kwargs):
+            loaded[c.__name__] = original(c, *args, **kwargs)
+            return loaded[c.__name__]
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(keep))
+    STAGES[2](config(2, parts, tmp_path / "run", steps=2, weight_decay=0.5, warmup=1))
+    for cls, part in ((MLLM, "mllm"), (VAE, "vae")):
+        before = cls.from_pretrained(parts / part).state_dict()
+        now = loaded[cls.__name__]
+        assert loaded[cls.__name__] is not before
+        assert all(torch.equal(v, before[k]) for k, v in now.state_dict().items())
+
+
+def test_loss_positions_of_a_document(parts):
+    """Hand-written: which tokens the language model answers for."""
+    from tokenizer import Tokenizer, render
+
+    tokenizer = Tokenizer.from_pretrained(parts / "mllm")
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Draw"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}]},
+    ]
+    r = render(tokenizer, messages, [(1, 1)])
+    supervised = [tokenizer.decode([i], skip_special=False) for i, l in zip(r.ids, r.loss, strict=True) if l]
+    assert supervised == ["A", "<|vision_start|>", "B", "<|im_end|>"]
+
+
+def test_language_model_overfits_one_batch(parts):
+    torch.manual_seed(0)
+    training.World("cpu")
+    from data import pack_documents
+    from tokenizer import Tokenizer
+
+    mllm = MLLM.from_pretrained(parts / "mllm")
+    tokenizer, processor = Tokenizer.from_pretrained(parts / "mllm"), ImageProcessor.from_pretrained(parts / "mllm")
+    documents = [tokenize(sketchbook.dialogue(s, kinds={"one": 1}), tokenizer, processor, pictures=False) for s in range(3)]
+    batch = pack_documents(documents)
+    loss_of, optimizer = LanguageLoss(mllm), torch.optim.AdamW(mllm.parameters(), lr=2e-3)
+    history = []
+    for _ in range(60):
+        loss = loss_of(batch) / (batch.labels >= 0).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+    assert history[-1] < history[0] / 10
+    # and the words come back: greedy tokens under teacher forcing are the labels
+    with torch.no_grad():
+        hidden = mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids)[-1]
+        target = batch.labels >= 0
+        assert (mllm.logits(hidden[target]).argmax(1) == batch.labels[target]).float().mean() > 0.95
+
+
+def test_painter_overfits_one_batch_and_sampling_returns_it():
+    """Covers the loss, the optimizer, the flow convention and the sampler in one go."""
+    torch.manual_seed(0)
+    World("cpu")
+    dit = DiT.from_config(DiTConfig(2, 2, 64, adaln_lora_dim=16, text_embed_dim=32, crossattn_proj_in_channels=64))
+    features = torch.randn(10, 64)
+    pictures = [torch.randn(16, 4, 4) for _ in range(3)]
+    samples = Samples(features, [range(0, 4), range(4, 10)], [pictures[:1], pictures[1:]], [0, 1])
+    loss_of, optimizer = FlowLoss(dit, 1e-4), torch.optim.AdamW(dit.parameters(), lr=4e-3)
+    history, steps = [], 400
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (steps - step) / (steps / 2))
+        g = generator(step)
+        many = Samples(features, samples.rows * 8, samples.latents * 8, samples.clean * 8)
+        t = torch.rand(16, generator=g)
+        error, count = loss_of(many, t, g)
+        loss = error.sum() / count.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+    assert sum(history[-20:]) / 20 < history[0] / 10
+    context = dit.crossattn_proj(features).detach()
+    contexts, sigmas = [context[:4], context[4:]], shift_schedule(30, 1.0)
+    painted = denoise(dit, [[], [pictures[1]]], [(4, 4)] * 2, contexts, None, [0, 1], sigmas=sigmas)
+    for z, truth in zip(painted, (pictures[0], pictures[2]), strict=True):
+        assert (z - truth).square().mean() < 0.1 * truth.square().mean()
+
+
+def test_flow_loss_is_known_at_the_start():
+    """A fresh DiT answers 0, so the loss is E|eps - x0|^2, counted over target tokens alone."""
+    torch.manual_seed(0)
+    dit = DiT.from_config(DIT_PRESETS["tiny"])
+    pictures = [[torch.randn(16, 8, 8) * 2 for _ in range(3)] for _ in range(8)]
+    samples = Samples(torch.randn(8, 1024), [range(i, i + 1) for i in range(8)], pictures, [2] * 8)
+    error, count = FlowLoss(dit, 1e-4)(samples, torch.rand(8), generator(1))
+    assert count.tolist() == [16.0] * 8
+    assert (error.sum() / count.sum()).item() == pytest.approx(1 + 4, rel=0.05)
+
+
+def test_what_is_trained_and_frozen_is_checked(capsys):
+    module = torch.nn.Linear(2, 2)
+    training.print_trained({"a": module}, {})
+    assert "trained" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="frozen"):
+        training.print_trained({}, {"a": module})
+
+
+def test_another_model_cannot_resume(parts, tmp_path):
+    STAGES[1](config(1, parts, tmp_path / "run", steps=1, kinds="text"))
+    with pytest.raises(InputError, match="not those of this run"):
+        Run(TrainConfig(out=str(tmp_path / "run")), World("cpu"), torch.nn.Linear(2, 2), lambda folder, module: None)
+
+
+def test_flags_come_from_the_dataclass(capsys):
+    flags = ["--lr", "1", "--save-every=7", "--sheet_every", "3", "--checkpointing"]
+    parsed = training.parse_config(train_stage2.Stage2Config, flags)
+    assert (parsed.lr, parsed.save_every, parsed.sheet_every, parsed.checkpointing) == (1.0, 7, 3, True)
+    with pytest.raises(SystemExit):
+        training.parse_config(TrainConfig, ["--stepz", "3"])
+    assert "stepz" in capsys.readouterr().err
+
+
+def test_generators_depend_on_every_number():
+    draws = {torch.rand((), generator=generator(*key)).item() for key in [(0, 1), (1, 0), (0, 0), (0, 1, 0), (2,)]}
+    assert len(draws) == 5
