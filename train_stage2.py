@@ -98,7 +98,7 @@ def train(c: Stage2Config) -> None:
             images += len(s.rows)
         stats["loss"] = world.sum(stats["loss"])
         if step == 0 and world.main:
-            check_step0("flow loss", stats["loss"], 0.0, 2.0)  # E|eps - x_0|^2 of unit latents: what a DiT that paints nothing has
+            check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size
         run.update({**stats, "images": world.sum(images)}, world.gather(micro[-1][1]))
         if c.sheet_every and run.step % c.sheet_every == 0 and world.main:
             sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae)
