@@ -30,6 +30,7 @@ from dit import PRESETS as DIT_PRESETS
 from dit import DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from model import PRESETS as MLLM_PRESETS
+from pipeline import Settings, write_manifest
 from tokenizer import Tokenizer, render, train_bpe
 from training import (FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator,
                       main, parse_config, part_folder, print_trained, read, sheet)
@@ -315,13 +316,14 @@ class BundleConfig:
     mllm: str = "runs/tiny/stage1"
     dit: str = "runs/tiny/stage2"
     vae: str = "runs/tiny/vae"
-    steps: int = 20  # defaults of sampling from here on
+    size: int = 64  # pixels; this and what follows become the defaults of sampling
+    steps: int = 20
     guidance: float = 3.0
-    size: int = 64
+    max_tokens: int = 512
 
 
 def bundle(c: BundleConfig) -> None:
-    """Copy the newest parts into one folder and name them in duogen.json."""
+    """Copy the newest parts into one folder, and name them and the defaults of sampling in its duogen.json."""
     out = Path(c.out)
     for part in ("mllm", "dit", "vae"):
         source = Path(part_folder(getattr(c, part), part))
@@ -330,6 +332,7 @@ def bundle(c: BundleConfig) -> None:
         shutil.rmtree(out / part, ignore_errors=True)
         shutil.copytree(source, out / part)
         print(f"{part}: {source}")
+    write_manifest(out, Settings(steps=c.steps, guidance=c.guidance, max_tokens=c.max_tokens), (c.size, c.size))
 
 
 COMMANDS = {

@@ -11,14 +11,15 @@ same documents.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data import loader, open_source, pack_documents
-from model import MLLM, ImageProcessor
-from tokenizer import Tokenizer
+from data import Document, loader, open_source, pack_documents
+from model import MLLM, ImageProcessor, mrope_positions
+from tokenizer import Rendered, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, World, check_step0, main, parse_config, part_folder, print_trained
 
 
@@ -74,7 +75,68 @@ def train(c: Stage1Config) -> None:
         tokens, documents = sum(len(pack.ids) for pack in packs), sum(len(d) for d, _ in micro)
         stats = {"loss": total, "tokens": world.sum(tokens), "documents": world.sum(documents)}
         run.update(stats, world.gather(micro[-1][1]))
+        if c.sheet_every and run.step % c.sheet_every == 0 and world.main:
+            sample_sheet(run, c, source, tokenizer, processor, mllm)
     world.close()
+
+
+@torch.no_grad()
+def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int = 10, most: int = 160) -> None:
+    """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
+    run.swap_ema()
+    documents, _ = next(loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, pictures=False))
+    answers = [Answer(d, tokenizer, processor) for d in documents]
+    for _ in range(most):
+        open_ones = [a for a in answers if a.open]
+        if not open_ones:
+            break
+        pack = pack_documents([a.so_far() for a in open_ones]).to(run.world.device)
+        hidden = mllm(pack.ids, pack.positions, pack.cu_seqlens, pack.pixels, pack.grids)[-1]
+        for a, token in zip(open_ones, mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1]).argmax(1).tolist(), strict=True):
+            a.push(token)
+    run.swap_ema()
+    lines = [f"# Step {run.step}\n"]
+    for a in answers:
+        for who, ids in (("asked", a.ids[a.system : a.start]), ("wrote", a.ids[a.start :])):
+            text = PICTURE.sub(" [picture] ", tokenizer.decode(ids, skip_special=False))
+            lines.append(f"* {who}: {' '.join(text.split())}")
+        lines.append("")
+    path = run.folder / "samples" / f"step_{run.step:06d}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines))
+
+
+PICTURE = re.compile(r"<\|vision_start\|>(<\|image_pad\|>)*(<\|vision_end\|>)?")
+
+
+class Answer:
+    """The first answer of a document, written anew token by token (all of it read again each time: samples are short)."""
+
+    def __init__(self, document: Document, tokenizer: Tokenizer, processor: ImageProcessor):
+        self.document, self.tokenizer, self.processor, self.open = document, tokenizer, processor, True
+        r = document.rendered
+        self.system, self.start = r.system_end, r.loss.index(True)
+        self.ids = r.ids[: self.start]
+        self.shown = sum(span.end < self.start for span in r.images)  # pictures of the document that have been read
+
+    def so_far(self) -> Document:
+        grids = self.document.grids[: self.shown]
+        merged = [self.processor.merged(grid) for grid in grids]
+        pixels = self.document.pixels[: sum(h * w for h, w in grids)] if grids else None
+        positions, _ = mrope_positions(self.ids, merged, self.tokenizer.image_pad)
+        return Document(Rendered(self.ids, [False] * len(self.ids)), positions, pixels, grids, [])
+
+    def push(self, token: int) -> None:
+        self.ids = [*self.ids, token]
+        t = self.tokenizer
+        self.open = token not in (t.im_end, t.endoftext)
+        if token == t.vision_start:
+            if self.shown == len(self.document.grids):
+                self.open = False  # the record has no picture left to show
+                return
+            h, w = self.processor.merged(self.document.grids[self.shown])
+            self.ids += [t.image_pad] * (h * w) + [t.vision_end]
+            self.shown += 1
 
 
 if __name__ == "__main__":

@@ -231,3 +231,10 @@ def test_flags_come_from_the_dataclass(capsys):
 def test_generators_depend_on_every_number():
     draws = {torch.rand((), generator=generator(*key)).item() for key in [(0, 1), (1, 0), (0, 0), (0, 1, 0), (2,)]}
     assert len(draws) == 5
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sheets_of_samples(stage, parts, tmp_path):
+    STAGES[stage](config(stage, parts, tmp_path, steps=1, sheet_every=1, kinds="recolour"))
+    made = tmp_path / "samples" / f"step_000001.{'md' if stage == 1 else 'png'}"
+    assert made.stat().st_size > 300 and (stage == 2 or "asked:" in made.read_text())
