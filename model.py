@@ -124,6 +124,7 @@ class MLLMConfig:
         """The published flat layout."""
         out = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu"}
         out |= {k: v for k, v in asdict(self).items() if k not in ("vision", "mrope_section")}
+        out["bos_token_id"] = self.pad_token_id  # <|endoftext|> is both; transformers would assume 151643
         out["rope_scaling"] = {"type": "mrope", "mrope_section": list(self.mrope_section)}
         vision = asdict(self.vision) | {"fullatt_block_indexes": list(self.vision.fullatt_block_indexes)}
         vision["in_chans"] = vision["in_channels"]  # the name in the published files, and the one transformers reads
