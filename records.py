@@ -116,17 +116,16 @@ def open_lines(path: str | Path, *, arrays: bool = False) -> io.BufferedReader:
             raise InputError(f"{path}: is a folder; name the .jsonl file in it")
         if not os.path.isfile(path):
             raise InputError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        for start, what in NOT_LINES.items():
+            if head.startswith(start) and not (arrays and start == b"["):
+                raise InputError(f"{path}: is {what}")
+        if b"\0" in head:
+            raise InputError(f"{path}: is binary or UTF-16; records are UTF-8 text")
+        return open(path, "rb")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({one_line(e.strerror)})") from None
-    head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    file.seek(0)
-    for start, what in NOT_LINES.items():
-        if head.startswith(start) and not (arrays and start == b"["):
-            raise InputError(f"{path}: is {what}")
-    if b"\0" in head:
-        raise InputError(f"{path}: is binary or UTF-16; records are UTF-8 text")
-    return file
 
 
 def decode(data: bytes, first: bool = True) -> object:
@@ -270,19 +269,24 @@ def _picture_problems(value: str | Path | bytes | Image.Image, at: str, folder: 
         if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
             yield at, f"a URL: {value!r:.80}; download the picture and give its path"
             return
-        path = os.path.normpath(os.path.join(folder, value))
-        if os.path.commonpath([path, folder]) != folder:
+        path = picture_path(folder, value)
+        if not path.is_relative_to(folder):
             yield at, f"path leaves the file's folder: {value!r:.80}; move the picture there, or link its folder"
             return
         if not os.path.isfile(path):
             yield at, f"no such picture: {value!r:.80}"
             return
-        value = Path(path)
+        value = path
     if decode:
         try:
             load_image(value)
         except InputError as e:
             yield at, f"picture cannot be used: {e}"
+
+
+def picture_path(folder: str | Path, value: str) -> Path:
+    """Absolute, and free of "..": what is checked is what is opened."""
+    return Path(os.path.normpath(os.path.join(os.path.abspath(folder), value)))
 
 
 def _kind(value: object) -> str:
@@ -304,6 +308,7 @@ def normalise(record: dict, folder: str | Path = ".") -> list[dict]:
                 messages[-1]["content"].append({"type": "text", "text": value})
                 continue
             value = value["url"] if isinstance(value, dict) else value
-            is_path = isinstance(value, str) and not value.startswith("data:")
-            messages[-1]["content"].append({"type": "image", "image": Path(folder, value).absolute() if is_path else value})
+            if isinstance(value, str) and not value.startswith("data:"):
+                value = picture_path(folder, value)
+            messages[-1]["content"].append({"type": "image", "image": value})
     return messages
