@@ -160,7 +160,7 @@ TALK = [
     (["Which colours do you know?", "Name your colours."], ["Red, orange, yellow, green, blue, purple, pink, brown and black."],
      list(COLOURS)),
     (["Thank you!", "Thanks", "Thank you very much.", "That is great, thank you.", "~Many thanks!"],
-     ["You are welcome!", "With pleasure."], []),
+     ["You are welcome!", "With pleasure."], [["welcome", "pleasure"]]),
     (["Goodbye", "Bye!", "See you later."], ["Goodbye!", "Goodbye, see you soon."], ["goodbye"]),
     (["What colour is grass?", "Which colour has grass?"], ["Grass is green."], ["green"]),
     (["What colour is the sky?"], ["The sky is blue."], ["blue"]),

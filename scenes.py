@@ -206,7 +206,7 @@ SUBJECTS = {
     ]),
     **{name: Subject(name, 1, [Part(name, "a {} " + name, "in the middle", [outline], colour)]) for name, outline, colour in [
         ("circle", oval(0, 0, 100, 100), "red"), ("square", rect(0, 0, 100, 100), "blue"),
-        ("triangle", poly(50, 0, 100, 90, 0, 90), "green"), ("star", spikes(5, 54, 24), "yellow"),
+        ("triangle", poly(50, 0, 100, 90, 0, 90), "green"), ("star", spikes(5, 54, 27), "yellow"),
         ("heart", heart(), "pink"), ("diamond", poly(50, 0, 88, 55, 50, 110, 12, 55), "purple")]},
 }
 SHAPES = [name for name, subject in SUBJECTS.items() if len(subject.parts) == 1]
@@ -373,7 +373,7 @@ def large(rng, subject: str, colours: tuple) -> Thing:
 def small(rng, subject: str, colours: tuple, cell: tuple[float, float, float, float], size: float | None = None) -> Thing:
     """The small form somewhere in a cell (x0, y0, x1, y1) of the picture, 1.6 away from its edges."""
     k = SUBJECTS[subject].small
-    low = max(24.0, least(subject, k)) if len(SUBJECTS[subject].parts) > 1 else 15.0
+    low = max(24.0, least(subject, k)) if len(SUBJECTS[subject].parts) > 1 else 17.0
     high = max(low, min(cell[2] - cell[0], cell[3] - cell[1]) - 3.2)
     length = size or rng.uniform(low, high)
     thing = fit(subject, k, colours, length, 0, 0)

@@ -564,7 +564,7 @@ def questions(d: Dialogue, scene: Scene) -> list[tuple[str, list[str], str, list
     item("background", ["What colour is the background?", "Which colour is the paper?", "~On what background is it?"],
          [f"The background is {page}.", f"It is {page}."], [page], [b for b in BACKGROUNDS if b not in page])
     absent = d.subject(besides=subjects)
-    item("no", [f"Is there {a(absent)}?", f"Do you see {a(absent)}?"], [f"No, there is no {absent}."], ["no"], ["yes"])
+    item("no", [f"Is there {a(absent)}?", f"Do you see {a(absent)}?"], [f"No, there is no {absent}."], ["no", absent], ["yes"])
     item("total", ["How many things are there?", "How many objects do you see?"],
          ["There is one thing." if len(things) == 1 else f"There are {NUMBERS[len(things)]} things."], [NUMBERS[len(things)]],
          set(NUMBERS) - {NUMBERS[len(things)]})
@@ -622,16 +622,16 @@ def question(d: Dialogue, scene: Scene | None = None) -> None:
 
 def text(d: Dialogue) -> None:
     for _ in range(d.rng.choice((1, 1, 2))):
-        asks, replies, words = d.rng.choice(TALK_ITEMS)
+        asks, replies, words = d.rng.choice(TALK if d.chance(0.4) else TALK_ITEMS)
         d.ask(d.pick(asks))
         d.answer("text", words=words)
         d.say(d.pick(replies))
 
 
 def thanks(d: Dialogue) -> None:
-    asks, replies, _ = next(item for item in TALK if "Thank you!" in item[0])
+    asks, replies, words = next(item for item in TALK if "Thank you!" in item[0])
     d.ask(d.pick(asks))
-    d.answer("text")
+    d.answer("text", words=words)
     d.say(d.pick(replies))
 
 

@@ -294,7 +294,8 @@ def test_a_picture_fails_the_text_of_another():
 
 def test_answers_are_complete_and_others_are_not():
     for kind, records in RECORDS.items():
-        found = [(turn, texts, context) for r in records for turn, texts, _, context in answers(r) if turn["kind"] == kind]
+        found = [(turn, texts, context) for r in records for turn, texts, _, context in answers(r)]
+        found = [one for one in found if one[0]["kind"] == kind]
         assert all(checker.text_complete(*one) for one in found)
         pairs = [(a, b) for a, b in zip(found, found[1:], strict=False) if a[1] != b[1]]
         swapped = sum(checker.text_complete(a[0], b[1], a[2]) for a, b in pairs)
