@@ -117,7 +117,10 @@ class Settings:
 
 def override(settings: Settings, values: dict, where: str) -> Settings:
     """Settings with some values changed; unknown names and wrong types are an InputError that begins with `where`."""
-    return config_from_json(Settings, asdict(settings) | values, where)
+    try:
+        return config_from_json(Settings, asdict(settings) | values, where)
+    except InputError as e:
+        raise InputError(str(e) if str(e).startswith(where) else f"{where}: {e}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- events
@@ -318,6 +321,11 @@ def read_dialogue(messages: str | list[dict]) -> list[dict]:
         if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") in p for p in parts):
             form = '{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": ...}]}'
             raise InputError(f"messages: each must be {form}, not {message!r:.80}")
+        for text in (p["text"] for p in parts if isinstance(p.get("text"), str)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                raise InputError(f"messages: not Unicode text at character {e.start} of {text!r:.40}") from None
         parts = [p | {"image": load_image(p["image"])} if p["type"] == "image" else p for p in parts]
         out.append(message | {"content": parts})
     if not out or out[-1].get("role") != "user":

@@ -1,0 +1,312 @@
+"""Ask, and get a document of text and pictures: streamed to the terminal, saved as a page.
+
+    python sample.py --prompt "How do I draw a house?"
+    python sample.py --prompt "Make the roof green." --image house.png --seed 3
+    python sample.py --prompts prompts.jsonl --steps 20                          many, with an overview page
+    python sample.py --ckpt owner/name --dtype bf16 --device cuda --prompt "..."   a folder or a Hub name
+    python sample.py --mllm Qwen/Qwen2.5-VL-7B-Instruct --dit DIT --vae VAE ...    parts from elsewhere, see pipeline.py
+
+The answer appears on stdout as it is written; bars and notices are on stderr. What remains is a folder (page.py):
+
+    out/how-do-i-draw-a-house/index.html     the answer as one self-contained page
+                              answer.md      the same as Markdown, with image_01.png, image_02.png, ...
+                              answer.json    the parts in order, every setting, seed and model source, timings
+
+A line of --prompts is {"prompt": "...", "images": ["a.png"], "name": "...", and any setting}, with paths relative to the file,
+or a record as in data.py, of which answers at the end are left off. The folders lie in out/prompts/, beside an overview; each
+answer is what it would be if asked for alone. Ctrl-C ends an answer and saves what is there.
+"""
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import sys
+import time
+import types
+import typing
+import unicodedata
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from checkpoint import InputError, parse_dtype, pick_device
+from page import fresh, overview, prompt_of, save, write_text
+from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, override
+from records import Problem, load_image, normalise, read_records, validate
+
+PROMPT = "How do I draw a house?"  # when nothing is asked
+ALIASES = {"steps": ["--num-steps", "--num-inference-steps"], "guidance": ["--guidance-scale"]}
+
+# ----------------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(message)
+
+
+def parser() -> Parser:
+    """All flags. Those of `Settings` are derived from it; what is not given is left to the checkpoint."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--prompt", help=f"what you want (default: {PROMPT})")
+    p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture to go with it; repeat it for more")
+    p.add_argument("--prompts", metavar="FILE", help="many prompts, one JSON object a line")
+    p.add_argument("--ckpt", help="checkpoint: folder or Hub name (default: the bundled miniature)")
+    p.add_argument("--revision", help="branch, tag or commit of a --ckpt on the Hub")
+    for part in ("mllm", "dit", "vae"):
+        p.add_argument(f"--{part}", help="take this part from another folder or Hub name")
+    p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
+    p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
+    group = p.add_argument_group("settings (defaults: the checkpoint's)")
+    hints = typing.get_type_hints(Settings)
+    for f in fields(Settings):
+        flags = [f"--{f.name.replace('_', '-')}", *ALIASES.get(f.name, [])]
+        kind, optional = hints[f.name], isinstance(hints[f.name], types.UnionType)
+        kind = typing.get_args(kind)[0] if optional else kind
+        given = {"dest": f.name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **given)
+        else:
+            group.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **given)
+    return p
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+    """Flags, and the settings among them. A dash may be an underscore; an unknown flag is an error with a suggestion."""
+    p = parser()
+    for i, arg in enumerate(argv):
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            argv = [*argv[:i], flag.replace("_", "-") + equals + value, *argv[i + 1 :]]
+    args, unknown = p.parse_known_args(argv)
+    if unknown and unknown[0].startswith("-"):
+        flag = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(flag, p._option_string_actions, 1)
+        raise InputError(f"unknown flag {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
+    if unknown:
+        raise InputError(f"{unknown[0]!r} belongs to no flag: put the prompt in quotes behind --prompt")
+    values = {f.name: vars(args).pop(f.name) for f in fields(Settings) if f.name in args}
+    try:
+        replace(Settings(), **values)
+    except InputError as e:
+        raise InputError(f"--{e}") from None
+    return args, values
+
+
+@dataclass
+class Job:
+    """One answer to make."""
+
+    messages: list[dict]
+    name: str
+    values: dict  # settings
+    where: str = "prompt"  # for messages about it
+
+
+def read_jobs(args: argparse.Namespace, values: dict) -> list[Job]:
+    """What is to be answered, all of it checked before any model is loaded."""
+    if args.prompts is not None:
+        for flag in ("prompt", "image"):
+            if getattr(args, flag):
+                raise InputError(f"--{flag} and --prompts exclude each other: put it into the file")
+        jobs = [read_job(args.prompts, number, record, values) for number, record in read_records(args.prompts)]
+        if not jobs:
+            raise InputError(f"{args.prompts}: no prompt in it")
+        return jobs
+    if args.prompt is None and args.image:
+        raise InputError("--image needs a --prompt: say what to do with it")
+    prompt = PROMPT if args.prompt is None else args.prompt
+    check_prompt(prompt, "--prompt")
+    for path in args.image:
+        try:
+            load_image(path)
+        except InputError as e:
+            raise InputError(f"--image {e}") from None
+    return [Job(ask(prompt, args.image), args.name or slug(prompt), values)]
+
+
+def read_job(file: str, number: int, record: dict | Problem, values: dict) -> Job:
+    """A line of a --prompts file. InputError says which line and field."""
+    where, folder = f"{file}:{number}", Path(file).parent
+    if isinstance(record, Problem):
+        raise InputError(str(record))
+    if "messages" in record:
+        own, messages = {k: v for k, v in record.items() if k in Settings.__dataclass_fields__}, record["messages"]
+        if isinstance(messages, list):
+            while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+                messages = messages[:-1]
+            # A valid record has something to learn from; this one does without while it is checked.
+            record = record | {"messages": [*messages, {"role": "assistant", "content": "."}]}
+        for problem in validate(record, folder, file, number):
+            if not problem.warning:
+                raise InputError(str(problem))
+        messages = normalise({"messages": messages}, folder)
+        if not messages or messages[-1]["role"] != "user":
+            raise InputError(f"{where}: messages: no user message at the end to be answered")
+        prompt = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+    else:
+        own = {k: v for k, v in record.items() if k not in ("prompt", "images", "name")}
+        prompt, images = record.get("prompt"), record.get("images", [])
+        check_prompt(prompt, f"{where}: prompt")
+        if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
+            raise InputError(f"{where}: images: must be a list of paths")
+        paths = [folder / i for i in images]
+        for i, path in enumerate(paths):
+            try:
+                load_image(path)
+            except InputError as e:
+                raise InputError(f"{where}: images[{i}]: {e}") from None
+        messages = ask(prompt, paths)
+    name = record.get("name", slug(prompt))
+    override(Settings(), values | own, where)
+    return Job(messages, check_name(name, f"{where}: name"), values | own, where)
+
+
+def check_prompt(prompt: object, where: str) -> None:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"{where} is {'empty' if isinstance(prompt, str) else 'missing or no text'}: say what you want")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{where} is not Unicode text at character {e.start}: write it in UTF-8") from None
+
+
+def ask(prompt: str, images: list[str | Path]) -> list[dict]:
+    """The pictures first, as Qwen has it."""
+    content = [*({"type": "image", "image": Path(i).absolute()} for i in images), {"type": "text", "text": prompt}]
+    return [{"role": "user", "content": content}]
+
+
+def slug(prompt: str) -> str:
+    """A folder's name from a prompt: its first words."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
+    name = ""
+    for word in words:
+        if len(name) + len(word) >= 48:
+            break
+        name += f"-{word}" if name else word
+    return name or "answer"
+
+
+def check_name(name: object, where: str) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w .-]{0,99}", name) or name != name.strip():
+        raise InputError(f"{where} {name!r:.40}: must be a plain folder name of letters, digits, blanks, dots, - and _")
+    return name
+
+
+# ------------------------------------------------------------------------------------------------------------------- run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all is well, 2: a mistake of the user's, 130: interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # an answer in Chinese must not end a run in an ASCII terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away: nobody is left to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run(argv: list[str]) -> int:
+    args, values = parse(argv)
+    if args.name is not None:
+        check_name(args.name, "--name")
+    jobs = read_jobs(args, values)
+    device = pick_device(args.device)
+    dtype = parse_dtype(args.dtype, device)
+    out = make_out(Path(args.out))
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
+        parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
+        duo = DuoGen.from_pretrained(args.ckpt, **parts, revision=args.revision, dtype=dtype, device=device)
+    about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
+
+    many = args.prompts is not None
+    if many:
+        out = fresh(out, args.name or slug(Path(args.prompts).stem))
+        out.mkdir()
+    finished: list[tuple[Path, Answer]] = []
+    for n, job in enumerate(jobs, 1):
+        if many:
+            print(f"[{n}/{len(jobs)}] {printable(prompt_of(job.messages))}\n", flush=True)
+        try:
+            answer = duo.answer(job.messages, override(duo.defaults, job.values, "settings"))
+        except InputError as e:
+            raise InputError(f"{job.where}: {e}") from None
+        began = time.perf_counter()
+        try:
+            show(duo, answer)
+        except KeyboardInterrupt:
+            print(f"\n{STOPS['interrupted']}; saving what is there", file=sys.stderr)
+        if answer.stop != "end":
+            print(f"[ends here: {STOPS[answer.stop]}]")
+        folder = save(out, job.name, answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
+        finished.append((folder, answer))
+        if many:
+            write_text(out / "index.html", overview(Path(args.prompts).name, finished, len(jobs)))
+        print(f"\n{folder / 'index.html'}\n" if many else f"\n{folder / 'index.html'}", flush=True)
+        if answer.stop == "interrupted":
+            return 130
+    if many:
+        print(f"{len(jobs)} answers: {out / 'index.html'}")
+    return 0
+
+
+def make_out(out: Path) -> Path:
+    """The folder for results; an InputError now and not after the work if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be written ({e.strerror}): choose another folder") from None
+    return out
+
+
+def show(duo: DuoGen, answer: Answer) -> None:
+    """Write the answer, and to the terminal as it is written; a bar runs where a picture is painted, if someone sees it."""
+    number, new_line, bar = 0, True, tqdm(disable=True)
+
+    def progress(done: int, _: int) -> None:
+        bar.update(done - bar.n)
+
+    try:
+        for event in duo.stream(answer, progress):
+            if isinstance(event, Text):
+                text = printable(event.text.lstrip("\n") if new_line else event.text)
+                print(text, end="", flush=True)
+                new_line = text.endswith("\n") if text else new_line
+            elif isinstance(event, Paint):
+                number += 1
+                print("" if new_line else "\n", end="", flush=True)
+                bar = tqdm(total=answer.settings.steps, desc=f"picture {number}", leave=False, disable=None)
+            elif isinstance(event, Picture):
+                bar.close()
+                print(f"[picture {number}: {event.image.width} x {event.image.height}, {event.seconds:.1f} s]", flush=True)
+                new_line = True
+    finally:
+        bar.close()
+        print("" if new_line else "\n", end="", flush=True)
+
+
+def printable(text: str) -> str:
+    """Without the control characters that could steer a terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
