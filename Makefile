@@ -1,5 +1,6 @@
 # make sample PROMPT="How do I draw a house?"     an answer in text and pictures, on any machine
 # make test                                       the whole test suite, on the CPU
+# make tiny                                       train the bundled miniature from nothing: hours on two cores, resumable
 #
 # Each of them makes .venv first, and again when the requirements change. PYTHON=python3.12 chooses another interpreter.
 
@@ -21,8 +22,14 @@ test: .venv/dev
 lint: .venv/dev
 	$(PY) -m ruff check .
 
+# The recipe of checkpoints/tiny. Every line resumes where it stopped, and costs nothing once it is done.
 tiny: .venv/runtime
-	$(PY) pretrain.py all
+	$(PY) pretrain.py vae
+	$(PY) pretrain.py mllm
+	$(PY) pretrain.py dit
+	$(PY) train_stage1.py
+	$(PY) train_stage2.py
+	$(PY) pretrain.py bundle
 
 # Only what make and the tests left; answers in out/ and training in runs/ stay.
 clean:
