@@ -189,11 +189,11 @@ SUBJECTS = {
         Part("saucer", "a long {} rectangle", "at the bottom", [poly(-14, 84, 98, 84, 82, 108, 2, 108)], "pink orange"),
         Part("spot", "a {} circle", "on the mug", [oval(26, 38, 54, 66)], "yellow red"),
     ]),
-    "duck": Subject("body", 2, [
-        Part("body", "a {} half circle", "at the bottom", [oval(4, 12, 100, 104, 0, 180)], "yellow green"),
-        Part("head", "a {} circle", "on the left", [oval(4, 12, 48, 60)], "green pink"),
-        Part("beak", "a {} triangle", "in front of the head", [poly(8, 24, 8, 52, -22, 40)], "orange red"),
-        Part("wing", "a {} half circle", "on the body", [oval(44, 44, 88, 104, 0, 180)], "brown purple"),
+    "duck": Subject("body", 3, [
+        Part("body", "a {} half circle", "at the bottom", [oval(10, 8, 96, 108, 0, 180)], "yellow green"),
+        Part("head", "a {} circle", "on the left", [oval(6, 14, 54, 62)], "green pink"),
+        Part("beak", "a {} triangle", "in front of the head", [poly(10, 20, 10, 56, -24, 39)], "orange red"),
+        Part("wing", "a {} half circle", "on the body", [oval(48, 44, 90, 100, 0, 180)], "brown purple"),
     ]),
     "sun": Subject("disc", 2, [
         Part("rays", "a big {} star", "in the middle", [spikes(10, 50, 34)], "orange red"),

@@ -305,7 +305,7 @@ def test_answers_are_complete_and_others_are_not():
 
 
 def test_a_lesson_is_judged_against_the_model_s_own_drawing():
-    """Size and place are the painter's: the next part is expected where the drawing before wants it, within about two pixels."""
+    """Size and place are the painter's: the next part is expected where the drawing before wants it, within two pixels."""
     rng = np.random.default_rng(0)
     colours = usual_colours("house", "red")
     first = {"op": "start", "subject": "house", "part": "walls", "colour": "red", "background": "cream"}
