@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import count
+from math import ceil
 from pathlib import Path
 from urllib.parse import quote
 
@@ -153,42 +154,43 @@ def markdown(answer: Answer) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- the page
 
+SMALL = 256  # pixels; such pictures stand beside their text where there is room
 CSS = """
 :root { color-scheme: light dark; --paper: #fbfaf8; --ink: #1f2328; --quiet: #6b7078; --line: #e3e0da; --card: #ffffff; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #16181c; --ink: #e4e6ea; --quiet: #9298a2; --line: #2c3038; --card: #1f2228; }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 1.0625rem/1.65 system-ui, sans-serif;
+body { margin: 0; padding: 0 1.25rem; background: var(--paper); color: var(--ink); font: 1.0625rem/1.65 system-ui, sans-serif;
   -webkit-text-size-adjust: 100%; }
-main, header, footer { max-width: 46rem; margin: 0 auto; padding: 0 1.25rem; }
+main, header, footer { max-width: 44rem; margin: 0 auto; }
 header { padding-top: 2.5rem; padding-bottom: 1.5rem; color: var(--quiet); }
 header .turn { margin: 0 0 .75rem; }
 header .last { font-size: 1.35rem; line-height: 1.4; color: var(--ink); font-weight: 600; }
 header small { display: block; font-size: .8rem; }
-header img { display: inline-block; margin: 0 .5rem .75rem 0; height: 7rem; max-width: 100%; object-fit: contain; }
+header img { margin: 0 .5rem .75rem 0; height: 7rem; width: auto; max-width: 100%; object-fit: contain; }
 p { margin: 0 0 .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
 p:last-child { margin-bottom: 0; }
 img { border-radius: .6rem; border: 1px solid var(--line); background: #fff; }
 main { border-top: 1px solid var(--line); padding-top: 1.75rem; }
 section { margin: 0 0 1.75rem; }
 section img { display: block; width: 100%; height: auto; margin-top: .75rem; }
-section.small img { width: min(100%, 18rem); }
+section.small img { max-width: 24rem; }
 @media (min-width: 40rem) {
   section.small { display: grid; grid-template-columns: 1fr 16rem; gap: 2rem; align-items: center; }
   section.small img { width: 16rem; margin: 0; grid-column: 2; }
 }
 .note { color: var(--quiet); font-style: italic; }
-footer { color: var(--quiet); font-size: .85rem; padding-top: 1rem; padding-bottom: 3rem; }
-footer::before { content: ""; display: block; border-top: 1px solid var(--line); margin-bottom: 1rem; }
+footer { color: var(--quiet); font-size: .85rem; padding: 1rem 0 3rem; border-top: 1px solid var(--line); }
 summary { cursor: pointer; }
 table { border-collapse: collapse; margin-top: .75rem; width: 100%; }
 td { padding: .2rem .75rem .2rem 0; vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; width: 1%; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); max-width: 72rem; }
+.wide { max-width: 70rem; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
 .cards a { display: block; padding: 1rem; border: 1px solid var(--line); border-radius: .8rem; background: var(--card);
   color: inherit; text-decoration: none; }
-.cards img { height: 4.5rem; width: auto; max-width: 100%; margin: .5rem .4rem 0 0; }
+.cards img { height: 4.5rem; max-width: 100%; margin: .5rem .4rem 0 0; }
 .cards small { color: var(--quiet); display: block; }
 """
 
@@ -205,11 +207,17 @@ def paragraphs(text: str) -> str:
 
 
 def inline(image: Image.Image, alt: str) -> str:
-    """An <img> that carries its pixels with it."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    """An <img> that carries its pixels with it.
+
+    A small picture is enlarged first: bicubic keeps the edges of a flat drawing, which browsers, being bilinear, fray.
+    """
     size = f'width="{image.width}" height="{image.height}"'
+    if max(image.size) <= SMALL:
+        k = ceil(1.5 * SMALL / max(image.size))
+        image = image.resize((k * image.width, k * image.height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img src="data:image/png;base64,{data}" {size} alt="{html.escape(alt)}">'
 
 
@@ -230,7 +238,7 @@ def page(answer: Answer) -> str:
             text = part
             continue
         picture = "" if part is None else inline(part.image, f"picture {next(number)}")
-        kind = ' class="small"' if part is not None and max(part.image.size) <= 256 else ""
+        kind = ' class="small"' if part is not None and max(part.image.size) <= SMALL else ""
         if picture or text.strip():
             body += f"<section{kind}><div>{paragraphs(text)}</div>{picture}</section>\n"
         text = ""
@@ -259,4 +267,4 @@ def overview(title: str, finished: list[tuple[Path, Answer]], of: int) -> str:
         cards += f'<a href="{link}/index.html">{asked}{thumbs}{lead}{end}</a>\n'
     number = f"<small>{len(finished)} of {of} answers</small>"
     header = f'<header class="wide"><div class="turn last">{html.escape(title)}</div>{number}</header>'
-    return document(title, f'{header}\n<main class="cards">\n{cards}</main>\n<footer></footer>\n')
+    return document(title, f'{header}\n<main class="wide cards">\n{cards}</main>\n')
