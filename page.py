@@ -172,7 +172,7 @@ header img { margin: 0 .5rem .75rem 0; height: 7rem; width: auto; max-width: 100
 p { margin: 0 0 .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
 p:last-child { margin-bottom: 0; }
 img { border-radius: .6rem; border: 1px solid var(--line); background: #fff; }
-main { border-top: 1px solid var(--line); padding-top: 1.75rem; }
+main { border-top: 1px solid var(--line); padding: 1.75rem 0 1px; }
 section { margin: 0 0 1.75rem; }
 section img { display: block; width: 100%; height: auto; margin-top: .75rem; }
 section.small img { max-width: 24rem; }
@@ -181,6 +181,7 @@ section.small img { max-width: 24rem; }
   section.small img { width: 16rem; margin: 0; grid-column: 2; }
 }
 .note { color: var(--quiet); font-style: italic; }
+p.note:last-child { margin-bottom: 1.75rem; }
 footer { color: var(--quiet); font-size: .85rem; padding: 1rem 0 3rem; border-top: 1px solid var(--line); }
 summary { cursor: pointer; }
 table { border-collapse: collapse; margin-top: .75rem; width: 100%; }
@@ -227,11 +228,12 @@ def page(answer: Answer) -> str:
     first_of_last = max(i for i, (role, _) in enumerate(asked) if i == 0 or asked[i - 1][0] != role)
     header, body, number = "", "", count(1)
     for i, (role, part) in enumerate(asked):
+        if first_of_last and (i == 0 or asked[i - 1][0] != role):
+            header += f"<small>{role}</small>"
         if not isinstance(part, str):
             header += inline(part[1], f"{role}'s picture {part[0][6:8].lstrip('0')}")
         elif part.strip():
-            label = f"<small>{role}</small>" if first_of_last else ""
-            header += f'<div class="turn{" last" if i >= first_of_last else ""}">{label}{paragraphs(part)}</div>'
+            header += f'<div class="turn{" last" if i >= first_of_last else ""}">{paragraphs(part)}</div>'
     text = ""
     for part in [*answer.parts, None]:
         if isinstance(part, str):
