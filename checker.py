@@ -368,6 +368,12 @@ class Judge:
         where = near & thing.mask & (self.before.labels == NAMES.index(thing.colours[index]) + 1)
         self.changed(where, check["colour"])
         self.kept(where, 1.0)
+        # a small part weighs little among the pixels kept, so each of the others is looked at
+        for i in set(range(thing.drawn)) - {index}:
+            area = region(thing, thing.subject, thing.drawn, i, self.view.labels.shape)
+            area &= self.before.labels == NAMES.index(thing.colours[i]) + 1
+            same = float((self.view.labels[area] == self.before.labels[area]).mean()) if area.any() else 1.0
+            self.need(same >= 0.6, f"the {names[i]} changed as well")
 
     def remove(self, check: dict) -> None:
         self.same_page()

@@ -405,18 +405,21 @@ def cells(rng, n: int) -> list[tuple]:
 
 def random_scene(rng) -> Scene:
     """Any scene of the world: a whole or half-finished subject, one to four small things."""
+    def any_colours(subject: str) -> tuple:
+        return colours_for(rng, subject, rng.choice(list(COLOURS)), usual=0.25)
+
     background = rng.choice(list(BACKGROUNDS))
     if rng.random() < 0.55:
         subject = rng.choice(FIGURES if rng.random() < 0.85 else SHAPES)
-        thing = large(rng, subject, colours_for(rng, subject))
+        thing = large(rng, subject, any_colours(subject))
         return Scene(background, (replace(thing, drawn=rng.randint(1, thing.drawn)),))
     same = rng.random() < 0.4
     subject = rng.choice(list(SUBJECTS))
-    colours = colours_for(rng, subject)
+    colours = any_colours(subject)
     things = []
     for cell in cells(rng, rng.randint(1, 4)):
         if not same:
             subject = rng.choice(list(SUBJECTS))
-            colours = colours_for(rng, subject)
+            colours = any_colours(subject)
         things.append(small(rng, subject, colours, cell))
     return Scene(background, tuple(things))
