@@ -39,7 +39,8 @@ def test_transformers_loads_the_language_model():
         x = torch.tensor([ids])
         kinds = (x == tokenizer.image_pad).int()
         out = theirs(
-            input_ids=x, pixel_values=pixels, image_grid_thw=torch.tensor([[1, *grid]]), mm_token_type_ids=kinds, output_hidden_states=True
+            input_ids=x, pixel_values=pixels, image_grid_thw=torch.tensor([[1, *grid]]), mm_token_type_ids=kinds,
+            output_hidden_states=True,
         )  # fmt: skip
     assert (ours.logits(hidden[-1]) - out.logits[0]).abs().max() < 2e-4 * out.logits.abs().max()
     assert AutoTokenizer.from_pretrained(TINY / "mllm").encode("Draw a red house.") == tokenizer.encode("Draw a red house.")
