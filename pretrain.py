@@ -51,7 +51,7 @@ def stream(item, c: TrainConfig, world: World, position: int | None, documents: 
 @dataclass
 class VAEConfig(TrainConfig):
     out: str = "runs/tiny/vae"
-    steps: int = 5000
+    steps: int = 3500
     batch: int = 32  # pictures
     size: int = 64  # pixels
     lr: float = 2e-3
@@ -158,8 +158,8 @@ def vae_gate(vae: VAE, c: VAEConfig, dialogues: int = 200) -> None:
 @dataclass
 class MLLMConfig(TrainConfig):
     out: str = "runs/tiny/mllm"
-    steps: int = 5000
-    batch: int = 32  # documents
+    steps: int = 1400
+    batch: int = 16  # documents
     size: int = 64
     vocabulary: int = 1024  # tokens at most; what the corpus does not need stays unused
     looking: float = 0.6  # share of documents about a picture; the others are dialogues of any kind
@@ -188,7 +188,7 @@ def train_mllm(c: MLLMConfig) -> None:
     torch.manual_seed(c.seed)
     tokenizer = train_bpe(corpus(1500), c.vocabulary)
     config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
-    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=512 * 512)
+    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=c.size**2)
     mllm = MLLM.from_config(config).to(world.device)
     print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
@@ -334,7 +334,8 @@ def bundle(c: BundleConfig) -> None:
         shutil.rmtree(out / part, ignore_errors=True)
         shutil.copytree(source, out / part)
         print(f"{part}: {source}")
-    write_manifest(out, Settings(steps=c.steps, guidance=c.guidance, max_tokens=c.max_tokens), (c.size, c.size))
+    defaults = Settings(steps=c.steps, guidance=c.guidance, max_tokens=c.max_tokens, max_area=c.size**2)
+    write_manifest(out, defaults, (c.size, c.size))
 
 
 COMMANDS = {
