@@ -368,8 +368,10 @@ def open_source(data: str, kinds: str = "", split: str = "train") -> Lines | Cal
         return Lines([name for name in data.split(",") if name])
     try:
         weights = {kind: float(weight or 1) for kind, _, weight in (item.partition("=") for item in kinds.split(",") if item)}
+        if not all(0 < weight < float("inf") for weight in weights.values()):
+            raise ValueError
     except ValueError:
-        raise InputError(f"kinds {kinds!r}: write kinds and weights like lesson=2,one=1") from None
+        raise InputError(f"kinds {kinds!r}: write kinds and positive weights like lesson=2,one=1") from None
     source = partial(sketchbook.dialogue, split=split, kinds=weights or None)
     source(0)  # an unknown kind or split shows here, before a run starts
     return source

@@ -784,7 +784,7 @@ def test_open_source(folder: Path):
     assert len(data.open_source(f"{path},{path}")) == 6
     lesson = data.open_source("sketchbook", "lesson=1")
     assert lesson(5)["messages"][0]["role"] == "user" and lesson(5)["kind"] == "lesson"
-    for kinds in ("lesson=many", "no such kind=1"):
+    for kinds in ("lesson=many", "lesson=0", "lesson=nan", "no such kind=1"):
         with pytest.raises(InputError):
             data.open_source("sketchbook", kinds)
     with pytest.raises(InputError, match="no such file"):
