@@ -325,15 +325,17 @@ class BundleConfig:
 
 
 def bundle(c: BundleConfig) -> None:
-    """Copy the newest parts into one folder, and name them and the defaults of sampling in its duogen.json."""
+    """The newest parts in one folder, and their names and the defaults of sampling in its duogen.json."""
     out = Path(c.out)
-    for part in ("mllm", "dit", "vae"):
-        source = Path(part_folder(getattr(c, part), part))
-        if not source.is_dir():
-            raise InputError(f"--{part} {source}: no such folder")
+    sources = {part: part_folder(getattr(c, part), part) for part in ("mllm", "dit", "vae")}
+    for part in sources:
         shutil.rmtree(out / part, ignore_errors=True)
-        shutil.copytree(source, out / part)
-        print(f"{part}: {source}")
+    for cls in (MLLM, Tokenizer, ImageProcessor):
+        # Half precision: the training reads the MLLM under bf16 autocast anyway, and the bundle has to stay small.
+        options = {"dtype": torch.float16} if cls is MLLM else {}
+        cls.from_pretrained(sources["mllm"]).save_pretrained(out / "mllm", **options)
+    DiT.from_pretrained(sources["dit"]).save_pretrained(out / "dit")
+    VAE.from_pretrained(sources["vae"]).save_pretrained(out / "vae", dtype=torch.float16)
     defaults = Settings(steps=c.steps, guidance=c.guidance, max_tokens=c.max_tokens, max_area=c.size**2)
     write_manifest(out, defaults, (c.size, c.size))
 
