@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 import evaluate as ev
+import exam
 import training
 from checker import judge, spoilt
 from checkpoint import InputError
 from dit import DiT, DiTConfig
-from evaluate import Case, Corpus, Report, Share, dialogues, draw_records, evaluate, redefine, wilson
+from exam import Case, Corpus, Report, Share, dialogues, draw_records, evaluate, redefine, wilson
 from model import MLLM, ImageProcessor, MLLMConfig, VisionConfig
 from pipeline import DuoGen, Settings
 from scenes import COLOURS, Scene, fit, main_part, render, touching, usual_colours
@@ -49,7 +50,7 @@ def report(answerer: Corpus) -> Report:
 
 def failing(found: Report) -> set[str]:
     """The metrics that are below 100 %; every metric must have been measured."""
-    shares = {m: found.share(m) for m in ev.METRICS}
+    shares = {m: found.share(m) for m in exam.METRICS}
     assert all(s.n for s in shares.values()), shares
     return {m for m, s in shares.items() if s.right < s.n}
 
@@ -250,10 +251,10 @@ def test_what_the_checker_calls_a_change_of_the_rest_is_an_inconsistency():
     for kind in ("recolour", "add", "move", "background", "add_part"):
         for record in single(kind, 2):
             before, image, check = scene_at(record, 0), scene_at(record, 1), record["truth"]["images"][1]["check"]
-            assert ev.stayed(judge(render(image), check, render(before))) is True
+            assert exam.stayed(judge(render(image), check, render(before))) is True
             for what, scene in spoilt(image, check, before, random.Random(1)):
                 if what in stays:
-                    assert ev.stayed(judge(render(scene), check, render(before))) is stays[what], (kind, what)
+                    assert exam.stayed(judge(render(scene), check, render(before))) is stays[what], (kind, what)
                     tried.add(what)
     assert tried == set(stays)
 
@@ -333,36 +334,56 @@ def test_wilson_by_hand():
 def test_aggregation_by_hand():
     def case(split, kind, drawn, **marks):
         turn = {"drawn": drawn, "stop": "end"}
-        marks = dict.fromkeys(ev.METRICS, []) | marks
-        return SimpleNamespace(record={"split": split, "kind": kind}, turns=[turn], marks=lambda: marks)
+        marks = dict.fromkeys(exam.METRICS, []) | marks
+        record = {"split": split, "kind": kind, "held_out_by": ["colour"] if split == "held_out" else []}
+        return SimpleNamespace(record=record, turns=[turn], marks=lambda: marks)
 
     found = Report([case("seen", "one", 1, shows=[True], text=[True]), case("seen", "lesson", 3, shows=[True, False, False]),
                     case("held_out", "one", 2, shows=[False, True], text=[False])], 2.0)  # fmt: skip
     assert found.share("shows") == Share(3, 6) and found.share("shows", "seen") == Share(2, 4)
     assert found.share("shows", "seen", "lesson") == Share(1, 3) and found.share("text", kind="one") == Share(1, 2)
+    assert found.share("shows", by="colour") == Share(1, 2) and found.share("shows", by="phrasing") == Share(0, 0)
     assert found.share("stays") == Share(0, 0) and str(Share(0, 0)) == "-" and Share(0, 0).to_json() == {"right": 0, "n": 0}
     assert list(found.shares()) == ["held_out", "seen"] and list(found.shares()["seen"]) == ["all", "lesson", "one"]
     assert found.summary() == {"held_out": {"text": 0.0, "shows": 0.5}, "seen": {"text": 1.0, "shows": 0.5}}
     assert found.drawn == 6 and found.stops == {"end": 3}
-    assert str(Share(8, 10)) == "80 49-94 /10"
+    assert str(Share(8, 10)) == "80% 49-94 /10"
     rows = [{"split": "seen", "category": c, "ok": ok} for c, ok in (("counting", 1), ("counting", 0), ("colours", 1))]
-    assert ev.single_shares(rows) == {"seen": {"counting": Share(1, 2), "colours": Share(1, 1)}}
-    assert ev.overall(ev.single_shares(rows)["seen"]) == 0.75  # the mean of categories, not of pictures
+    assert exam.single_shares(rows) == {"seen": {"counting": Share(1, 2), "colours": Share(1, 1)}}
+    assert exam.overall(exam.single_shares(rows)["seen"]) == 0.75  # the mean of categories, not of pictures
 
 
 def test_dialogues_follow_from_the_seed_and_take_kinds_in_turn(mixed):
     assert [(r["split"], r["seed"]) for r in mixed] == [(r["split"], r["seed"]) for r in dialogues(34)]
     assert [r["kind"] for r in mixed] == list(KINDS) * 4 and [r["split"] for r in mixed] == ["held_out"] * 34 + ["seen"] * 34
     assert all(r["held_out"] == (r["split"] == "held_out") for r in mixed)
-    assert all(ev.held_out_request(r) == r["held_out"] for r in mixed)
+    assert all(bool(r["held_out_by"]) == r["held_out"] for r in mixed)
+    assert {by for r in mixed for by in r["held_out_by"]} == {"colour", "relation", "phrasing"}
+
+
+def test_what_is_held_out_must_be_in_the_request():
+    """A free colour that only the corpus' own answer fills with a held-out one tests nothing."""
+
+    def record(asked, relations=(), by=("colour",)):
+        objects = [{"subject": s, "colour": c, "count": 1, "parts": {}} for s, c in asked]
+        need = {"op": "scene", "objects": objects, "relations": relations}
+        return {"held_out_by": list(by), "truth": {"images": [], "turns": [{"need": [need]}]}}
+
+    word, first, second = sorted(exam.HELD_OUT_RELATIONS)[0]
+    assert exam.held_out_request(record([("house", exam.HELD_OUT_COLOURS["house"])])) == {"colour"}
+    assert exam.held_out_request(record([("house", None)])) == set()
+    assert exam.held_out_request(record([("house", None)], by=("colour", "phrasing"))) == {"phrasing"}
+    assert exam.held_out_request(record([(first, None), (second, None)], [[0, word, 1]])) == {"relation"}
+    assert exam.held_out_request(record([(second, None), (first, None)], [[0, exam.OPPOSITE[word], 1]])) == {"relation"}
+    assert exam.held_out_request(record([(second, None), (first, None)], [[0, word, 1]])) == set()
     assert [r["seed"] for r in dialogues(2, 1, ("seen",), ("one",))][0] >= 10**9
 
 
 def test_single_requests_are_judged_by_the_request():
-    asked = ev.single_requests(2)
-    assert len(asked) == 2 * 2 * 6 and {r["category"] for r in asked} == set(ev.CATEGORIES)
-    rows = ev.evaluate_single(Corpus(asked), asked, quiet=True)
-    assert all(ev.overall(s) == 1 for s in ev.single_shares(rows).values())
+    asked = exam.single_requests(2)
+    assert len(asked) == 2 * 2 * 6 and {r["category"] for r in asked} == set(exam.CATEGORIES)
+    rows = exam.evaluate_single(Corpus(asked), asked, quiet=True)
+    assert all(exam.overall(s) == 1 for s in exam.single_shares(rows).values())
     objects = [r["truth"]["turns"][0]["need"][0]["objects"] for r in asked if r["category"] == "single object"]
     assert all(o[0]["colour"] is None and not o[0]["parts"] for o in objects)
 
@@ -373,7 +394,7 @@ def test_single_requests_are_judged_by_the_request():
             return last_picture(parts, shown(painted(scene_at(record, 0), seed=1)))
         return parts[:1] if record["category"] == "position" else parts
 
-    rows = ev.evaluate_single(Faulty(asked, spoil), asked, quiet=True)
+    rows = exam.evaluate_single(Faulty(asked, spoil), asked, quiet=True)
     wrong = {r["category"] for r in rows if not r["ok"]}
     assert wrong == {"colours", "position"}
     assert [r["reasons"] for r in rows if r["category"] == "position"] == [["no picture was drawn"]] * 4
@@ -418,8 +439,6 @@ def checkpoint(tmp_path_factory):
     vision = VisionConfig(32, 64, 2, 2, 48, patch_size=8, window_size=32, fullatt_block_indexes=(1,))
     config = MLLMConfig(64, 96, 2, 2, 1, 340, 1e-6, vision, mrope_section=(4, 6, 6), max_position_embeddings=2000)
     mllm = MLLM.from_config(config.for_tokenizer(tokenizer))
-    with torch.no_grad():  # pictures and ends come often enough
-        mllm.lm_head.weight[[tokenizer.vision_start, tokenizer.im_end]] *= 3
     dit = DiT.from_config(DiTConfig(2, 1, 32, 2.0, 8, text_embed_dim=24, crossattn_proj_in_channels=2 * 64))
     vae = VAE.from_config(VAEConfig(8, num_res_blocks=1))
     defaults = Settings(steps=1, guidance=2.0, sampler="euler", max_images=2, temperature=1.0)
@@ -429,7 +448,14 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_command_writes_what_it_says_and_repeats_itself(checkpoint, tmp_path, capsys):
+def test_the_command_writes_what_it_says_and_repeats_itself(checkpoint, tmp_path, capsys, monkeypatch):
+    choose = DuoGen.choose
+
+    def eager(self, logits, settings, generator):  # to draw, and to come to an end
+        token, chance = choose(self, logits, settings, generator), torch.rand((), generator=generator)
+        return self.tokenizer.vision_start if chance < 0.2 else self.tokenizer.im_end if chance < 0.4 else token
+
+    monkeypatch.setattr(DuoGen, "choose", eager)
     command = f"sketchbook --ckpt {checkpoint} --n 3 --kinds recolour,one,text --single 1 --max-tokens 12 --batch 4"
     command += f" --device cpu --json-line {tmp_path}/curve.jsonl --guidance 1.5 --no-condition-images --seed 5"
     results = []
@@ -443,7 +469,7 @@ def test_the_command_writes_what_it_says_and_repeats_itself(checkpoint, tmp_path
     assert a["settings"]["steps"] == 1 and a["settings"]["max_tokens"] == 12
     assert set(a["table"]) == {"model", "truth", "VAE"} == set(a["single"]) and len(a["dialogues"]) == 6
     assert a["table"]["truth"]["held_out"]["all"]["shows"]["share"] == 1.0
-    assert a["pictures"]["drawn"] > 0, "the stub never drew: this test would not see how pictures are judged"
+    assert a["pictures"]["drawn"] > 0 and a["stops"]["end"] > 0
     assert a["sources"]["ckpt"] == str(checkpoint) and a["versions"]["torch"]
     table = (tmp_path / "a" / "table.md").read_text()
     assert table in capsys.readouterr().out and "image-text" in table and "colour attribution" in table
@@ -460,7 +486,7 @@ def test_ablations_change_one_setting_at_a_time(drawn):
             seen.append((settings.scale, settings.negative, settings.use_condition_images))
             return super().generate_many(dialogues, settings, **options)
 
-    runs = ev.ablations(Recorder(drawn), drawn[:4], Settings(guidance=4.0), quiet=True)
+    runs = exam.ablations(Recorder(drawn), drawn[:4], Settings(guidance=4.0), quiet=True)
     assert seen == [(1.0, "none", True), *((float(g), n, True) for g in (2, 3, 5, 8) for n in ("chunk", "empty")),
                     (4.0, "chunk", True), (4.0, "chunk", False)]  # fmt: skip
     (_, head, grid), (_, _, rows) = ev.ablation_tables(runs)
@@ -470,12 +496,12 @@ def test_ablations_change_one_setting_at_a_time(drawn):
 
 def test_the_truth_through_a_poor_vae_is_no_longer_accepted(checkpoint, drawn):
     vae = VAE.from_pretrained(checkpoint / "vae")
-    again = ev.through(vae, drawn, batch=5)
+    again = exam.through(vae, drawn, batch=5)
     told = [m for r in drawn for m in r["messages"] if m["role"] == "assistant"]
     pictures = [p["image"] for m in told for p in m["content"] if p["type"] == "image"]
     assert set(again) == {id(p) for p in pictures}
-    alone = ev.to_image(vae.decode_latents(vae.encode_latents(ev.to_tensor(pictures[6])[None]))[0].detach())
-    difference = (ev.to_tensor(alone) - ev.to_tensor(again[id(pictures[6])])).abs().max()
+    alone = exam.to_image(vae.decode_latents(vae.encode_latents(exam.to_tensor(pictures[6])[None]))[0].detach())
+    difference = (exam.to_tensor(alone) - exam.to_tensor(again[id(pictures[6])])).abs().max()
     assert difference <= 2 / 255 + 1e-6
     found = report(Corpus(drawn, again))
     assert found.share("shows").right == 0 and found.share("text").right == found.share("text").n
