@@ -73,7 +73,8 @@ def single_table(found: dict[str, list[dict]]) -> Table:
 
 def ablation_tables(runs: dict[str, dict[str, Share]]) -> list[Table]:
     modes = ("chunk", "empty", "none")
-    grid = [[f"{g:g}", *(str(runs[f"guidance {g:g} {m}"]["shows"]) for m in modes)] for g in GUIDANCES]
+    grid = [[f"{g:g}", *(str(runs[f"guidance {g:g} {m}"]["shows"]) if m != "none" or g == 1 else "as 1" for m in modes)]
+            for g in GUIDANCES]  # fmt: skip
     seen = [[name, str(runs[name]["stays"]), str(runs[name]["shows"])] for name in runs if name.endswith("images")]
     return [("Image-text by guidance and what its negative branch leaves out", ["guidance", *modes], grid),
             ("What the earlier pictures are good for", ["", METRICS["stays"], METRICS["shows"]], seen)]  # fmt: skip
@@ -201,7 +202,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         if kind not in KINDS:
             raise InputError(f"--kinds: no kind called {kind!r}; there are {', '.join(KINDS)}")
     given = {name: getattr(args, name) for name in (*names, "use_condition_images") if getattr(args, name) is not None}
-    # An answer of the corpus has 160 tokens at most; one that rambles need not be read to the checkpoint's limit.
+    # An answer of the corpus has about 100 tokens at most; one that rambles need not be read to the checkpoint's limit.
     given = {"max_tokens": 400, **given, "seed": args.seed}
     override(Settings(), given, "sampling")  # a mistake is told before anything is loaded
     return args, given
@@ -221,7 +222,8 @@ def load(args: argparse.Namespace, given: dict) -> tuple[DuoGen, Settings, int]:
     device = pick_device(args.device)
     try:  # what cannot be written is told now, not after the work
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        open(args.json_line or Path(args.out) / "table.md", "a").close()
+        for path in filter(None, (Path(args.out) / "table.md", args.json_line)):
+            open(path, "a").close()
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be written ({e.strerror}): choose another place") from None
     np.finfo(np.float32), np.finfo(np.float64)  # numpy must have looked before:

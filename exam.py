@@ -89,7 +89,7 @@ def held_out_request(record: dict) -> set[str]:
 def draw_records(kind: str, split: str, n: int, seed: int, size: int, accept=lambda record: True) -> list[dict]:
     """n records of one kind, by their seeds alone; each knows its split, its seed and what in its requests is held out."""
     found = []
-    for number in itertools.count(seed):
+    for number in itertools.count(seed + 10**6 * list(KINDS).index(kind)):  # kinds share no stream of chance
         if len(found) == n:
             return found
         record = dialogue(number, split, {kind: 1.0}, size)
@@ -102,8 +102,7 @@ def dialogues(n: int, seed: int = 0, splits=tuple(SPLITS), kinds=tuple(KINDS), s
     """n records of every split, in equal numbers of every kind, kinds taking turns."""
     drawn = []
     for split in splits:
-        first = {kind: seed * 10**9 + 10**6 * list(KINDS).index(kind) for kind in kinds}  # kinds share no stream of chance
-        rows = [draw_records(kind, split, -(-n // len(kinds)), first[kind], size) for kind in kinds]
+        rows = [draw_records(kind, split, -(-n // len(kinds)), seed * 10**9, size) for kind in kinds]
         drawn += [record for row in zip(*rows, strict=True) for record in row][:n]
     return drawn
 
