@@ -218,7 +218,7 @@ class DiTConfig(TrainConfig):
     out: str = "runs/tiny/dit"
     mllm: str = "runs/tiny/mllm"
     vae: str = "runs/tiny/vae"
-    steps: int = 10_000
+    steps: int = 6000
     batch: int = 32  # clips
     frames: int = 4  # at most
     size: int = 64
