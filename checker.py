@@ -432,7 +432,7 @@ def whole_scene(scene: Scene) -> dict:
     """The check that demands everything of a scene but places and sizes."""
     groups = {}
     for t in scene.things:
-        parts = {p.name: c for p, c in zip(SUBJECTS[t.subject].parts[:t.drawn], t.colours, strict=False)}
+        parts = {p.name: c for p, c in zip(SUBJECTS[t.subject].parts[:t.drawn], t.colours[:t.drawn], strict=True)}
         colour = t.main if main_part(t.subject) < t.drawn else None
         one = {"subject": t.subject, "colour": colour, "count": 0, "parts": parts, "drawn": t.drawn}
         groups.setdefault((t.subject, t.drawn, t.colours), one)["count"] += 1

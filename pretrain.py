@@ -5,8 +5,8 @@
     python pretrain.py dit     short clips of drawings that grow, move, change    (full size: Cosmos-Predict2.5)
     python pretrain.py bundle  the parts of finished runs into one checkpoint folder
 
-Each run resumes when its command is given again; `--help` after a name lists its settings. `make tiny` gives all of them in
-order, with the settings of the bundled checkpoint. The two stages of the paper, train_stage1.py and train_stage2.py, start from
+Each run resumes when its command is given again; `--help` after a name lists its settings. `make tiny` runs all of them in
+order. The two stages of the paper, train_stage1.py and train_stage2.py, start from
 what this script leaves.
 """
 
@@ -27,7 +27,7 @@ from checker import judge
 from checkpoint import InputError
 from data import Document, Stream, batches, pack_documents, tokenize
 from dit import PRESETS as DIT_PRESETS
-from dit import DiT, denoise, shift_schedule, train_times
+from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from model import PRESETS as MLLM_PRESETS
 from pipeline import Settings, write_manifest
@@ -114,25 +114,24 @@ def train_vae(c: VAEConfig) -> None:
         pictures, position = next(data)
         x = torch.stack(pictures).to(world.device, memory_format=torch.channels_last)
         noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=generator(c.seed, step))
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
+        with world.autocast(c.dtype):
             loss, stats = vae_loss(vae, x, c.kl, noise.to(world.device))
         loss.backward()
         run.update({"loss": loss.item(), **stats, "images": len(x)}, position)
-        if c.sheet_every and run.step % c.sheet_every == 0:
+        if run.sheet_due:
             vae_sheet(run, vae, fixed[:16])
     if run.step >= c.steps:
-        run.swap_ema()
-        vae_gate(vae, c)
+        with run.averaged():
+            vae_gate(vae, c)
 
 
 @torch.no_grad()
 def vae_sheet(run: Run, vae: VAE, x: Tensor) -> None:
-    run.swap_ema()
-    y = vae.decode(vae.encode(x)[0])
-    run.swap_ema()
+    with run.averaged():
+        y = vae.decode(vae.encode(x)[0])
     pairs = [picture for a, b in zip(x, y, strict=True) for picture in (to_image(a), to_image(b))]
     rows = [("truth | reconstruction, twice", pairs[i : i + 4]) for i in range(0, len(pairs), 4)]
-    sheet(rows, run.folder / "samples" / f"step_{run.step:06d}.png")
+    sheet(rows, run.sample_file("png"))
 
 
 @torch.no_grad()
@@ -201,7 +200,7 @@ def train_mllm(c: MLLMConfig) -> None:
     for step in run.loop():
         documents, position = next(data)
         batch = pack_documents(documents).to(world.device)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
+        with world.autocast(c.dtype):
             loss = loss_of(batch) / (batch.labels >= 0).sum()
         if step == 0:
             guess = math.log(config.vocab_size)
@@ -226,7 +225,7 @@ class DiTConfig(TrainConfig):
     beta2: float = 0.99
     drop: float = 0.15  # share of clips whose caption is dropped
     shift: float = 5.0
-    condition_time: float = 1e-4
+    condition_time: float = CONDITION_TIME
 
 
 def film(c: DiTConfig, tokenizer: Tokenizer, seed: int) -> Document:
@@ -268,7 +267,7 @@ def train_dit(c: DiTConfig) -> None:
     for step in run.loop():
         documents, position = next(data)
         g = generator(c.seed, step)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
+        with world.autocast(c.dtype):
             samples = film_samples(documents, mllm, vae, c, world, g)
             t = train_times(len(documents), c.shift, g)
             error, count = loss_of(samples, t, g)
@@ -278,7 +277,7 @@ def train_dit(c: DiTConfig) -> None:
             check_step0("flow loss", loss.item(), 0.9 * guess, 1.1 * guess)
         loss.backward()
         run.update({"loss": loss.item(), **flow_statistics(t, error, count), "images": int(count.sum()) // 16}, position)
-        if c.sheet_every and run.step % c.sheet_every == 0:
+        if run.sheet_due:
             film_sheet(run, c, tokenizer, mllm, dit, vae)
 
 
@@ -290,23 +289,22 @@ def mean_square(latents: list[list[Tensor]]) -> float:
 @torch.no_grad()
 def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: DiT, vae: VAE, n: int = 12) -> None:
     """Captions never trained on, with the still that the DiT paints for each and the true one."""
-    run.swap_ema()
     rows = []
     clips = [sketchbook.clip(10**12 + i, size=c.size) for i in range(n)]
     rendered = [render(tokenizer, [{"role": "user", "content": text}], [], generation_prompt=True) for text, _ in clips]
     documents = [Document(r, torch.arange(len(r.ids)).expand(3, -1), None, [], []) for r in rendered]
-    states, first = read(documents, mllm, run.world.device)
-    context = dit.crossattn_proj(states)
-    positive = [context[a:b] for a, b in zip(first, first[1:], strict=False)]
-    negative = [p[: r.system_end] for p, r in zip(positive, rendered, strict=True)]
-    size = (c.size // 8, c.size // 8)
-    sigmas = shift_schedule(16, c.shift)
-    painted = denoise(dit, [[]] * n, [size] * n, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0)
-    for (text, frames), z in zip(clips, painted, strict=True):
-        rows.append((text, [to_image(vae.decode_latents(z[None])[0]), frames[-1]]))
-    run.swap_ema()
+    with run.averaged():
+        states, first = read(documents, mllm, run.world.device)
+        context = dit.crossattn_proj(states)
+        positive = [context[a:b] for a, b in zip(first, first[1:], strict=False)]
+        negative = [p[: r.system_end] for p, r in zip(positive, rendered, strict=True)]
+        size = (c.size // 8, c.size // 8)
+        sigmas = shift_schedule(16, c.shift)
+        painted = denoise(dit, [[]] * n, [size] * n, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0)
+        for (text, frames), z in zip(clips, painted, strict=True):
+            rows.append((text, [to_image(vae.decode_latents(z[None])[0]), frames[-1]]))
     half = [(a[0] + " | " + b[0], a[1] + b[1]) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-    sheet(half, run.folder / "samples" / f"step_{run.step:06d}.png")
+    sheet(half, run.sample_file("png"))
 
 
 # ------------------------------------------------------------------------------------------------------------- bundle

@@ -65,7 +65,7 @@ def train(c: Stage1Config) -> None:
         total = 0.0
         for a, pack in enumerate(packs):
             with world.synchronised(loss_of, a == c.accumulate - 1):
-                with torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16"):
+                with world.autocast(c.dtype):
                     loss = loss_of(pack) * (world.size / targets)  # DDP takes the mean over ranks
                 loss.backward()
             total += loss.item() / world.size
@@ -75,7 +75,7 @@ def train(c: Stage1Config) -> None:
         tokens, documents = sum(len(pack.ids) for pack in packs), sum(len(d) for d, _ in micro)
         stats = {"loss": total, "tokens": world.sum(tokens), "documents": world.sum(documents)}
         run.update(stats, world.gather(micro[-1][1]))
-        if c.sheet_every and run.step % c.sheet_every == 0 and world.main:
+        if run.sheet_due:
             sample_sheet(run, c, source, tokenizer, processor, mllm)
     world.close()
 
@@ -83,27 +83,24 @@ def train(c: Stage1Config) -> None:
 @torch.no_grad()
 def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int = 10, most: int = 160) -> None:
     """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
-    run.swap_ema()
     documents, _ = next(loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, pictures=False))
     answers = [Answer(d, tokenizer, processor) for d in documents]
-    for _ in range(most):
-        open_ones = [a for a in answers if a.open]
-        if not open_ones:
-            break
-        pack = pack_documents([a.so_far() for a in open_ones]).to(run.world.device)
-        hidden = mllm(pack.ids, pack.positions, pack.cu_seqlens, pack.pixels, pack.grids)[-1]
-        for a, token in zip(open_ones, mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1]).argmax(1).tolist(), strict=True):
-            a.push(token)
-    run.swap_ema()
+    with run.averaged():
+        for _ in range(most):
+            open_ones = [a for a in answers if a.open]
+            if not open_ones:
+                break
+            pack = pack_documents([a.so_far() for a in open_ones]).to(run.world.device)
+            hidden = mllm(pack.ids, pack.positions, pack.cu_seqlens, pack.pixels, pack.grids)[-1]
+            for a, token in zip(open_ones, mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1]).argmax(1).tolist(), strict=True):
+                a.push(token)
     lines = [f"# Step {run.step}\n"]
     for a in answers:
         for who, ids in (("asked", a.ids[a.system : a.start]), ("wrote", a.ids[a.start :])):
             text = PICTURE.sub(" [picture] ", tokenizer.decode(ids, skip_special=False))
             lines.append(f"* {who}: {' '.join(text.split())}")
         lines.append("")
-    path = run.folder / "samples" / f"step_{run.step:06d}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines))
+    run.sample_file("md").write_text("\n".join(lines))
 
 
 PICTURE = re.compile(r"<\|vision_start\|>(<\|image_pad\|>)*(<\|vision_end\|>)?")

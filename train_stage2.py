@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Document, loader, open_source
-from dit import DiT, denoise, shift_schedule, train_times
+from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from tokenizer import Tokenizer
 from training import FlowLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator, main
@@ -40,7 +40,7 @@ class Stage2Config(TrainConfig):
     ema: float = 0.9995
     drop: float = 0.15  # share of samples that lose their last chunk of text
     shift: float = 5.0  # of the training times towards noise, Cosmos' own
-    condition_time: float = 1e-4  # time the DiT is told for clean pictures, that of the post-trained Cosmos
+    condition_time: float = CONDITION_TIME  # time the DiT is told for clean pictures, that of the post-trained Cosmos
     checkpointing: bool = False  # recompute activations in the backward pass
 
 
@@ -77,7 +77,7 @@ def train(c: Stage2Config) -> None:
     shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1, "targets_only": True}
     source = open_source(c.data, c.kinds)
     data = loader(source, tokenizer, processor, documents=c.documents, position=run.position, **shard)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=c.dtype == "bf16")
+    autocast = world.autocast(c.dtype)
     for step in run.loop():
         micro = [next(data) for _ in range(c.accumulate)]
         chance = [generator(c.seed, step, a * world.size + world.rank) for a in range(c.accumulate)]
@@ -100,7 +100,7 @@ def train(c: Stage2Config) -> None:
         if step == 0 and world.main:
             check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size
         run.update({**stats, "images": world.sum(images)}, world.gather(micro[-1][1]))
-        if c.sheet_every and run.step % c.sheet_every == 0 and world.main:
+        if run.sheet_due:
             sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae)
     world.close()
 
@@ -108,27 +108,27 @@ def train(c: Stage2Config) -> None:
 @torch.no_grad()
 def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int = 14) -> None:
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
-    run.swap_ema()
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
     documents, _ = next(wanted)
     states, first = read(documents, mllm, run.world.device)
-    context = dit.crossattn_proj(states)
-    latents = encode(documents, vae, run.world.device)
-    chosen = [document.targets[-1] if d % 2 else document.targets[0] for d, document in enumerate(documents)]
-    lengths = [document.rendered.condition_lengths(j) for document, j in zip(documents, chosen, strict=True)]
-    given = [z[:j] for z, j in zip(latents, chosen, strict=True)]
-    sizes = [tuple(z[j].shape[-2:]) for z, j in zip(latents, chosen, strict=True)]
-    positive, negative = ([context[a : a + n[k]] for a, n in zip(first, lengths, strict=False)] for k in (0, 1))
-    sigmas = shift_schedule(20, c.shift)
-    painted = denoise(dit, given, sizes, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0,
-                      condition_time=c.condition_time)  # fmt: skip
-    rows = []
-    for document, j, z in zip(documents, chosen, painted, strict=True):
-        asked = tokenizer.decode(document.rendered.ids[slice(*document.rendered.condition_lengths(j)[::-1])])
-        shown = [document.pictures[j - 1] if j else torch.ones(3, 8, 8), vae.decode_latents(z[None])[0], document.pictures[j]]
-        rows.append((" ".join(asked.split()), [to_image(x) for x in shown]))
-    run.swap_ema()
-    sheet(rows, run.folder / "samples" / f"step_{run.step:06d}.png")
+    with run.averaged():
+        context = dit.crossattn_proj(states)
+        latents = encode(documents, vae, run.world.device)
+        chosen = [document.targets[-1] if d % 2 else document.targets[0] for d, document in enumerate(documents)]
+        lengths = [document.rendered.condition_lengths(j) for document, j in zip(documents, chosen, strict=True)]
+        given = [z[:j] for z, j in zip(latents, chosen, strict=True)]
+        sizes = [tuple(z[j].shape[-2:]) for z, j in zip(latents, chosen, strict=True)]
+        positive, negative = ([context[a : a + n[k]] for a, n in zip(first, lengths, strict=False)] for k in (0, 1))
+        sigmas = shift_schedule(20, c.shift)
+        painted = denoise(dit, given, sizes, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0,
+                          condition_time=c.condition_time)  # fmt: skip
+        rows = []
+        for document, j, z in zip(documents, chosen, painted, strict=True):
+            asked = tokenizer.decode(document.rendered.ids[slice(*document.rendered.condition_lengths(j)[::-1])])
+            before = document.pictures[j - 1] if j else torch.ones(3, 8, 8)
+            shown = [before, vae.decode_latents(z[None])[0], document.pictures[j]]
+            rows.append((" ".join(asked.split()), [to_image(x) for x in shown]))
+    sheet(rows, run.sample_file("png"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import InputError, write_json
+from checkpoint import InputError, pick_device, write_json
 from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
@@ -88,16 +88,22 @@ class World:
     def __init__(self, device: str = "auto"):
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-        if cuda and not torch.cuda.is_available():
-            raise InputError("--device cuda: no CUDA device here; use --device cpu")
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu" if device == "auto" else device)
+        self.device = pick_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            self.device = torch.device("cuda", local)
         # Numbers near 1e-40 are as good as 0 and cost a CPU a hundred times as much. numpy must have looked at them before.
         np.finfo(np.float32), np.finfo(np.float64)
         torch.set_flush_denormal(True)
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         self.main = self.rank == 0
+
+    def autocast(self, dtype: str) -> torch.autocast:
+        """Forward passes in bf16, or as the weights are (fp32)."""
+        if dtype not in ("bf16", "fp32"):
+            raise InputError(f"--dtype {dtype}: training runs in bf16 or fp32")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16")
 
     def sum(self, value: float) -> float:
         """The sum of a number over all ranks."""
@@ -241,10 +247,30 @@ class Run:
         line = [f"step {self.step:>6}/{self.config.steps}", *cells, f"lr {row['lr']:.2e}", *rates]
         print(" | ".join([*line, f"{self.seconds / 60:6.1f} min", f"eta {eta / 60:5.0f} min"]), flush=True)
 
-    def swap_ema(self) -> None:
-        """Exchange live and averaged weights (call twice)."""
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the module has its averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
         for p, e in zip(self.params, self.ema, strict=True):
             p.data, e.data = e.data, p.data
+
+    @property
+    def sheet_due(self) -> bool:
+        """Whether this is a step after which samples are shown; one process shows them."""
+        every = self.config.sheet_every
+        return bool(every) and self.step % every == 0 and self.world.main
+
+    def sample_file(self, suffix: str) -> Path:
+        """Where the samples of this step go."""
+        path = self.folder / "samples" / f"step_{self.step:06d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def save(self) -> None:
         """Write step_N as a whole (temporary name, then rename), then drop the oldest."""
@@ -254,9 +280,8 @@ class Run:
         temporary = self.folder / "saving"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        self.swap_ema()
-        self.save_part(temporary, self.module)
-        self.swap_ema()
+        with self.averaged():
+            self.save_part(temporary, self.module)
         tensors = {}
         for name, p, e in zip(self.names, self.params, self.ema, strict=True):
             tensors |= {f"live.{name}": p.detach(), f"ema.{name}": e}
@@ -269,33 +294,37 @@ class Run:
         print(f"saved {final}", flush=True)
 
     def _resume(self) -> None:
-        saved = sorted(self.folder.glob("step_*/state.json"))
-        if not saved:
+        if not whole(self.folder):
             return
-        state = json.loads(saved[-1].read_text())
+        folder = latest(self.folder)
+        state = json.loads((folder / "state.json").read_text())
         self.step, self.seconds, self.position = state["step"], state["seconds"], state["position"]
-        with safe_open(saved[-1].parent / "trainer.safetensors", "pt") as f:
+        with safe_open(folder / "trainer.safetensors", "pt") as f:
             keys = set(f.keys())
             if {k.removeprefix("live.") for k in keys if k.startswith("live.")} != set(self.names):
-                raise InputError(f"{saved[-1].parent}: its trained parameters are not those of this run; choose another --out")
+                raise InputError(f"{folder}: its trained parameters are not those of this run; choose another --out")
             for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
                 p.data.copy_(f.get_tensor(f"live.{name}"))
                 self.ema[i].copy_(f.get_tensor(f"ema.{name}"))
                 state = {k: f.get_tensor(f"{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in keys}
                 self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
         if self.world.main:
-            print(f"resumed {saved[-1].parent} after {self.seconds / 60:.1f} min of training", flush=True)
+            print(f"resumed {folder} after {self.seconds / 60:.1f} min of training", flush=True)
 
 
 COUNTS = ("tokens", "images", "documents")  # statistics that are logged per second
 
 
+def whole(run: str | Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(state.parent for state in Path(run).glob("step_*/state.json"))
+
+
 def latest(run: str | Path) -> Path:
-    """The newest whole checkpoint of a run."""
-    saved = sorted(Path(run).glob("step_*/state.json"))
-    if not saved:
+    """The newest of them."""
+    if not whole(run):
         raise InputError(f"{run}: no step_* checkpoint here; has the run saved yet?")
-    return saved[-1].parent
+    return whole(run)[-1]
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]], path: str | Path, height: int = 96, wrap: int = 60) -> None:
@@ -312,7 +341,6 @@ def sheet(rows: list[tuple[str, list[Image.Image]]], path: str | Path, height: i
             x = text_width + c * (height + 6)
             page.paste(picture, (x, y))
             draw.rectangle((x, y, x + height - 1, y + height - 1), outline="#999")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
 
 
@@ -422,6 +450,6 @@ def flow_statistics(t: Tensor, error: Tensor, count: Tensor) -> dict[str, float]
 
 def part_folder(source: str, part: str) -> str:
     """A part given as a run (its newest checkpoint), as a folder that holds the part, or as the part's own folder or Hub id."""
-    if list(Path(source).glob("step_*/state.json")):
+    if whole(source):
         return str(latest(source) / part)
     return str(Path(source) / part) if (Path(source) / part).is_dir() else source
