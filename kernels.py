@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Below this many keys a sequence is cheaper as a padded row of one batched call than as a call of its own (CPU).
 PAD_BELOW = 512
+# Neighbours are padded to one length as long as that adds at most this share of scores, or so few that a call costs more.
+PAD_SHARE, PAD_SCORES = 0.25, 16384
 
 
 def attention(
@@ -45,15 +47,33 @@ def attention(
     lens_k = [b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)]
     if len(set(lens_q)) == 1 and len(set(lens_k)) == 1 and lens_k[0] > 0:
         return _equal(q, k, v, len(lens_q), causal, scale)
-    if max(lens_k) <= PAD_BELOW and max(lens_q) <= PAD_BELOW:
-        return _padded(q, k, v, lens_q, lens_k, causal, scale)
-    out = torch.zeros_like(q)
-    parts = [
-        _equal(q[a:b], k[c:d], v[c:d], 1, causal, scale) if d > c else out[a:b]
-        for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False)
-        if b > a
-    ]
-    return torch.cat(parts) if parts else out
+    runs, parts = _runs(lens_q, lens_k), []
+    # Split once: the backward pass of a split is one concatenation, that of a slice a full tensor of zeros each.
+    qs = q.split([bounds_q[e] - bounds_q[s] for s, e in runs])
+    ks, vs = (x.split([bounds_k[e] - bounds_k[s] for s, e in runs]) for x in (k, v))
+    for (s, e), qr, kr, vr in zip(runs, qs, ks, vs, strict=True):
+        if not len(kr):
+            parts.append(torch.zeros_like(qr))
+        elif len(set(lens_q[s:e])) == 1 and len(set(lens_k[s:e])) == 1:
+            parts.append(_equal(qr, kr, vr, e - s, causal, scale))
+        elif len(qr):
+            parts.append(_padded(qr, kr, vr, lens_q[s:e], lens_k[s:e], causal, scale))
+    return torch.cat(parts)
+
+
+def _runs(lens_q: list[int], lens_k: list[int]) -> list[tuple[int, int]]:
+    """Ranges of neighbouring sequences worth one padded call. A caller that sorts by length gets few and tight ones."""
+    runs, longest_q, longest_k, real = [], 0, 0, 0
+    for s, (lq, lk) in enumerate(zip(lens_q, lens_k, strict=True)):
+        longest_q, longest_k, real = max(longest_q, lq), max(longest_k, lk), real + lq * lk
+        if runs and max(longest_q, longest_k) <= PAD_BELOW:
+            padded = longest_q * longest_k * (s + 1 - runs[-1][0])
+            if padded - real <= max(PAD_SHARE * real, PAD_SCORES):
+                runs[-1][1] = s + 1
+                continue
+        runs.append([s, s + 1])
+        longest_q, longest_k, real = lq, lk, lq * lk
+    return runs
 
 
 def _equal(q, k, v, batch, causal, scale):

@@ -48,16 +48,15 @@ def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Confi
     """Targets at random: for each sample the tokens it reads, the pictures up to and with it, how many of them are given."""
     states, first = read(documents, mllm, device)
     pictures = encode(documents, vae, device)
-    rows, latents, clean = [], [], []
+    samples = []
     for d, document in enumerate(documents):
         for i in torch.randperm(len(document.targets), generator=g)[: c.targets].tolist():
             j = document.targets[i]
             positive, negative = document.rendered.condition_lengths(j)
             length = negative if torch.rand((), generator=g).item() < c.drop else positive
-            rows.append(range(first[d], first[d] + length))
-            latents.append(pictures[d][: j + 1])
-            clean.append(j)
-    return Samples(states, rows, latents, clean)
+            samples.append((range(first[d], first[d] + length), pictures[d][: j + 1], j))
+    samples.sort(key=lambda sample: (sum(z[0].numel() for z in sample[1]), len(sample[0])))  # spares attention padding
+    return Samples(states, *map(list, zip(*samples, strict=True)))
 
 
 def train(c: Stage2Config) -> None:
