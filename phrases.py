@@ -65,44 +65,63 @@ def sentence(text: str) -> str:
 
 ASK = {
     "lesson": [
-        "How do I draw {x}?", "How can I draw {x}?", "Show me how to draw {x}.", "Teach me to draw {x}.", "I want to draw {x}.",
-        "Please show me how to draw {x} step by step.", "How to draw {x}", "Can you teach me how to draw {x}?",
-        "Draw {x} step by step.", "A drawing lesson, please: {x}.", "What are the steps to draw {x}?",
+        "How do I draw {x}?", "How can I draw {x}?", "Show me how to draw {x}.", "Teach me to draw {x}.",
+        "I want to draw {x}.", "Please show me how to draw {x} step by step.", "How to draw {x}",
+        "Can you teach me how to draw {x}?", "Draw {x} step by step.", "A drawing lesson, please: {x}.",
+        "What are the steps to draw {x}?", "Step by step, please: {x}.", "I would like to learn how to draw {x}.",
+        "Help me draw {x}.", "Explain how to draw {x}.", "Let us draw {x} together.",
+        "Take me through the steps of drawing {x}.", "Give me a drawing lesson with {x}.",
+        "Lead me through a drawing of {x}.", "I would like to draw {x}. How do I do it?",
         "~I would love to learn drawing {x}.", "~Guide me through drawing {x}."],
     "one": [
         "Draw {x}.", "Please draw {x}.", "A picture of {x}.", "{x}", "Can you draw {x}?", "Paint {x}.", "I would like {x}.",
         "Show me {x}.", "A photo of {x}", "Make a picture of {x}.", "Could you paint {x} for me?", "An image of {x}",
-        "I need {x}.", "~Sketch {x}.", "~Give me {x}, please."],
+        "I need {x}.", "Give me a picture of {x}.", "I want to see {x}.", "Let me see {x}.", "Create {x}.",
+        "Show {x}, please.", "Drawing of {x}", "Can I have {x}?", "I want {x}, please.", "~Sketch {x}.",
+        "~Give me {x}, please."],
     "recolour": [
         "Make the {p} {c}.", "Now make the {p} {c}.", "Paint the {p} {c}.", "Change the {p} to {c}.", "Can the {p} be {c}?",
         "I want the {p} to be {c}.", "Turn the {p} {c}.", "Please colour the {p} {c}.", "The {p} should be {c}.",
+        "Let the {p} be {c}.", "Colour the {p} in {c}.", "Could you make the {p} {c}?", "Draw the {p} in {c}.",
+        "Use the colour {c} for the {p}.", "Please repaint the {p} in {c}.", "I would like the {p} in the colour {c}.",
         "~Give the {p} the colour {c}.", "~Recolour the {p} in {c}."],
     "remove": [
         "Remove {x}.", "Take {x} away.", "Please take away {x}.", "Erase {x}.", "I do not want {x}.", "Delete {x}.",
-        "Can you remove {x}?", "~Get rid of {x}."],
+        "Can you remove {x}?", "Take out {x}.", "Please erase {x}.", "Leave out {x}.", "Let {x} go away.",
+        "Draw it without {x}.", "I want to be rid of {x}.", "~Get rid of {x}."],
     "add": [
-        "Add {x} {r} {y}.", "Put {x} {r} {y}.", "Draw {x} {r} {y} too.", "Please add {x} {r} {y}.", "Can you put {x} {r} {y}?",
-        "I also want {x} {r} {y}.", "~Place another thing: {x} {r} {y}."],
+        "Add {x} {r} {y}.", "Put {x} {r} {y}.", "Draw {x} {r} {y} too.", "Please add {x} {r} {y}.",
+        "Can you put {x} {r} {y}?", "I also want {x} {r} {y}.", "Place {x} {r} {y}.", "There should be {x} {r} {y}.",
+        "Another thing, please: {x} {r} {y}.", "I would like {x} {r} {y}.", "Now put {x} {r} {y}.",
+        "~Place another thing: {x} {r} {y}."],
     "add_part": [
         "Add {x} to the {s}.", "The {s} needs {x}.", "Please give the {s} {x}.", "Draw {x} on the {s}.",
-        "My {s} has no {p}. Add {x}.", "Finish the {s} with {x}.", "~What about {x} for the {s}?"],
+        "My {s} has no {p}. Add {x}.", "Finish the {s} with {x}.", "How about {x} on the {s}?", "Could the {s} have {x}?",
+        "Give the {s} {x}.", "The {s} should have {x}.", "I miss {x} on the {s}.", "~What about {x} for the {s}?"],
     "move": [
         "Move {x} {to}.", "Put {x} {to}.", "Please move {x} {to}.", "Can you move {x} {to}?", "Shift {x} {to}.",
-        "I want {x} {to}.", "~Slide {x} over so that it is {to}."],
+        "I want {x} {to}.", "Push {x} {to}.", "Let {x} be {to}.", "Could you place {x} {to}?", "Bring {x} {to}.",
+        "Move {x} so that it is {to}.", "~Slide {x} over so that it is {to}."],
     "background": [
         "Make the background {b}.", "Change the background to {b}.", "Use a {b} background.", "Now with a {b} background.",
-        "Please paint the background {b}.", "I want a {b} background.", "~Let the background become {b}."],
+        "Please paint the background {b}.", "I want a {b} background.", "Let the background be {b}.",
+        "Paint it on a {b} background.", "Can the background be {b}?", "Give it a {b} background.",
+        "Turn the background {b}.", "~Let the background become {b}."],
     "multi": [
         "Put {x} of the first picture {r} {y} of the second.", "Draw {x} from picture one {r} {y} from picture two.",
         "Put both in one picture: {x} {r} {y}.", "Combine the two pictures with {x} {r} {y}.",
-        "~Join these pictures, {x} {r} {y}."],
+        "Place {x} of the first picture {r} {y} of the second.", "Bring both pictures together: {x} {r} {y}.",
+        "Make one of the two pictures, {x} {r} {y}.", "~Join these pictures, {x} {r} {y}."],
     "multi_colour": [
         "Draw the {s} of the first picture in the colour of the {t}.", "Paint the {s} in the colour of the {t}.",
         "Give the {s} the colour of the {t} in picture two.", "Make the first {s} look like the {t} in colour.",
-        "~Let the {s} borrow its colour from the {t}."],
+        "Use the colour of the {t} for the {s}.", "The {s} should have the colour of the {t}.",
+        "Let the {s} take the colour of the {t}.", "~Let the {s} borrow its colour from the {t}."],
     "story": [
-        "Tell me a story about {x}.", "Tell a story about {x}.", "A story about {x}, please.", "Write a short story with {x}.",
-        "I want a picture story about {x}.", "Make up a story with {x}.", "~What happened to {x} one day?"],
+        "Tell me a story about {x}.", "Tell a story about {x}.", "A story about {x}, please.",
+        "Write a short story with {x}.", "I want a picture story about {x}.", "Make up a story with {x}.",
+        "I would like a story about {x}.", "What did {x} do today?", "Read me a story about {x}.", "What happens to {x}?",
+        "Once there was {x}. What happened?", "~What happened to {x} one day?"],
 }
 RELATION_WORDS = {"left": ["to the left of", "left of", "on the left of"],
                   "right": ["to the right of", "right of", "on the right of"],
