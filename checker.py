@@ -81,6 +81,7 @@ class Verdict:
     ok: bool
     reasons: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
+    stayed: bool | None = None  # whether what had to stay has; None where nothing had to, or it could not be told what
 
     def __bool__(self) -> bool:
         return self.ok
@@ -239,12 +240,16 @@ class Judge:
         self.view = see(image)
         self.before = see(previous, EVERY) if previous is not None else None
         self.unit = image.width / 64
-        self.reasons, self.scores = [], {}
+        self.reasons, self.scores, self.stayed = [], {}, True
 
     def need(self, ok, reason: str) -> bool:
         if not ok:
             self.reasons.append(reason)
         return bool(ok)
+
+    def stay(self, ok, reason: str) -> None:
+        """A need of what was there before: that it is still so."""
+        self.stayed &= self.need(ok, reason)
 
     def find(self, view: View, subject: str | None, colour: str | None = None, part: str | None = None) -> Seen | None:
         """The thing of a view that fits a subject (or has a part) and a main colour best; None if there is none."""
@@ -274,17 +279,17 @@ class Judge:
         for key, where, least in (("kept", fixed, KEPT), ("kept foreground", fixed & (before > 0), KEPT_FOREGROUND)):
             score = float(same[where].mean()) if where.any() else 1.0
             self.scores[key] = score
-            self.need(score >= least, f"{key}: only {score:.0%}")
+            self.stay(score >= least, f"{key}: only {score:.0%}")
         spot = int(core(fixed & ~same).sum())                   # a small solid change hides in a percentage
         self.scores["spot"] = spot
-        self.need(spot <= 3 * self.unit ** 2, f"something else changed ({spot} pixels at its core)")
+        self.stay(spot <= 3 * self.unit ** 2, f"something else changed ({spot} pixels at its core)")
 
     def page(self, check: dict) -> None:
         wanted = check.get("background")
         self.need(wanted in (None, self.view.background), f"the background is {self.view.background}, not {wanted}")
 
     def same_page(self) -> None:
-        self.need(self.view.background == self.before.background,
+        self.stay(self.view.background == self.before.background,
                   f"the background became {self.view.background} from {self.before.background}")
 
     # -- one method for each op
@@ -373,7 +378,7 @@ class Judge:
             area = region(thing, thing.subject, thing.drawn, i, self.view.labels.shape)
             area &= self.before.labels == NAMES.index(thing.colours[i]) + 1
             same = float((self.view.labels[area] == self.before.labels[area]).mean()) if area.any() else 1.0
-            self.need(same >= 0.6, f"the {names[i]} changed as well")
+            self.stay(same >= 0.6, f"the {names[i]} changed as well")
 
     def remove(self, check: dict) -> None:
         self.same_page()
@@ -403,8 +408,8 @@ class Judge:
         if not (self.need(old is not None, f"no {check.get('subject')} in the picture before")
                 and self.need(new is not None, f"no {check.get('subject')} any more")):
             return
-        self.need(new.colours == old.colours, "its colours changed")
-        self.need(len(self.view.things) == len(self.before.things), "the number of things changed")
+        self.stay(new.colours == old.colours, "its colours changed")
+        self.stay(len(self.view.things) == len(self.before.things), "the number of things changed")
         x0, y0, x1, y1 = new.box
         ox0, oy0, ox1, oy1 = old.box
         side = self.view.labels.shape[0]
@@ -412,8 +417,8 @@ class Judge:
                       "bottom": (side - y1, x0 - ox0)}[check["to"]]
         self.scores.update(gap=gap / self.unit, drift=drift / self.unit)
         self.need(gap <= 8 * self.unit, f"it is not at the {check['to']}")
-        self.need(abs(drift) <= 4 * self.unit, "it drifted sideways")
-        self.need(abs(np.log((x1 - x0) * (y1 - y0) / ((ox1 - ox0) * (oy1 - oy0)))) < 0.25, "its size changed")
+        self.stay(abs(drift) <= 4 * self.unit, "it drifted sideways")
+        self.stay(abs(np.log((x1 - x0) * (y1 - y0) / ((ox1 - ox0) * (oy1 - oy0)))) < 0.25, "its size changed")
         self.kept(old.mask | new.mask)
 
     def background(self, check: dict) -> None:
@@ -453,7 +458,7 @@ def judge(image: Image.Image, check: dict, previous: Image.Image | None = None) 
         raise InputError(f"a {check['op']} is judged against the picture before it; pass previous=")
     court = Judge(image, previous if check["op"] not in ("scene", "start") else None)
     getattr(court, check["op"])(check)
-    return Verdict(not court.reasons, court.reasons, court.scores)
+    return Verdict(not court.reasons, court.reasons, court.scores, court.stayed if "kept" in court.scores else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -58,9 +58,6 @@ METRICS = {"text": "text complete", "drawn": "pictures drawn", "placed": "only w
            "shows": "image-text", "whole": "whole dialogue"}  # fmt: skip
 CATEGORIES = {"single object": "one", "two objects": "two", "counting": "count", "colours": "colour", "position": "position",
               "colour attribution": "binding"}  # fmt: skip
-# How the checker words its objections to what had to stay.
-STAYS = ("kept", "something else changed", "the background became", "its colours changed", "its size changed", "it drifted",
-         "the number of things changed")  # fmt: skip
 GUIDANCES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
 # ---------------------------------------------------------------------------------------------------------------- dialogues
@@ -163,11 +160,6 @@ def redefine(turn: dict, asked: str, picture: Image.Image | None) -> dict | None
 # ------------------------------------------------------------------------------------------------------------------ judging
 
 
-def stayed(verdict: Verdict) -> bool | None:
-    """Whether what had to stay has stayed; None where nothing had to, or where the checker could not tell what."""
-    return not any(r.startswith(STAYS) for r in verdict.reasons) if "kept" in verdict.scores else None
-
-
 def hero_stayed(picture: Image.Image, before: Image.Image | None, hero: str) -> bool | None:
     """Whether the hero of a story has the colours that it had in the picture before; None if it was not to be seen there."""
 
@@ -241,7 +233,7 @@ class Case:
                 before = self.shown[-1][1] if self.shown else None
                 before = before.resize(picture.size) if before and before.size != picture.size else before
                 verdict = judge_text(picture, text, before, self.said)
-                stays = stayed(verdict)
+                stays = verdict.stayed
                 if turn["kind"] == "story":
                     stays, story = hero_stayed(picture, story, turn["need"][0]["objects"][0]["subject"]), picture
                 scores = {k: round(float(v), 3) for k, v in verdict.scores.items()}

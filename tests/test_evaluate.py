@@ -245,16 +245,16 @@ def test_wrong_or_no_words_without_pictures_lower_text_completeness_alone(drawn)
 
 
 def test_what_the_checker_calls_a_change_of_the_rest_is_an_inconsistency():
-    """`stayed` reads the checker's objections: held against its own pictures with one thing wrong."""
+    """`Verdict.stayed` held against the corpus' own pictures with one thing wrong."""
     stays = {"colour": True, "subject": True, "place": True, "kept colour": False, "other part": False, "other thing": False}
     tried = set()
     for kind in ("recolour", "add", "move", "background", "add_part"):
         for record in single(kind, 2):
             before, image, check = scene_at(record, 0), scene_at(record, 1), record["truth"]["images"][1]["check"]
-            assert exam.stayed(judge(render(image), check, render(before))) is True
+            assert judge(render(image), check, render(before)).stayed is True
             for what, scene in spoilt(image, check, before, random.Random(1)):
                 if what in stays:
-                    assert exam.stayed(judge(render(scene), check, render(before))) is stays[what], (kind, what)
+                    assert judge(render(scene), check, render(before)).stayed is stays[what], (kind, what)
                     tried.add(what)
     assert tried == set(stays)
 
