@@ -172,10 +172,10 @@ def test_painter_overfits_one_batch_and_sampling_returns_it():
     features = torch.randn(10, 64)
     pictures = [torch.randn(16, 4, 4) for _ in range(3)]
     samples = Samples(features, [range(0, 4), range(4, 10)], [pictures[:1], pictures[1:]], [0, 1])
-    loss_of, optimizer = FlowLoss(dit, 1e-4), torch.optim.AdamW(dit.parameters(), lr=4e-3)
-    history, steps = [], 400
+    loss_of, optimizer = FlowLoss(dit, 1e-4), torch.optim.AdamW(dit.parameters(), lr=3e-3)
+    history, steps = [], 600
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (steps - step) / (steps / 2))
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (steps - step) / (steps / 2))
         g = generator(step)
         many = Samples(features, samples.rows * 8, samples.latents * 8, samples.clean * 8)
         t = torch.rand(16, generator=g)
