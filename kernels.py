@@ -45,20 +45,18 @@ def attention(
         raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads")
     lens_q = [b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False)]
     lens_k = [b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)]
-    if len(set(lens_q)) == 1 and len(set(lens_k)) == 1 and lens_k[0] > 0:
-        return _equal(q, k, v, len(lens_q), causal, scale)
     runs, parts = _runs(lens_q, lens_k), []
     # Split once: the backward pass of a split is one concatenation, that of a slice a full tensor of zeros each.
     qs = q.split([bounds_q[e] - bounds_q[s] for s, e in runs])
     ks, vs = (x.split([bounds_k[e] - bounds_k[s] for s, e in runs]) for x in (k, v))
     for (s, e), qr, kr, vr in zip(runs, qs, ks, vs, strict=True):
-        if not len(kr):
+        if not (len(qr) and len(kr)):
             parts.append(torch.zeros_like(qr))
         elif len(set(lens_q[s:e])) == 1 and len(set(lens_k[s:e])) == 1:
             parts.append(_equal(qr, kr, vr, e - s, causal, scale))
-        elif len(qr):
+        else:
             parts.append(_padded(qr, kr, vr, lens_q[s:e], lens_k[s:e], causal, scale))
-    return torch.cat(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _runs(lens_q: list[int], lens_k: list[int]) -> list[tuple[int, int]]:
@@ -66,9 +64,10 @@ def _runs(lens_q: list[int], lens_k: list[int]) -> list[tuple[int, int]]:
     runs, longest_q, longest_k, real = [], 0, 0, 0
     for s, (lq, lk) in enumerate(zip(lens_q, lens_k, strict=True)):
         longest_q, longest_k, real = max(longest_q, lq), max(longest_k, lk), real + lq * lk
-        if runs and max(longest_q, longest_k) <= PAD_BELOW:
-            padded = longest_q * longest_k * (s + 1 - runs[-1][0])
-            if padded - real <= max(PAD_SHARE * real, PAD_SCORES):
+        if runs:
+            padded = longest_q * longest_k * (s + 1 - runs[-1][0]) - real
+            short = max(longest_q, longest_k) <= PAD_BELOW and padded <= max(PAD_SHARE * real, PAD_SCORES)
+            if padded == 0 or short:
                 runs[-1][1] = s + 1
                 continue
         runs.append([s, s + 1])

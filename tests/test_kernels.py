@@ -26,6 +26,10 @@ LENGTHS = [
     ([1], [20]),  # decoding one token
     ([5], [20]),  # a prompt's second half on a cache
     ([4, 4], [2, 6]),
+    ([0, 2], [600, 3]),  # keys that nothing reads
+    ([3, 0], [0, 4]),
+    ([0, 0, 3], [5, 5, 0]),
+    ([2, 2, 3], [600, 600, 4]),
     ([600, 3], [600, 3]),  # beyond the padded path
 ]
 
@@ -41,6 +45,11 @@ def test_equals_softmax(lengths, causal, group):
     assert torch.allclose(out, reference(q, k, v, *(b.tolist() for b in bounds), causal), atol=1e-12)
     for gradient in torch.autograd.grad(out.square().sum(), (q, k, v)):
         assert gradient.isfinite().all()
+
+
+def test_a_pack_without_queries_is_empty():
+    k = torch.randn(8, 2, 16)
+    assert attention(k[:0], k, k, torch.tensor([0, 0, 0]), torch.tensor([0, 3, 8])).shape == (0, 2, 16)
 
 
 def test_neighbours_never_mix():
