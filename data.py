@@ -344,22 +344,21 @@ def batches(
 ) -> Iterator[tuple[list[Document], int]]:
     """Lists of documents within a budget of tokens, of documents or both, and the position that continues behind each.
 
-    A document that does not fit opens the next list; one that is over the budget alone is a list of its own. Within a list
-    they stand by length, which spares attention most of its padding.
+    A document that does not fit opens the next list; one that is over the budget alone is a list of its own.
     """
     batch, size, position = [], 0, stream.position
     for document in stream:
         if batch and tokens and size + len(document) > tokens:
-            yield sorted(batch, key=len), position
+            yield batch, position
             batch, size = [], 0
         batch.append(document)
         size += len(document)
         position = stream.position
         if len(batch) == documents:
-            yield sorted(batch, key=len), position
+            yield batch, position
             batch, size = [], 0
     if batch:
-        yield sorted(batch, key=len), position
+        yield batch, position
 
 
 def open_source(data: str, kinds: str = "", split: str = "train") -> Lines | Callable[[int], dict]:
@@ -411,7 +410,8 @@ def loader(
     if isinstance(position, list):
         position = position[stream.rank] if len(position) == stream.world_size else sum(position) // stream.world_size
     stream.position = position or 0
-    return batches(stream, tokens=tokens, documents=documents)
+    listed = batches(stream, tokens=tokens, documents=documents)
+    return ((sorted(batch, key=len), at) for batch, at in listed)  # like lengths side by side: attention pads least
 
 
 # ------------------------------------------------------------------------------------------------------- command line

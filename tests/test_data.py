@@ -745,7 +745,7 @@ def test_batches_keep_the_budget_and_tell_where_to_continue(folder: Path):
     got = list(batches(make(epochs=3), tokens=100))
     sizes, coming = [[len(x) for x in batch] for batch, _ in got], [len(x) for x in make(epochs=3)]
     for batch in sizes:
-        assert batch == sorted(coming[: len(batch)])  # by length
+        assert batch == coming[: len(batch)]
         assert sum(batch) <= 100 or len(batch) == 1
         del coming[: len(batch)]
         assert not coming or sum(batch) + coming[0] > 100  # greedy: the next one did not fit
@@ -778,6 +778,7 @@ def test_the_loader_of_the_stages(folder: Path, tokenizer, processor):
     targets = take(make(targets_only=True, pictures=False), 5)
     assert all(d.targets and not d.pictures for batch, _ in targets for d in batch)
     packed = next(loader(source, tokenizer, processor, tokens=1500))[0]
+    assert packed == sorted(packed, key=len)  # attention pads neighbours of like length least
     assert 1 < len(packed) and sum(map(len, packed)) <= 1500
     assert pack_documents(packed).to("cpu").ids.shape == (sum(map(len, packed)),)
 
