@@ -423,7 +423,7 @@ class Judge:
 
     def background(self, check: dict) -> None:
         self.page(check)
-        self.kept(np.zeros_like(self.view.labels, dtype=bool))
+        self.kept(np.zeros_like(self.view.labels, dtype=bool))  # no object may change
 
 
 def stands(a: Seen, word: str, b: Seen, unit: float = 1.0) -> bool:
