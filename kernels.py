@@ -7,9 +7,20 @@ its own sequence.
     o_i = sum_j softmax_j(q_i . k_j * scale) v_j        over the keys j of i's sequence
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from checkpoint import InputError
+
+try:
+    import triton
+except ImportError:  # no wheels for macOS and Windows: there the PyTorch path is the only one
+    triton = None
+
+BACKENDS = ("auto", "triton", "sdpa")
 
 # Below this many keys a sequence is cheaper as a padded row of one batched call than as a call of its own (CPU).
 PAD_BELOW = 512
@@ -17,34 +28,98 @@ PAD_BELOW = 512
 PAD_SHARE, PAD_SCORES = 0.25, 16384
 
 
+class Segments:
+    """Lengths of packed sequences, known on both sides, so that no call reads them back from the device.
+
+    Built once per batch and handed to every layer. lengths: tokens of each sequence, on the host.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        self.lengths = tuple(int(n) for n in lengths)
+        bounds = [0]
+        for n in self.lengths:
+            bounds.append(bounds[-1] + n)
+        self.bounds = tuple(bounds)
+        self.longest = max(self.lengths, default=0)
+        # non_blocking: the host need not wait for what the device has queued before.
+        self.cu = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)  # (S + 1,)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        return self.bounds[-1]
+
+    @classmethod
+    def of(cls, cu: "Segments | Tensor", device: torch.device | str = "cpu") -> "Segments":
+        """From boundaries (S+1,). A tensor is read back, which on a GPU waits for all work queued before it."""
+        if isinstance(cu, Segments):
+            return cu
+        bounds = cu.tolist()
+        return cls([b - a for a, b in zip(bounds, bounds[1:], strict=False)], device)
+
+
+_backend = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Which attention the whole process uses: "triton", "sdpa" (PyTorch's), or "auto": triton on a GPU, sdpa elsewhere."""
+    global _backend
+    if name not in BACKENDS:
+        raise InputError(f"attention {name!r} is none of {', '.join(BACKENDS)}")
+    if name == "triton" and triton is None:
+        raise InputError("attention 'triton': the package triton is not installed; choose sdpa")
+    _backend = name
+
+
+def get_backend() -> str:
+    return _backend
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None = None,
+    cu_q: Segments | Tensor,
+    cu_k: Segments | Tensor | None = None,
     *,
     causal: bool = False,
     scale: float | None = None,
+    deterministic: bool = True,
+    k_lengths: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Softmax attention inside each packed sequence.
 
-    q: (Nq, Hq, D); k, v: (Nk, Hkv, D) with Hq a multiple of Hkv (query heads g*r .. g*r+r-1 read KV head g); cu_q, cu_k: (S+1,)
-    integer boundaries, cu_k defaults to cu_q. `causal` aligns the last query with the last key, which is what a KV cache
-    needs. A query without any key gives zeros. Returns (Nq, Hq, D). `scale` defaults to D**-0.5.
+    q: (Nq, Hq, D); k, v: (Nk, Hkv, D) with Hq a multiple of Hkv (query heads g*r .. g*r+r-1 read KV head g); cu_q, cu_k: their
+    Segments, or (S+1,) integer boundaries, which are then read back; cu_k defaults to cu_q. `causal` aligns the last query
+    with the last key, which is what a KV cache needs. A query without any key gives zeros. Returns (Nq, Hq, D). `scale`
+    defaults to D**-0.5.
+
+    k_lengths (S,) int32 on the device serves a static KV cache: of each of the S equally large buffers in k and v only the
+    first k_lengths[s] rows count, and each sequence has one query. Its values may change between replays of a CUDA graph.
+    backend overrides `set_backend` for this call.
     """
-    bounds_q = cu_q.tolist()
-    bounds_k = bounds_q if cu_k is None else cu_k.tolist()
-    if len(bounds_q) != len(bounds_k):
-        raise ValueError(f"attention: {len(bounds_q) - 1} query sequences but {len(bounds_k) - 1} key sequences")
-    if bounds_q[-1] != q.shape[0] or bounds_k[-1] != k.shape[0] or k.shape != v.shape:
-        raise ValueError(
-            f"attention: boundaries {bounds_q[-1]}, {bounds_k[-1]} do not fit q {tuple(q.shape)}, k {tuple(k.shape)}"
-        )
+    sq, sk = Segments.of(cu_q, q.device), Segments.of(cu_q if cu_k is None else cu_k, q.device)
+    if len(sq) != len(sk):
+        raise ValueError(f"attention: {len(sq)} query sequences but {len(sk)} key sequences")
+    if sq.total != q.shape[0] or sk.total != k.shape[0] or k.shape != v.shape:
+        raise ValueError(f"attention: boundaries {sq.total}, {sk.total} do not fit q {tuple(q.shape)}, k {tuple(k.shape)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads")
-    lens_q = [b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False)]
-    lens_k = [b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)]
+    if k_lengths is not None and (len(k_lengths) != len(sk) or sk.longest * len(sk) != sk.total or sq.total != len(sq)):
+        raise ValueError("attention: k_lengths needs one length per sequence, buffers of one size and one query each")
+    if (backend or _backend) == "triton":
+        raise InputError("attention 'triton': the kernels are not here yet; choose sdpa")
+    return _sdpa_packed(q, k, v, sq, sk, causal, scale, k_lengths)
+
+
+def _sdpa_packed(q, k, v, sq, sk, causal, scale, k_lengths):
+    """The PyTorch path. Sequences of one length are a dense batch; short ragged neighbours are padded; the rest goes singly."""
+    if k_lengths is not None:
+        return _static_cache(q, k, v, k_lengths, scale)
+    lens_q, lens_k, bounds_q, bounds_k = sq.lengths, sk.lengths, sq.bounds, sk.bounds
     runs, parts = _runs(lens_q, lens_k), []
     # Split once: the backward pass of a split is one concatenation, that of a slice a full tensor of zeros each.
     qs = q.split([bounds_q[e] - bounds_q[s] for s, e in runs])
@@ -59,7 +134,7 @@ def attention(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _runs(lens_q: list[int], lens_k: list[int]) -> list[tuple[int, int]]:
+def _runs(lens_q: Sequence[int], lens_k: Sequence[int]) -> list[tuple[int, int]]:
     """Ranges of neighbouring sequences worth one padded call. A caller that sorts by length gets few and tight ones."""
     runs, longest_q, longest_k, real = [], 0, 0, 0
     for s, (lq, lk) in enumerate(zip(lens_q, lens_k, strict=True)):
@@ -83,7 +158,17 @@ def _equal(q, k, v, batch, causal, scale):
     if causal and 1 < lq != lk:  # is_causal aligns top-left; a cache needs bottom-right
         mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
     o = _sdpa(q, k, v, mask, causal and lq == lk, scale)
+    if causal and lq > lk:  # the first queries have no key
+        o = torch.cat((torch.zeros_like(o[:, :, : lq - lk]), o[:, :, lq - lk :]), 2)
     return o.transpose(1, 2).flatten(0, 1)  # (S * L, H, D)
+
+
+def _static_cache(q, k, v, k_lengths, scale):
+    """One query per buffer of which the first rows count. The others may hold anything, NaN too, and 0 * NaN is NaN."""
+    k, v = (x.unflatten(0, (len(k_lengths), -1)) for x in (k, v))                         # (S, L, Hkv, D)
+    real = torch.arange(k.shape[1], device=k.device) < k_lengths[:, None]                 # (S, L)
+    k, v = (x.masked_fill(~real[:, :, None, None], 0.0).transpose(1, 2) for x in (k, v))  # (S, Hkv, L, D)
+    return _sdpa(q[:, :, None], k, v, real[:, None, None], False, scale)[:, :, 0]
 
 
 def _padded(q, k, v, lens_q, lens_k, causal, scale):

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from kernels import attention
+import kernels
+from checkpoint import InputError
+from kernels import Segments, attention
 
 
 def reference(q, k, v, bounds_q, bounds_k, causal):
@@ -26,6 +29,7 @@ LENGTHS = [
     ([1], [20]),  # decoding one token
     ([5], [20]),  # a prompt's second half on a cache
     ([4, 4], [2, 6]),
+    ([5, 5], [2, 2]),  # causal: queries before the first key
     ([0, 2], [600, 3]),  # keys that nothing reads
     ([3, 0], [0, 4]),
     ([0, 0, 3], [5, 5, 0]),
@@ -47,6 +51,40 @@ def test_equals_softmax(lengths, causal, group):
         assert gradient.isfinite().all()
 
 
+def test_segments_stand_for_boundaries_and_read_nothing_back(monkeypatch):
+    lengths = [3, 5, 0, 7]
+    segments, cu = Segments(lengths), torch.tensor([0, 3, 8, 8, 15])
+    assert segments.cu.tolist() == list(segments.bounds) == cu.tolist() and segments.cu.dtype == torch.int32
+    assert (len(segments), segments.total, segments.longest, segments.lengths) == (4, 15, 7, tuple(lengths))
+    assert Segments.of(cu).lengths == segments.lengths and Segments.of(segments) is segments
+    assert (len(Segments([])), Segments([]).total, Segments([]).longest) == (0, 0, 0)
+    q, k, v = (torch.randn(15, 2, 16) for _ in range(3))
+    expected = attention(q, k, v, cu, causal=True)
+    monkeypatch.setattr(Tensor, "tolist", None)
+    assert torch.equal(attention(q, k, v, segments, causal=True), expected)
+
+
+@pytest.mark.parametrize("capacity", [24, 600])
+def test_a_static_cache_reads_the_first_rows_alone(capacity):
+    used = torch.tensor([1, 17, 0, 24], dtype=torch.int32)
+    q, k, v = torch.randn(4, 14, 16), torch.randn(4 * capacity, 2, 16), torch.randn(4 * capacity, 2, 16)
+    rows = torch.cat([torch.arange(capacity * s, capacity * s + n) for s, n in enumerate(used.tolist())])
+    expected = attention(q, k[rows], v[rows], Segments([1] * 4), Segments(used.tolist()))
+    for x in (k, v):  # a buffer is not initialised
+        x[torch.ones(len(x), dtype=torch.bool).index_fill(0, rows, False)] = torch.nan
+    out = attention(q, k, v, Segments([1] * 4), Segments([capacity] * 4), causal=True, k_lengths=used)
+    assert torch.allclose(out, expected, atol=1e-6) and (out[2] == 0).all()
+
+
+def test_the_choice_is_process_wide_and_checked():
+    assert kernels.get_backend() == "auto"
+    with pytest.raises(InputError, match="flash"):
+        kernels.set_backend("flash")
+    kernels.set_backend("sdpa")
+    assert kernels.get_backend() == "sdpa"
+    kernels.set_backend("auto")
+
+
 def test_a_pack_without_queries_is_empty():
     k = torch.randn(8, 2, 16)
     assert attention(k[:0], k, k, torch.tensor([0, 0, 0]), torch.tensor([0, 3, 8])).shape == (0, 2, 16)
@@ -61,10 +99,10 @@ def test_neighbours_never_mix():
     assert torch.equal(before[:5], after[:5]) and torch.equal(before[12:], after[12:])
 
 
-@pytest.mark.parametrize("kind", ["boundaries", "heads", "sequences"])
+@pytest.mark.parametrize("kind", ["boundaries", "heads", "sequences", "lengths"])
 def test_wrong_shapes_raise(kind):
     q, k = torch.randn(6, 3 if kind == "heads" else 4, 8), torch.randn(6, 2, 8)
     cu_q = torch.tensor([0, 2, 5 if kind == "boundaries" else 6], dtype=torch.int32)
     cu_k = torch.tensor([0, 6], dtype=torch.int32) if kind == "sequences" else None
     with pytest.raises(ValueError, match="attention"):
-        attention(q, k, k, cu_q, cu_k)
+        attention(q, k, k, cu_q, cu_k, k_lengths=cu_q if kind == "lengths" else None)
