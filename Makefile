@@ -11,16 +11,21 @@ PY := .venv/bin/python
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: sample test lint tiny clean
+.PHONY: sample test lint tiny aot clean
 
 sample: .venv/runtime
 	@$(PY) sample.py $${PROMPT:+--prompt="$$PROMPT"}
 
-test: .venv/dev
+test: .venv/dev .venv-aot/triton
 	$(PY) -m pytest -q
 
 lint: .venv/dev
 	$(PY) -m ruff check .
+
+# What the attention kernels compile to on Hopper, no GPU needed. A change of the table is a change of speed: read its diff.
+aot: .venv/dev .venv-aot/triton
+	env -u TRITON_INTERPRET PYTHONPATH=.venv-aot TRITON_CACHE_DIR=.venv-aot/cache $(PY) tests/aot.py > tests/aot_sm90.json.new
+	mv tests/aot_sm90.json.new tests/aot_sm90.json
 
 # The recipe of checkpoints/tiny. Every line resumes where it stopped, and costs nothing once it is done.
 tiny: .venv/runtime
@@ -33,7 +38,7 @@ tiny: .venv/runtime
 
 # Only what make and the tests left; answers in out/ and training in runs/ stay.
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .venv-aot .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -49,3 +54,8 @@ clean:
 .venv/dev: requirements-dev.txt requirements.txt | .venv/bin/python
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/runtime
+
+# The table holds for this compiler alone; the one that runs is whichever torch wants. A folder before it on the path is enough.
+.venv-aot/triton: | .venv/bin/python
+	@test "$$(uname -s)" != Linux || \
+		$(PY) -m pip install --disable-pip-version-check -q --no-deps --target .venv-aot triton==3.6.0

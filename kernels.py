@@ -441,25 +441,18 @@ def _backward_dkv(
     k = _read(K + kv_head * hk, k0 + n0, sk, nk - n0, cols, dims, True, D)
     v = _read(V + kv_head * hv, k0 + n0, sv, nk - n0, cols, dims, True, D)
     first = n0 + cols - (nk - nq)
-    # Queries before `start` read none of these keys, queries from `whole` on read all of them.
-    start, whole = 0, 0
-    if CAUSAL:
+    start = 0
+    if CAUSAL:  # no query before reads any of these keys
         start = tl.maximum(n0 - (nk - nq), 0) // BM * BM
-        whole = tl.minimum(tl.maximum(tl.cdiv(n0 + BN - 1 - (nk - nq), BM) * BM, start), tl.cdiv(nq, BM) * BM)
     dk = tl.zeros((BN, DIM), tl.float32)
     dv = tl.zeros((BN, DIM), tl.float32)
     for head in range(kv_head * group, kv_head * group + group):
         q, do, dq = Q + head * hq, DO + head * hd, DQ + head * hg
         lse, delta = LSE + head * total, DELTA + head * total
-        if CAUSAL:
-            for m in range(start, whole, BM):
-                dk, dv = _dkv_step(
-                    dk, dv, k, v, q, do, lse, delta, dq, q0, m, nq, first, sq, sd, sg, scale, scale_grad,
-                    True, DQ_TOO, D, DIM, BM, DOT)  # fmt: skip
-        for m in range(whole, nq, BM):
+        for m in range(start, nq, BM):
             dk, dv = _dkv_step(
                 dk, dv, k, v, q, do, lse, delta, dq, q0, m, nq, first, sq, sd, sg, scale, scale_grad,
-                False, DQ_TOO, D, DIM, BM, DOT)  # fmt: skip
+                CAUSAL, DQ_TOO, D, DIM, BM, DOT)  # fmt: skip
     inside = (cols < nk - n0)[:, None] & (dims < D)[None, :]
     tl.store(_tile(DK + kv_head * hgk, k0 + n0, sgk, cols, dims), (dk * scale_grad).to(DK.dtype.element_ty), mask=inside)
     tl.store(_tile(DV + kv_head * hgk, k0 + n0, sgk, cols, dims), dv.to(DV.dtype.element_ty), mask=inside)
@@ -528,7 +521,7 @@ HOPPER = {
     ("dq", 128): Tiles(128, 64, 8, 2),
     ("dq", 64): Tiles(128, 128, 8, 2),
     ("dkv", 128): Tiles(64, 128, 8, 1),
-    ("dkv", 64): Tiles(64, 128, 8, 2),
+    ("dkv", 64): Tiles(64, 128, 8, 1),
     ("onepass", 128): Tiles(64, 128, 8, 1),
     ("onepass", 64): Tiles(64, 128, 8, 1),
     ("decode", 128): Tiles(16, 64, 4, 3),
