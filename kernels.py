@@ -24,6 +24,7 @@ try:
 except ImportError:  # no wheels for macOS and Windows: there the PyTorch path is the only one
     triton = None
 
+INTERPRETED = bool(triton and triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 as this file is read: kernels run on the CPU
 NEVER = tl.constexpr(-1e30) if triton else None  # below every score; finite, so that NEVER - NEVER is 0 and not NaN
 BACKENDS = ("auto", "triton", "sdpa")
 
@@ -553,8 +554,8 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | 
     """Why the kernels cannot do this call, or None."""
     if triton is None:
         return "the package triton is not installed"
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and triton.knobs.runtime.interpret):
-        return f"no kernels for {q.device.type} tensors (on the CPU TRITON_INTERPRET=1 interprets them, for tests)"
+    if q.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"no kernels for {q.device.type} tensors (TRITON_INTERPRET=1 runs them on the CPU, for tests)"
     if q.shape[2] not in HEAD_DIMS:
         return f"head dim {q.shape[2]} is none of {', '.join(map(str, HEAD_DIMS))}"
     if q.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
