@@ -1,10 +1,63 @@
-"""Attention over packed sequences: the one entry that every model in this repository calls.
+"""Attention over packed sequences, by hand: the one entry that every model in this repository calls, and how it is computed.
 
-Sequences of different lengths lie one behind the other without padding; `cu_seqlens` holds their boundaries
-(0, n_1, n_1 + n_2, ...), as in FlashAttention's varlen interface (Dao, arXiv 2307.08691). No token ever attends outside
-its own sequence.
+Sequences of different lengths lie one behind the other without padding; Segments holds where they begin, as in FlashAttention's
+varlen interface (Dao, arXiv 2307.08691). No token ever attends outside its own sequence.
 
-    o_i = sum_j softmax_j(q_i . k_j * scale) v_j        over the keys j of i's sequence
+    attention(q, k, v, segments)                                     bidirectional: vision tower, DiT
+    attention(q, k, v, segments, causal=True)                        the MLLM, training and prompt
+    attention(q, k, v, queries, keys)                                cross-attention
+    attention(q, k, v, queries, buffers, k_lengths=lengths)          one token against a static KV cache
+
+What is computed. With c = scale * log2(e), since the hardware has 2^x and not e^x, for query i over the keys j it may read:
+
+    s_ij = c q_i . k_j        L_i = log2 sum_j 2^s_ij        p_ij = 2^(s_ij - L_i)        o_i = sum_j p_ij v_j
+
+The matrices s and p have as many entries as there are pairs. Written to memory they cost far more time than the products, so
+they never are: a program holds a tile of BM queries, walks over the keys BN at a time, and keeps what it has so far right.
+
+            keys  0     BN    2 BN   3 BN            q      (BM, D)   read once, stays in shared memory
+    queries +-----+-----+-----+-----+                k, v   (BN, D)   read tile by tile, the next ones already on their way
+         m0 | all | all | cut |     |                s, p   (BM, BN)  in registers, never written
+    m0 + BM +-----+-----+-----+-----+                acc    (BM, D)   in registers, in fp32
+              no mask    mask  never visited (causal)
+
+Forward (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135). A maximum m keeps 2^(s - m) in range. It is
+only known at the end, so what was summed under an older m is shrunk by `a` whenever a tile raises it:
+
+    (1)  s   = c q k^T                                (3)  a = 2^(m - m'),  p = 2^(s - m'),  l' = a l + sum_j p
+    (2)  m'  = max(m, max_j s)                        (4)  acc' = a acc + p v           at the end o = acc / l, L = m + log2 l
+
+Backward. Of the forward pass it needs o and L alone, because (5) gives every p back. From dO, the chain rule through o = p v:
+
+    (5)  p_ij  = 2^(s_ij - L_i)                       (6)  dV_j = sum_i p_ij dO_i,        dp_ij = dO_i . v_j
+
+and through the softmax, whose Jacobian is dp_ij / dx_ik = p_ij (1[j = k] - p_ik) in x = scale q . k. The second term is one
+number per query, and needs no walk over the keys:
+
+    (7)  delta_i = sum_k p_ik dp_ik = dO_i . sum_k p_ik v_k = dO_i . o_i
+    (8)  ds_ij   = p_ij (dp_ij - delta_i),            dK_j = scale sum_i ds_ij q_i
+    (9)                                               dQ_i = scale sum_j ds_ij k_j
+
+dK and dV sum over queries, dQ sums over keys. Two kernels, each of which owns what it sums, compute s and dp twice (7 products
+instead of 5) but add in a fixed order: equal bits every time. With deterministic=False one kernel does all 5 and adds its share
+of dQ to memory in whatever order programs finish.
+
+Decoding has one query per sequence: there is nothing to tile but the query heads of one KV head, which read the same keys. One
+program per KV head would leave the GPU idle, so each takes a share of the keys and a second kernel joins the shares by their L.
+
+Why the numbers in HOPPER. tests/aot_sm90.json lists what each of them compiles to; `make aot` shows what a change does.
+* Tensor cores there take their operands from warp groups (4 warps, 64 rows each): 8 warps share a tile of 128 rows. In 4 warps
+  the same accumulators would take twice the registers of each thread, and the 255 there are would spill to memory.
+* forward: k and v are read once per query tile, so many queries; 128 keys make each product long enough to hide the 2^x.
+  Two stages (three for D = 64) of k and v beside q stay under the 227 KiB of shared memory.
+* dkv: two accumulators of (BN, D) instead of one, hence 64 queries, and one stage: a second would spill. One loop whose mask is
+  a compare, for a loop without and one with a mask inside the loop over heads would spill too.
+* dq: s and dp are alive at once, hence 64 keys for D = 128. onepass: holds dq as well, and for D = 128 spills a few registers.
+* decode: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, three stages keep it busy.
+* Causal changes no size, it shortens walks. D = 80 runs in the tiles of 128: its zero columns are multiplied but never read.
+
+Beyond plain pointers lie TMA descriptors (fewer address registers), warp specialisation, which Triton 3.6 compiles for some of
+these loops and breaks for others, and Gluon, which has no interpreter to test with: none is used here.
 """
 
 from __future__ import annotations
@@ -13,9 +66,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import sdpa
 from checkpoint import InputError
 
 try:
@@ -27,12 +80,6 @@ except ImportError:  # no wheels for macOS and Windows: there the PyTorch path i
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 as this file is read: kernels run on the CPU
 NEVER = tl.constexpr(-1e30) if triton else None  # below every score; finite, so that NEVER - NEVER is 0 and not NaN
 BACKENDS = ("auto", "triton", "sdpa")
-
-# Below this many keys a sequence is cheaper as a padded row of one batched call than as a call of its own (CPU).
-PAD_BELOW = 512
-# Neighbours are padded to one length as long as that adds at most this share of scores, or so few that a call costs more.
-PAD_SHARE, PAD_SCORES = 0.25, 16384
-
 
 class Segments:
     """Lengths of packed sequences, known on both sides, so that no call reads them back from the device.
@@ -145,105 +192,7 @@ def attention(
             raise InputError(f"attention 'triton': {why_not}")
         if not why_not and (choice == "triton" or q.device.type == "cuda" and q.dtype != torch.float32):
             return _triton_packed(q, k, v, sq, sk, causal, scale, deterministic, k_lengths)
-    return _sdpa_packed(q, k, v, sq, sk, causal, scale, k_lengths)
-
-
-# ------------------------------------------------------------------------------------------------------------ PyTorch's path
-
-
-def _sdpa_packed(q, k, v, sq, sk, causal, scale, k_lengths):
-    """The PyTorch path. Sequences of one length are a dense batch; short ragged neighbours are padded; the rest goes singly."""
-    if k_lengths is not None:
-        return _static_cache(q, k, v, k_lengths, scale)
-    lens_q, lens_k, bounds_q, bounds_k = sq.lengths, sk.lengths, sq.bounds, sk.bounds
-    runs, parts = _runs(lens_q, lens_k), []
-    # Split once: the backward pass of a split is one concatenation, that of a slice a full tensor of zeros each.
-    qs = q.split([bounds_q[e] - bounds_q[s] for s, e in runs])
-    ks, vs = (x.split([bounds_k[e] - bounds_k[s] for s, e in runs]) for x in (k, v))
-    for (s, e), qr, kr, vr in zip(runs, qs, ks, vs, strict=True):
-        if not (len(qr) and len(kr)):
-            parts.append(torch.zeros_like(qr))
-        elif len(set(lens_q[s:e])) == 1 and len(set(lens_k[s:e])) == 1:
-            parts.append(_equal(qr, kr, vr, e - s, causal, scale))
-        else:
-            parts.append(_padded(qr, kr, vr, lens_q[s:e], lens_k[s:e], causal, scale))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _runs(lens_q: Sequence[int], lens_k: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges of neighbouring sequences worth one padded call. A caller that sorts by length gets few and tight ones."""
-    runs, longest_q, longest_k, real = [], 0, 0, 0
-    for s, (lq, lk) in enumerate(zip(lens_q, lens_k, strict=True)):
-        longest_q, longest_k, real = max(longest_q, lq), max(longest_k, lk), real + lq * lk
-        if runs:
-            padded = longest_q * longest_k * (s + 1 - runs[-1][0]) - real
-            short = max(longest_q, longest_k) <= PAD_BELOW and padded <= max(PAD_SHARE * real, PAD_SCORES)
-            if padded == 0 or short:
-                runs[-1][1] = s + 1
-                continue
-        runs.append([s, s + 1])
-        longest_q, longest_k, real = lq, lk, lq * lk
-    return runs
-
-
-def _equal(q, k, v, batch, causal, scale):
-    """All sequences have the same lengths: the pack is a dense batch seen from the side."""
-    q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (S, H, L, D)
-    lq, lk = q.shape[2], k.shape[2]
-    mask = None
-    if causal and 1 < lq != lk:  # is_causal aligns top-left; a cache needs bottom-right
-        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
-    o = _sdpa(q, k, v, mask, causal and lq == lk, scale)
-    if causal and lq > lk:  # the first queries have no key
-        o = torch.cat((torch.zeros_like(o[:, :, : lq - lk]), o[:, :, lq - lk :]), 2)
-    return o.transpose(1, 2).flatten(0, 1)  # (S * L, H, D)
-
-
-def _static_cache(q, k, v, k_lengths, scale):
-    """One query per buffer of which the first rows count. The others may hold anything, NaN too, and 0 * NaN is NaN."""
-    k, v = (x.unflatten(0, (len(k_lengths), -1)) for x in (k, v))                         # (S, L, Hkv, D)
-    real = torch.arange(k.shape[1], device=k.device) < k_lengths[:, None]                 # (S, L)
-    k, v = (x.masked_fill(~real[:, :, None, None], 0.0).transpose(1, 2) for x in (k, v))  # (S, Hkv, L, D)
-    return _sdpa(q[:, :, None], k, v, real[:, None, None], False, scale)[:, :, 0]
-
-
-def _padded(q, k, v, lens_q, lens_k, causal, scale):
-    """Short ragged sequences: one batched call with masked padding. Masked weights are exact zeros, so neighbours never mix."""
-    device = q.device
-    lq, lk = (torch.tensor(x, device=device)[:, None] for x in (lens_q, lens_k))  # (S, 1)
-    slot_q, slot_k = (torch.arange(int(x.max()), device=device)[None] for x in (lq, lk))
-    real_q, real_k = slot_q < lq, slot_k < lk  # (S, Lq), (S, Lk)
-    mask = real_k[:, None, None, :]
-    if causal:
-        mask = mask & (slot_k[:, None, :] <= slot_q[:, :, None] + (lk - lq)[:, :, None])[:, None]
-    slots_q, slots_k = (real.flatten().nonzero()[:, 0] for real in (real_q, real_k))  # (Nq,), (Nk,)
-    qp = q.new_zeros(real_q.numel(), *q.shape[1:]).index_copy(0, slots_q, q).unflatten(0, real_q.shape).transpose(1, 2)
-    kp, vp = (
-        x.new_zeros(real_k.numel(), *x.shape[1:]).index_copy(0, slots_k, x).unflatten(0, real_k.shape).transpose(1, 2)
-        for x in (k, v)
-    )  # (S, H, L, D)
-    o = _sdpa(qp, kp, vp, mask, False, scale).transpose(1, 2).flatten(0, 1).index_select(0, slots_q)  # (Nq, H, D)
-    empty = (~mask).all(-1).expand(-1, 1, qp.shape[2])[:, 0][real_q] if causal or 0 in lens_k else None
-    return o if empty is None else o.masked_fill(empty[:, None, None], 0.0)
-
-
-def _sdpa(q, k, v, mask, causal, scale):
-    """Dense attention of (S, Hq, Lq, D) on (S, Hkv, Lk, D); mask (S or 1, 1, Lq or 1, Lk), True where a key is read."""
-    heads, (lk, d) = k.shape[1], k.shape[2:]
-    if q.device.type != "cpu" or lk > PAD_BELOW:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != heads)
-    # Two matrix products are 2 to 4 times as fast as the fused CPU kernel on short sequences, backward above all.
-    lq = q.shape[2]
-    q = (q * (scale or d**-0.5)).unflatten(1, (heads, -1)).flatten(2, 3)                   # (S, Hkv, r * Lq, D)
-    s = torch.matmul(q, k.transpose(-1, -2))                                              # (S, Hkv, r * Lq, Lk)
-    if causal:
-        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        # Finite, so that a row without any key stays finite; exp() of it is an exact 0 beside any real score.
-        bias = torch.zeros(mask.shape, dtype=s.dtype, device=s.device).masked_fill_(~mask, torch.finfo(s.dtype).min / 2)
-        bias = bias[:, :, None] if bias.ndim == 4 else bias
-        s = (s.unflatten(2, (-1, lq)) + bias).flatten(2, 3)
-    return torch.matmul(s.softmax(-1), v).unflatten(2, (-1, lq)).flatten(1, 2)            # (S, Hq, Lq, D)
+    return sdpa.attention(q, k, v, sq, sk, causal, scale, k_lengths)
 
 
 # ------------------------------------------------------------------------------------------------------- Triton: the kernels

@@ -1,0 +1,175 @@
+"""The Triton kernels against float64, interpreted on the CPU: conftest.py switches the interpreter on before they are read."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from checkpoint import InputError
+from kernels import Segments, attention
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton", "ignore::RuntimeWarning:triton"),
+]
+
+
+def leaves(sq, sk, heads, kv_heads, dim, dtype=torch.float32):
+    """q, k, v as a fused projection leaves them: slices of wider rows, last dimension contiguous."""
+    rows_q = torch.randn(sq.total, heads + 3, dim, dtype=dtype)
+    rows_k = torch.randn(sk.total, 2 * kv_heads + 1, dim, dtype=dtype)
+    return [x.requires_grad_() for x in (rows_q[:, :heads], *rows_k[:, : 2 * kv_heads].chunk(2, 1))]
+
+
+def with_gradients(leaves, sq, sk, causal, backend, upstream, **options):
+    o = attention(*leaves, sq, sk, causal=causal, backend=backend, **options)
+    return o.detach(), *torch.autograd.grad(o, leaves, upstream.to(o.dtype))
+
+
+def distance(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What a kernel does not write stays NaN."""
+    for name in ("empty_like", "Tensor.new_empty"):
+        owner = Tensor if "." in name else torch
+        real = getattr(owner, name.split(".")[-1])
+
+        def poison(*args, real=real, **kwargs):
+            x = real(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        monkeypatch.setattr(owner, name.split(".")[-1], poison)
+
+
+@pytest.mark.parametrize(
+    "queries, keys, heads, kv_heads, dim, causal, deterministic",
+    [
+        ([1, 17, 0, 33], None, 2, 2, 16, False, True),
+        ([63, 64, 65], None, 1, 1, 16, True, True),
+        ([129, 1], None, 1, 1, 32, True, True),
+        ([5, 40, 3], [70, 17, 0], 2, 1, 16, False, True),  # cross-attention; the last has no key
+        ([5, 33, 40], [64, 65, 7], 2, 1, 16, True, True),  # bottom-right; in the last 33 queries come before the first key
+        ([33, 7], None, 7, 1, 16, True, True),
+        ([33, 7], None, 7, 1, 16, False, False),
+        ([5, 33, 40], [64, 65, 7], 2, 1, 16, True, False),
+        ([34], None, 1, 1, 64, True, True),
+        ([34], [37], 1, 1, 80, True, False),
+        ([34], [37], 1, 1, 128, False, True),
+    ],
+)
+def test_kernels_equal_float64(poisoned, queries, keys, heads, kv_heads, dim, causal, deterministic):
+    sq, sk = Segments(queries), Segments(keys or queries)
+    small = leaves(sq, sk, heads, kv_heads, dim)
+    exact = [x.detach().double().requires_grad_() for x in small]
+    upstream = torch.randn(sq.total, heads, dim)
+    new = with_gradients(small, sq, sk, causal, "triton", upstream, deterministic=deterministic)
+    for a, b in zip(new, with_gradients(exact, sq, sk, causal, "sdpa", upstream), strict=True):
+        assert a.shape == b.shape and distance(a, b) <= 1e-6
+
+
+def test_half_precision_kernels(poisoned):
+    s = Segments([33, 20])
+    half = leaves(s, s, 2, 1, 64, torch.float16)
+    exact, upstream = [x.detach().double().requires_grad_() for x in half], torch.randn(53, 2, 64).half()
+    new, old = (with_gradients(half, s, s, True, backend, upstream) for backend in ("triton", "sdpa"))
+    for a, b, c in zip(new, old, with_gradients(exact, s, s, True, "sdpa", upstream), strict=True):
+        assert a.dtype == torch.float16 and distance(a, c) <= max(5e-4, 1.2 * distance(b, c))
+
+
+def test_kernels_take_extreme_scores_and_plain_boundaries():
+    q = torch.tensor([[[300.0] * 16], [[-300.0] * 16], [[0.0] * 16]])
+    k, v = torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+    cu, s = torch.tensor([0, 3]), Segments([3])
+    o = attention(q, k, v, cu, causal=True, scale=2.0, backend="triton")
+    assert distance(o, attention(*(x.double() for x in (q, k, v)), s, causal=True, scale=2.0)) <= 1e-6
+
+
+def test_kernels_keep_neighbours_apart_and_repeat_themselves(poisoned):
+    s = Segments([20, 40, 35])
+    one, upstream = leaves(s, s, 2, 1, 16), torch.randn(95, 2, 16)
+    two = [x.detach().clone() for x in one]
+    for x in two:
+        x[20:60] = torch.nan
+    two = [x.requires_grad_() for x in two]
+    upstream_two = upstream.index_fill(0, torch.arange(20, 60), torch.nan)
+    first, again = (with_gradients(one, s, s, True, "triton", upstream) for _ in range(2))
+    other = with_gradients(two, s, s, True, "triton", upstream_two)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[:20], c[:20]) and torch.equal(a[60:], c[60:]) and c[20:60].isnan().all()
+
+
+@pytest.mark.parametrize("lengths, heads, kv_heads", [([300, 0, 65], 14, 2), ([64] * 3, 2, 2), ([600], 20, 1)])
+@pytest.mark.parametrize("static", [False, True])
+def test_decode_kernels(poisoned, monkeypatch, lengths, heads, kv_heads, static):
+    """One query per sequence: 1, 2 and 3 splits; with `static` the buffers are larger than what they hold and full of NaN."""
+    launches, real = [], kernels._merge
+    spy = type("Spy", (), {"__getitem__": lambda _, grid: launches.append(grid) or real[grid]})
+    monkeypatch.setattr(kernels, "_merge", spy())
+    sq, sk, capacity = Segments([1] * len(lengths)), Segments(lengths), max(lengths) + 5
+    q, k, v = (x.detach() for x in leaves(sq, sk, heads, kv_heads, 16))
+    expected = attention(q.double(), k.double(), v.double(), sq, sk)
+    if static:
+        rows = torch.cat([torch.arange(capacity * s, capacity * s + n) for s, n in enumerate(lengths)])
+        k, v = (torch.full((len(lengths) * capacity, *x.shape[1:]), torch.nan).index_copy(0, rows, x) for x in (k, v))
+        sk = Segments([capacity] * len(lengths))
+    used = torch.tensor(lengths, dtype=torch.int32) if static else None
+    o = attention(q, k, v, sq, sk, causal=True, k_lengths=used, backend="triton")
+    assert distance(o, expected) <= 1e-6 and bool(launches) == (max(lengths) > 256)
+
+
+def test_twenty_steps_with_either_backend(monkeypatch):
+    s, losses = Segments([9, 14]), {}
+    monkeypatch.setattr(kernels, "_backend", "auto")  # what is set here is undone after the test
+    for backend in ("triton", "sdpa"):
+        torch.manual_seed(1)
+        kernels.set_backend(backend)
+        embed, qkv, head = torch.nn.Embedding(11, 32), torch.nn.Linear(32, 64), torch.nn.Linear(32, 11)
+        optimizer = torch.optim.AdamW([*embed.parameters(), *qkv.parameters(), *head.parameters()], lr=1e-2)
+        ids, losses[backend] = torch.randint(11, (24,)), []
+        for _ in range(20):
+            x = embed(ids[:-1])
+            q, k, v = qkv(x).unflatten(1, (4, 16)).split((2, 1, 1), 1)
+            loss = torch.nn.functional.cross_entropy(head(x + attention(q, k, v, s, causal=True).flatten(1)), ids[1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.item())
+    assert losses["triton"] == pytest.approx(losses["sdpa"], rel=1e-5) and losses["sdpa"][-1] < 0.5 * losses["sdpa"][0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dim": 24}, "head dim 24"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"dtype": torch.bfloat16}, "bf16"),
+        ({"scale": -1.0}, "positive"),
+        ({"interpret": False}, "TRITON_INTERPRET"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_an_error(monkeypatch, change, message):
+    monkeypatch.setattr(kernels, "INTERPRETED", change.get("interpret", True))
+    x, s = torch.randn(4, 1, change.get("dim", 16), dtype=change.get("dtype")), Segments([4])
+    with pytest.raises(InputError, match=message):
+        attention(x, x, x, s, scale=change.get("scale"), backend="triton")
+    assert attention(x, x, x, s).shape == x.shape  # auto: on the CPU always PyTorch's
+
+
+def test_static_lengths_have_no_backward_pass():
+    q, k = torch.randn(1, 1, 16, requires_grad=True), torch.randn(8, 1, 16)
+    with pytest.raises(ValueError, match="backward"):
+        attention(q, k, k, Segments([1]), Segments([8]), k_lengths=torch.tensor([3], dtype=torch.int32), backend="triton")
+
+
+def test_tiles_come_once_and_the_longest_first():
+    sq, sk = Segments([40, 0, 70]), Segments([40, 9, 100])
+    tiles = sq.tiles(sk, True, 32, "queries")
+    assert tiles is sq.tiles(sk, True, 32, "queries")
+    assert tiles.tolist() == [[2, 64], [2, 32], [2, 0], [0, 32], [0, 0]]
+    assert sk.tiles(sq, True, 64, "keys").tolist() == [[2, 0], [0, 0], [2, 64], [1, 0]]
