@@ -1,0 +1,718 @@
+"""The steps between the matrix products, each as one pass over memory.
+
+A GPU reads 4 TB/s and multiplies 800 TFLOP/s: a number must take part in some 400 operations before arithmetic is what one
+waits for. Norms, rotations, gates and activations do about ten, so their time is the bytes they move, and a chain of separate
+operations moves them again and again. Every function here reads its inputs once, computes in fp32 in registers and writes its
+results once. Bytes per element of a bf16 stream, forward, operation by operation against fused:
+
+    add_rms_norm          add 6, norm 4                                             10 -> 8
+    norm_rope             cast 6, norm 8, gain 8, two products and a sum 28, cast 6  ~56 -> 4, straight out of the projection
+    gate_add_modulate     gate * y + x 8, LayerNorm 4, modulate 4, cast              16 -> 10
+    swiglu                silu 4, product 6                                          10 -> 6; backward keeps only its input
+    rope_append           cat, rotate, two copies into the cache                     6 launches -> 1: decoding waits on them
+    standardise_into      cast, mean and std, subtract, divide, cast, copy           ~30 -> 4, into its slice of a wide buffer
+    linear_cross_entropy  logits in bf16 and fp32, their log-softmax and gradient    never whole: a chunk of tokens at a time
+
+Beside each kernel stands the same step in PyTorch. It is the path of every other device and what the kernel is tested against;
+`kernels.set_backend` chooses for the whole process, as for attention. Results differ by rounding alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint import InputError
+from kernels import get_backend
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheels for macOS and Windows: there the PyTorch path is the only one
+    triton = tl = None
+
+jit = (lambda kernel: kernel) if triton is None else triton.jit
+
+EPS = 1e-6  # of the DiT's LayerNorm
+
+# A gradient of a gain or of a modulation is a sum over tokens. Programs sum what they have, PyTorch adds their sums in a fixed
+# order: PROGRAMS per launch (two for each of the 132 processors of an H100), or one for every TOKENS tokens of a chunk.
+PROGRAMS, TOKENS = 264, 16
+
+# Logits that linear_cross_entropy holds at a time. A chunk of tokens must be large enough that reading the weights (V, H) for
+# it costs less than multiplying with them: about 1000 tokens on a GPU, 200 on a CPU at a vocabulary of 152064.
+CHUNK_LOGITS = {"cuda": 160_000_000, "cpu": 32_000_000}
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether the kernels serve x: on a GPU unless `set_backend` says otherwise, elsewhere only in Triton's interpreter."""
+    backend = get_backend()
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if backend != "triton":
+        return backend == "auto" and triton is not None and x.is_cuda and known
+    if not known:
+        raise InputError(f"the kernels compute in fp32, bf16 and fp16, not in {x.dtype}: choose another back end")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(f"the kernels run on NVIDIA GPUs, not on {x.device.type}: choose another back end")
+    return True
+
+
+def _launch(kernel, grid: tuple[int, ...], x: Tensor, *args, BLOCK: int | None = None, **meta) -> None:
+    """Start a kernel whose first argument is x, with a warp for every 512 elements of a row."""
+    if BLOCK is not None:
+        meta |= {"BLOCK": BLOCK, "num_warps": min(16, max(1, BLOCK // 512))}
+    if 0 not in grid:
+        with torch.cuda.device_of(args[0] if x is None else x):  # Triton takes the current device, whatever its arguments
+            kernel[grid](x, *args, **meta)
+
+
+def _check_rows(*tensors: Tensor) -> None:
+    for t in tensors:
+        if t.stride(-1) != 1:
+            raise ValueError(f"fused: {tuple(t.shape)} with strides {t.stride()} has no contiguous rows")
+
+
+def _p2(n: int) -> int:
+    """Triton's blocks are powers of two."""
+    return triton.next_power_of_2(n)
+
+
+# ------------------------------------------------------------------------------------------------------------- RMSNorm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv 1910.07467), in fp32. x (N, W), weight (W,) -> (N, W)."""
+    if on_triton(x):
+        return _RMSNorm.apply(x, None, weight, eps)
+    if torch.is_grad_enabled():
+        return _NormRope.apply(x[:, None], weight, eps, None, None)[:, 0]              # half of autograd's time (CPU)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream x (N, W) after a sub-layer has added delta (N, W), and its norm, which the next sub-layer reads.
+
+    Returns (x + delta, rms_norm(x + delta)); the sum has the wider dtype of both and is rounded to it before the norm.
+    """
+    if on_triton(x):
+        return _RMSNorm.apply(x, delta, weight, eps)
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, delta, weight, eps):
+        _check_rows(x, weight, *(() if delta is None else (delta,)))
+        n, width = x.shape
+        s = x if delta is None else torch.empty(n, width, dtype=torch.promote_types(x.dtype, delta.dtype), device=x.device)
+        y = torch.empty(n, width, dtype=s.dtype, device=x.device)
+        d_row = 0 if delta is None else delta.stride(0)
+        _launch(
+            _add_rms_kernel, (n,), x, delta, weight, s, y, x.stride(0), d_row, width, eps,
+            ADD=delta is not None, BLOCK=_p2(width),
+        )  # fmt: skip
+        ctx.save_for_backward(s, weight)
+        ctx.eps, ctx.dtypes = eps, (x.dtype, None if delta is None else delta.dtype)
+        return y if delta is None else (s, y)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        s, weight = ctx.saved_tensors
+        n, width = s.shape
+        ds, dy = (None, *grads) if len(grads) == 1 else grads
+        ds, dy = (None if g is None else g.contiguous() for g in (ds, dy))
+        programs = max(1, min(n, PROGRAMS))
+        dx, dw = torch.empty_like(dy), torch.empty(programs, width, device=s.device)
+        _launch(
+            _rms_backward_kernel, (programs,), dy, ds, s, weight, dx, dw, n, triton.cdiv(n, programs), s.stride(0), width,
+            ctx.eps, ADD=ds is not None, BLOCK=_p2(width),
+        )  # fmt: skip
+        x_dtype, d_dtype = ctx.dtypes
+        return dx.to(x_dtype), None if d_dtype is None else dx.to(d_dtype), dw.sum(0).to(weight.dtype), None
+
+
+@jit
+def _add_rms_kernel(x, delta, w, s, y, x_row, d_row, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """A row per program: it stays in registers between the sum of squares and the product with it."""
+    row = tl.program_id(0).to(tl.int64)  # rows times width may pass 2^31
+    c = tl.arange(0, BLOCK)
+    inside = c < width
+    v = tl.load(x + row * x_row + c, inside, 0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(delta + row * d_row + c, inside, 0.0).to(tl.float32)
+        v = v.to(s.dtype.element_ty).to(tl.float32)  # the norm of what the stream will hold
+        tl.store(s + row * width + c, v, inside)
+    r = tl.rsqrt(tl.sum(v * v) / width + eps)
+    tl.store(y + row * width + c, v * r * tl.load(w + c, inside, 0.0).to(tl.float32), inside)
+
+
+@jit
+def _rms_backward_kernel(dy, ds, s, w, dx, dw, rows, per, s_row, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """n = r s, y = w n: ds += r (w dy - n mean(w dy n)). Each program keeps its own dw; they are added in a fixed order."""
+    first = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    gain = tl.load(w + c, c < width, 0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, per):
+        row = first + i * tl.num_programs(0)
+        inside = (c < width) & (row < rows)
+        v = tl.load(s + row * s_row + c, inside, 0.0).to(tl.float32)
+        g = tl.load(dy + row * width + c, inside, 0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(v * v) / width + eps)
+        total += g * v * r
+        g *= gain
+        g = r * (g - v * (r * r * tl.sum(g * v) / width))
+        if ADD:
+            g += tl.load(ds + row * width + c, inside, 0.0).to(tl.float32)
+        tl.store(dx + row * width + c, g, inside)
+    tl.store(dw + first * width + c, total, c < width)
+
+
+# ------------------------------------------------------------------------------------------ norm of heads and rotation
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """RMSNorm over each head's channels, then the rotary embedding: n = w x / rms(x), y = n cos + swap(n) sin.
+
+    x (N, heads, D), which may be a slice of a wider projection (any strides but 1 along D). weight (D,), or (G, D) where the
+    heads are G equal groups with a gain each, such as queries and keys behind each other; None: no norm. cos, sin (N, 1, D), or
+    None: no rotation. Channel i pairs with i + D/2, and sin carries the sign of the rotation, as in `rope_tables`.
+    Computed in fp32 (without a norm: in the tables' dtype), returned in x's dtype, contiguous.
+    """
+    if on_triton(x):
+        return _TritonNormRope.apply(x, weight, eps, cos, sin)
+    if weight is None:
+        return _rotate(x, cos, sin).to(x.dtype)
+    return _NormRope.apply(x, weight, eps, cos, sin) if torch.is_grad_enabled() else _norm_rope(x, weight, eps, cos, sin)[0]
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation alone (Su et al., arXiv 2104.09864), as in the decoder and the vision tower: norm_rope without a norm."""
+    return norm_rope(x, None, 0.0, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(cos.dtype), sin)
+
+
+def _norm_rope(x, weight, eps, cos, sin):
+    """The result in x's dtype; in fp32 the normalised heads, 1 / rms and the gain of each head."""
+    n = x.float()
+    mean = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_() / n.shape[-1]
+    r = mean.add_(eps).rsqrt_()                                                        # (N, heads, 1)
+    n = n * r                                                                          # (N, heads, D)
+    gain = weight.float()
+    if weight.ndim == 2:
+        gain = gain.repeat_interleave(x.shape[1] // len(gain), 0)                      # (heads, D)
+    y = n * gain
+    return (y if cos is None else _rotate(y, cos, sin)).to(x.dtype), n, r, gain
+
+
+class _NormRope(torch.autograd.Function):
+    """The PyTorch path with its gradient written out, because autograd takes twice the time for it (CPU)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, cos, sin):
+        y, n, r, gain = _norm_rope(x, weight, eps, cos, sin)
+        ctx.save_for_backward(n, r, weight, gain, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        n, r, weight, gain, cos, sin = ctx.saved_tensors
+        g = grad.float()
+        g = g if cos is None else _rotate(g, cos, -sin)                                # a rotation's transpose turns back
+        along, grad_w = g * n, None
+        if ctx.needs_input_grad[1]:
+            grad_w = along.sum(0).view(*weight.shape[:-1], -1, weight.shape[-1]).sum(-2).to(weight.dtype)
+        mean = (along @ gain if gain.ndim == 1 else (along * gain).sum(-1)).unsqueeze(-1) / n.shape[-1]  # (N, heads, 1)
+        return (g * gain).addcmul_(n, mean, value=-1).mul_(r).to(grad.dtype), grad_w, None, None, None
+
+
+class _TritonNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, cos, sin):
+        _check_rows(x, *(t for t in (weight, cos, sin) if t is not None))
+        (n, heads, dim), groups = x.shape, 1 if weight is None or weight.ndim == 1 else len(weight)
+        cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
+        y = torch.empty(n, heads, dim, dtype=x.dtype, device=x.device)
+        _launch(
+            _norm_rope_kernel, (n, groups), x, weight, cos, sin, y, x.stride(0), x.stride(1), heads // groups, dim // 2, eps,
+            NORM=weight is not None, ROPE=cos is not None, BLOCK_H=_p2(heads // groups), BLOCK_D=_p2(dim // 2),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, cos, sin = ctx.saved_tensors
+        (n, heads, dim), groups = x.shape, 1 if weight is None or weight.ndim == 1 else len(weight)
+        dy, programs = dy.contiguous(), max(1, min(n, PROGRAMS))
+        dx = torch.empty_like(dy)
+        dw = None if weight is None else torch.empty(programs, groups, dim, device=x.device)
+        _launch(
+            _norm_rope_backward_kernel, (programs, groups), dy, x, weight, cos, sin, dx, dw, n, triton.cdiv(n, programs),
+            x.stride(0), x.stride(1), heads // groups, dim // 2, ctx.eps, NORM=weight is not None, ROPE=cos is not None,
+            BLOCK_H=_p2(heads // groups), BLOCK_D=_p2(dim // 2),
+        )  # fmt: skip
+        return dx, None if weight is None else dw.sum(0).view_as(weight).to(weight.dtype), None, None, None
+
+
+@jit
+def _norm_rope_kernel(
+    x, w, cos, sin, y, x_row, x_head, heads, half, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program has one token's heads of one group; a holds channels i, b channels i + D/2, so the swap costs nothing."""
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    inside, row = (h < heads) & (c < half), c < half
+    head = group * heads + h
+    at = x + token * x_row + head * x_head + c
+    a = tl.load(at, inside, 0.0).to(tl.float32)
+    b = tl.load(at + half, inside, 0.0).to(tl.float32)
+    if NORM:
+        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
+        gain = w + group * 2 * half + c
+        a = a * r * tl.load(gain, row, 0.0).to(tl.float32)
+        b = b * r * tl.load(gain + half, row, 0.0).to(tl.float32)
+    if ROPE:
+        t = token * 2 * half + c
+        turned = a * tl.load(cos + t, row, 0.0).to(tl.float32) + b * tl.load(sin + t, row, 0.0).to(tl.float32)
+        b = b * tl.load(cos + t + half, row, 0.0).to(tl.float32) + a * tl.load(sin + t + half, row, 0.0).to(tl.float32)
+        a = turned
+    out = y + (token * tl.num_programs(1) * heads + head) * 2 * half + c
+    tl.store(out, a, inside)
+    tl.store(out + half, b, inside)
+
+
+@jit
+def _norm_rope_backward_kernel(
+    dy, x, w, cos, sin, dx, dw, tokens, per, x_row, x_head, heads, half, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The rotation turned back, then the gradient of the norm as in _rms_backward_kernel, r computed again from x."""
+    first, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    row = c < half
+    head = group * heads + h
+    total_a, total_b = tl.zeros((1, BLOCK_D), tl.float32), tl.zeros((1, BLOCK_D), tl.float32)
+    for i in range(0, per):
+        token = first + i * tl.num_programs(0)
+        inside = (h < heads) & row & (token < tokens)
+        at = (token * tl.num_programs(1) * heads + head) * 2 * half + c
+        ga = tl.load(dy + at, inside, 0.0).to(tl.float32)
+        gb = tl.load(dy + at + half, inside, 0.0).to(tl.float32)
+        if ROPE:
+            t, live = token * 2 * half + c, row & (token < tokens)
+            turned = ga * tl.load(cos + t, live, 0.0).to(tl.float32) + gb * tl.load(sin + t + half, live, 0.0).to(tl.float32)
+            gb = gb * tl.load(cos + t + half, live, 0.0).to(tl.float32) + ga * tl.load(sin + t, live, 0.0).to(tl.float32)
+            ga = turned
+        if NORM:
+            a = tl.load(x + token * x_row + head * x_head + c, inside, 0.0).to(tl.float32)
+            b = tl.load(x + token * x_row + head * x_head + c + half, inside, 0.0).to(tl.float32)
+            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
+            a, b = a * r, b * r
+            total_a += tl.sum(ga * a, 0)[None, :]
+            total_b += tl.sum(gb * b, 0)[None, :]
+            ga = ga * tl.load(w + group * 2 * half + c, row, 0.0).to(tl.float32)
+            gb = gb * tl.load(w + group * 2 * half + c + half, row, 0.0).to(tl.float32)
+            mean = ((tl.sum(ga * a, 1) + tl.sum(gb * b, 1)) / (2 * half))[:, None]
+            ga, gb = r * (ga - a * mean), r * (gb - b * mean)
+        tl.store(dx + at, ga, inside)
+        tl.store(dx + at + half, gb, inside)
+    if NORM:
+        out = dw + (first * tl.num_programs(1) + group) * 2 * half + c
+        tl.store(out, total_a, row)
+        tl.store(out + half, total_b, row)
+
+
+def rope_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, heads: int
+) -> Tensor:
+    """Decoding: rotate the queries and keys of a fused projection, and put keys and values into a static cache. No gradients.
+
+    qkv (N, (heads + 2 KV heads) * D): queries, keys, values of N new tokens. cos, sin (N, 1, D). k_cache, v_cache (capacity,
+    KV heads, D), rows contiguous: one layer of one document, or of several behind each other. slots (N,) int64 on the device:
+    the row of each token, so that a replayed CUDA graph goes on where the device says. Returns q (N, heads, D) in the cache's
+    dtype, contiguous.
+    """
+    kv_heads, dim = k_cache.shape[1:]
+    if on_triton(qkv):
+        _check_rows(qkv, cos, sin, k_cache.flatten(1), v_cache.flatten(1))
+        q = torch.empty(len(qkv), heads, dim, dtype=k_cache.dtype, device=qkv.device)
+        _launch(
+            _rope_append_kernel, (len(qkv), heads + 2 * kv_heads), qkv, cos, sin, q, k_cache, v_cache, slots, qkv.stride(0),
+            cos.stride(0), sin.stride(0), k_cache.stride(0), v_cache.stride(0), heads, kv_heads, dim // 2, BLOCK=_p2(dim // 2),
+        )  # fmt: skip
+        return q
+    qk, v = qkv.unflatten(1, (-1, dim)).split((heads + kv_heads, kv_heads), 1)         # (N, heads, D)
+    q, k = _rotate(qk, cos, sin).to(k_cache.dtype).split((heads, kv_heads), 1)
+    k_cache.index_copy_(0, slots, k)
+    v_cache.index_copy_(0, slots, v.to(v_cache.dtype))
+    return q.contiguous()
+
+
+@jit
+def _rope_append_kernel(
+    qkv, cos, sin, q, k, v, slots, row, cos_row, sin_row, k_row, v_row, heads, kv_heads, half, BLOCK: tl.constexpr
+):
+    """One head per program: with a single token there is nothing else to share among the processors."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = tl.arange(0, BLOCK)
+    inside = c < half
+    at = qkv + token * row + head * 2 * half + c
+    a, b = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + half, inside, 0.0).to(tl.float32)
+    slot = tl.load(slots + token)
+    if head >= heads + kv_heads:
+        out = v + slot * v_row + (head - heads - kv_heads) * 2 * half + c
+        tl.store(out, a, inside)
+        tl.store(out + half, b, inside)
+    else:
+        cos_at, sin_at = cos + token * cos_row + c, sin + token * sin_row + c
+        turned = a * tl.load(cos_at, inside, 0.0).to(tl.float32) + b * tl.load(sin_at, inside, 0.0).to(tl.float32)
+        b = b * tl.load(cos_at + half, inside, 0.0).to(tl.float32) + a * tl.load(sin_at + half, inside, 0.0).to(tl.float32)
+        out = q + (token * heads + head) * 2 * half + c
+        if head >= heads:
+            out = k + slot * k_row + (head - heads) * 2 * half + c
+        tl.store(out, turned, inside)
+        tl.store(out + half, b, inside)
+
+
+# -------------------------------------------------------------------------------------------------- adaptive LayerNorm
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """LN(x) (1 + scale) + shift (adaLN; Peebles & Xie, arXiv 2212.09748), for the matrix product that follows.
+
+    x (G, n, D) contiguous: G chunks of n tokens that share a modulation. shift, scale (T, 1, D) any dtype, which may be slices
+    of one wide table; rows (G,) int64 says which of the T each chunk uses; None: T = G, each its own. Returns (G * n, D) in
+    dtype (default: x's). Gradients for x, shift, scale.
+    """
+    if on_triton(x):
+        return _AdaLN.apply(x, None, None, shift, scale, rows, dtype or x.dtype)
+    shift, scale = _pick(shift, rows, x), _pick(scale, rows, x)                        # (G, 1, D)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale).flatten(0, 1).to(dtype or x.dtype)
+
+
+def gate_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
+    """x + gate y: a sub-layer's part of the stream. x (G, n, D), y (G * n, D) any dtype, gate (T, 1, D) -> (G, n, D)."""
+    if on_triton(x):
+        return _AdaLN.apply(x, y, gate, None, None, rows, None)
+    return torch.addcmul(x, _pick(gate, rows, x), y.to(x.dtype).view_as(x))
+
+
+def gate_add_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """gate_add and the modulate of the next sub-layer in one pass: (x + gate y (G, n, D), h (G * n, D) in dtype)."""
+    if on_triton(x):
+        return _AdaLN.apply(x, y, gate, shift, scale, rows, dtype or x.dtype)
+    x = gate_add(x, y, gate, rows)
+    return x, modulate(x, shift, scale, rows, dtype)
+
+
+def _pick(table: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
+    """(T, 1, D) -> (G, 1, D) in the dtype of the stream."""
+    return (table if rows is None else table.index_select(0, rows)).to(x.dtype)
+
+
+class _AdaLN(torch.autograd.Function):
+    """gate_add, modulate, or both: what is None is left out."""
+
+    @staticmethod
+    def forward(ctx, x, y, gate, shift, scale, rows, dtype):
+        _check_rows(*(t for t in (y, gate, shift, scale) if t is not None))
+        if not x.is_contiguous() or (y is not None and not y.is_contiguous()):
+            raise ValueError("fused: the stream and what is added to it must be contiguous")
+        _, n, width = x.shape
+        tokens, strides = x.shape[0] * n, [0 if t is None else t.stride(0) for t in (gate, shift, scale)]
+        s = x if gate is None else torch.empty_like(x)
+        h = None if scale is None else torch.empty(tokens, width, dtype=dtype, device=x.device)
+        _launch(
+            _adaln_kernel, (tokens,), x, y, gate, shift, scale, rows, s, h, *strides, n, width, EPS,
+            GATE=gate is not None, MODULATE=scale is not None, ROWS=rows is not None, BLOCK=_p2(width),
+        )  # fmt: skip
+        ctx.save_for_backward(s, y, gate, shift, scale, rows)
+        return h if gate is None else s if scale is None else (s, h)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        s, y, gate, shift, scale, rows = ctx.saved_tensors
+        ds, dh = (None, *grads) if gate is None else (*grads, None) if scale is None else grads
+        ds, dh = (None if g is None else g.contiguous() for g in (ds, dh))
+        chunks, n, width = s.shape
+        splits = triton.cdiv(n, TOKENS)
+        dx, dy = torch.empty_like(s), None if gate is None else torch.empty_like(y)
+        part = torch.empty(chunks, splits, 3, width, device=s.device)                  # fp32: of gate, shift, scale
+        strides = [0 if t is None else t.stride(0) for t in (gate, scale)]
+        _launch(
+            _adaln_backward_kernel, (chunks, splits), ds, dh, s, y, gate, scale, rows, dx, dy, part, *strides, n, width, EPS,
+            GATE=gate is not None, MODULATE=scale is not None, ROWS=rows is not None, TOKENS=TOKENS, BLOCK=_p2(width),
+        )  # fmt: skip
+        part = part.sum(1)                                                             # (G, 3, D)
+        if rows is not None:
+            table = scale if gate is None else gate
+            part = part.new_zeros(len(table), 3, width).index_add_(0, rows, part)      # (T, 3, D)
+        tables = (None if t is None else part[:, i : i + 1].to(t.dtype) for i, t in enumerate((gate, shift, scale)))
+        return dx, dy, *tables, None, None
+
+
+@jit
+def _adaln_kernel(
+    x, y, gate, shift, scale, rows, s, h, gate_row, shift_row, scale_row, n, width, eps,
+    GATE: tl.constexpr, MODULATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token per program. The rows of the modulation are shared by the n tokens of a chunk and come out of the L2 cache."""
+    token = tl.program_id(0).to(tl.int64)
+    m = token // n
+    if ROWS:
+        m = tl.load(rows + m)
+    c = tl.arange(0, BLOCK)
+    inside, at = c < width, token * width + c
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if GATE:
+        g = tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32)
+        v += g * tl.load(y + at, inside, 0.0).to(tl.float32)
+        v = v.to(s.dtype.element_ty).to(tl.float32)
+        tl.store(s + at, v, inside)
+    if MODULATE:
+        v = tl.where(inside, v - tl.sum(v) / width, 0.0)
+        r = tl.rsqrt(tl.sum(v * v) / width + eps)
+        up = 1 + tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
+        tl.store(h + at, v * r * up + tl.load(shift + m * shift_row + c, inside, 0.0).to(tl.float32), inside)
+
+
+@jit
+def _adaln_backward_kernel(
+    ds, dh, s, y, gate, scale, rows, dx, dy, part, gate_row, scale_row, n, width, eps,
+    GATE: tl.constexpr, MODULATE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program has up to TOKENS tokens of one chunk, sums what they say about gate, shift and scale, and writes it once."""
+    chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    m = chunk
+    if ROWS:
+        m = tl.load(rows + chunk)
+    c = tl.arange(0, BLOCK)
+    to_gate, to_shift, to_scale = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, TOKENS):
+        k = split * TOKENS + i
+        inside, at = (c < width) & (k < n), (chunk * n + k) * width + c
+        g = tl.zeros((BLOCK,), tl.float32)
+        if MODULATE:
+            v = tl.load(s + at, inside, 0.0).to(tl.float32)
+            v = tl.where(inside, v - tl.sum(v) / width, 0.0)
+            r = tl.rsqrt(tl.sum(v * v) / width + eps)
+            v *= r
+            g = tl.load(dh + at, inside, 0.0).to(tl.float32)
+            to_shift += g
+            to_scale += g * v
+            g *= 1 + tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
+            g = r * (g - tl.sum(g) / width - v * (tl.sum(g * v) / width))
+        if GATE:
+            g += tl.load(ds + at, inside, 0.0).to(tl.float32)
+            to_gate += g * tl.load(y + at, inside, 0.0).to(tl.float32)
+            tl.store(dy + at, g * tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32), inside)
+        tl.store(dx + at, g, inside)
+    out = part + (chunk * tl.num_programs(1) + split) * 3 * width + c
+    tl.store(out, to_gate, c < width)
+    tl.store(out + width, to_shift, c < width)
+    tl.store(out + 2 * width, to_scale, c < width)
+
+
+# -------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up (Shazeer, arXiv 2002.05202). gate, up (N, F); or gate alone (N, 2 F), gates first, of one projection."""
+    if on_triton(gate):
+        return _SwiGLU.apply(gate, up)
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps only its input; backward computes silu again and fills one buffer, so the projection's gradient needs no cat."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        g, u = gate.chunk(2, -1) if up is None else (gate, up)
+        _check_rows(g, u)
+        y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        n, width = y.shape
+        _launch(_swiglu_kernel, (n, triton.cdiv(width, 1024)), g, u, y, g.stride(0), u.stride(0), width, BLOCK=1024)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        d_up = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        (g, u), (dg, du) = ((a, b) if b is not None else a.chunk(2, -1) for a, b in ((gate, up), (d_gate, d_up)))
+        (n, width), dy = g.shape, dy.contiguous()
+        _launch(
+            _swiglu_backward_kernel, (n, triton.cdiv(width, 1024)), dy, g, u, dg, du, g.stride(0), u.stride(0), dg.stride(0),
+            du.stride(0), width, BLOCK=1024,
+        )  # fmt: skip
+        return d_gate, d_up
+
+
+@jit
+def _swiglu_kernel(gate, up, y, g_row, u_row, width, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
+    g = tl.load(gate + row * g_row + c, inside, 0.0).to(tl.float32)
+    u = tl.load(up + row * u_row + c, inside, 0.0).to(tl.float32)
+    tl.store(y + row * width + c, g * tl.sigmoid(g) * u, inside)
+
+
+@jit
+def _swiglu_backward_kernel(dy, gate, up, dg, du, g_row, u_row, dg_row, du_row, width, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
+    d = tl.load(dy + row * width + c, inside, 0.0).to(tl.float32)
+    g = tl.load(gate + row * g_row + c, inside, 0.0).to(tl.float32)
+    u = tl.load(up + row * u_row + c, inside, 0.0).to(tl.float32)
+    sigma = tl.sigmoid(g)
+    tl.store(dg + row * dg_row + c, d * u * sigma * (1 + g * (1 - sigma)), inside)
+    tl.store(du + row * du_row + c, d * g * sigma, inside)
+
+
+# ----------------------------------------------------------------------------------------------------------- connector
+
+
+def standardise_into(out: Tensor, h: Tensor) -> None:
+    """(h - mean) / (std + 1e-8) over the channels of each token, std unbiased, in fp32, written into out. No gradients.
+
+    h (N, W); out (N, W) any dtype, such as one layer's slice of a buffer (N, layers * W).
+    """
+    if on_triton(h):
+        _check_rows(out, h)
+        n, width = h.shape
+        _launch(_standardise_kernel, (n,), h, out, h.stride(0), out.stride(0), width, BLOCK=_p2(width))
+        return
+    std, mean = torch.std_mean(h.float(), -1, correction=1, keepdim=True)
+    out.copy_((h - mean) / (std + 1e-8))
+
+
+@jit
+def _standardise_kernel(h, out, h_row, out_row, width, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    v = tl.load(h + row * h_row + c, c < width, 0.0).to(tl.float32)
+    v = tl.where(c < width, v - tl.sum(v) / width, 0.0)
+    std = tl.sqrt(tl.sum(v * v) / (width - 1))
+    tl.store(out + row * out_row + c, v / (std + 1e-8), c < width)
+
+
+# ------------------------------------------------------------------------------------------------ vocabulary and loss
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """Sum over tokens of the cross-entropy of logits = hidden weight^T, which are never whole in memory.
+
+    hidden (T, H), weight (V, H), labels (T,) int64, negative where a token is no target. The products run in autocast's dtype
+    if it is on, else in weight's; softmax and loss in fp32. chunk: tokens at a time, by default as many as CHUNK_LOGITS allows.
+    Returns the sum () in fp32, 0 if there is no target. Gradients for hidden and weight.
+
+    The gradient of the logits, softmax - onehot, is known as soon as they are, so both products with it follow while the chunk
+    is there (as Hsu et al. do, arXiv 2410.10989); `backward` only multiplies by what the loss was multiplied with, once.
+    """
+    if chunk is None:
+        chunk = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cpu"]) // len(weight))
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, dtype, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk, dtype, grads):
+        need_h, need_w = (grads and needed for needed in ctx.needs_input_grad[:2])
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_h = torch.empty_like(hidden) if need_h else None
+        grad_w = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if need_w else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(dtype)                                                       # once, not for every chunk
+            for start in range(0, len(hidden), chunk):
+                h = hidden[start : start + chunk].to(dtype)                            # (C, H)
+                sums, d = _loss_and_gradient(h @ w.T, labels[start : start + chunk], need_h or need_w)
+                loss += sums
+                if need_h:
+                    grad_h[start : start + chunk] = d @ w
+                if need_w:
+                    _add_product(grad_w, d, h, first=start == 0)
+                del d  # before the next chunk's logits are allocated
+        ctx.grads = grad_h, grad_w
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.grads is None:
+            raise RuntimeError("linear_cross_entropy: its gradients were given away by the first backward pass")
+        (grad_h, grad_w), ctx.grads = ctx.grads, None
+        return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in (grad_h, grad_w)), None, None, None, None
+
+
+def _add_product(total: Tensor, d: Tensor, h: Tensor, first: bool) -> None:
+    """total (V, H) += d^T h, a slab of the vocabulary at a time where the product has another dtype than the sum."""
+    if d.dtype == total.dtype:
+        total.addmm_(d.T, h, beta=0 if first else 1)  # 0: whatever is there is not read
+        return
+    for t, slab in zip(total.tensor_split(8), d.tensor_split(8, 1), strict=True):
+        t.copy_(slab.T @ h) if first else t.add_(slab.T @ h)
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:
+    """logits (C, V) -> sum of losses in fp32, and softmax - onehot (C, V) in logits' dtype. The logits may be overwritten."""
+    if on_triton(logits):
+        loss = torch.empty(len(logits), device=logits.device)                          # (C,)
+        _launch(_softmax_gradient_kernel, (len(logits),), logits, labels, loss, logits.shape[1], GRAD=grad, BLOCK=4096)
+        return loss.sum(), logits if grad else None
+    target = labels >= 0
+    log_p = logits.float().log_softmax(-1)                                             # (C, V)
+    index = labels.clamp(min=0)[:, None]                                               # (C, 1)
+    loss = -(log_p.gather(1, index)[:, 0] * target).sum()
+    if not grad:
+        return loss, None
+    d = log_p.exp_()
+    d.scatter_add_(1, index, -torch.ones_like(index, dtype=d.dtype))
+    if not target.all():
+        d.mul_(target[:, None])
+    return loss, d.to(logits.dtype)
+
+
+@jit
+def _softmax_gradient_kernel(logits, labels, loss, vocab, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One token's loss, and in place of its logits their gradient: two reads and one write of what PyTorch moves ten times."""
+    token, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    label = tl.load(labels + token)
+    row = logits + token * vocab
+    # Read here: the sums below make all threads wait for each other, and behind them the logits are overwritten.
+    own = tl.load(row + tl.maximum(label, 0)).to(tl.float32)
+    top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        v = tl.load(row + start + c, start + c < vocab, -1e30).to(tl.float32)
+        higher = tl.maximum(top, v)
+        total = total * tl.exp(top - higher) + tl.exp(v - higher)
+        top = higher
+    highest = tl.max(top, 0)
+    log_z = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    tl.store(loss + token, tl.where(label >= 0, log_z - own, 0.0))
+    if GRAD:
+        for start in range(0, vocab, BLOCK):
+            v = tl.load(row + start + c, start + c < vocab, -1e30).to(tl.float32)
+            d = tl.exp(v - log_z) - tl.where(start + c == label, 1.0, 0.0)
+            tl.store(row + start + c, tl.where(label >= 0, d, 0.0), start + c < vocab)
