@@ -38,6 +38,7 @@ from checkpoint import InputError, pick_device, write_json
 from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
+from fused import linear_cross_entropy
 from model import MLLM
 from vae import VAE
 
@@ -370,8 +371,7 @@ class LanguageLoss(nn.Module):
         """batch: data.MLLMBatch with labels (N,), -100 where a token is no target. Returns the sum over targets."""
         hidden = self.mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids)[-1]   # (N, H)
         target = (batch.labels >= 0).nonzero()[:, 0]                                                   # (T,)
-        logits = self.mllm.logits(hidden.index_select(0, target)).float()                              # (T, V)
-        return nn.functional.cross_entropy(logits, batch.labels[target], reduction="sum")
+        return linear_cross_entropy(hidden.index_select(0, target), self.mllm.lm_head.weight, batch.labels[target])
 
 
 @dataclass
