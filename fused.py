@@ -36,6 +36,7 @@ except ImportError:  # no wheels for macOS and Windows: there the PyTorch path i
 
 jit = (lambda kernel: kernel) if triton is None else triton.jit
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what the kernels read
 EPS = 1e-6  # of the DiT's LayerNorm
 
 # A gradient of a gain or of a modulation is a sum over tokens. Programs sum what they have, PyTorch adds their sums in a fixed
@@ -50,10 +51,9 @@ CHUNK_LOGITS = {"cuda": 160_000_000, "cpu": 32_000_000}
 def on_triton(x: Tensor) -> bool:
     """Whether the kernels serve x: on a GPU unless `set_backend` says otherwise, elsewhere only in Triton's interpreter."""
     backend = get_backend()
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if backend != "triton":
-        return backend == "auto" and triton is not None and x.is_cuda and known
-    if not known:
+        return x.is_cuda and backend == "auto" and triton is not None and x.dtype in DTYPES
+    if x.dtype not in DTYPES:
         raise InputError(f"the kernels compute in fp32, bf16 and fp16, not in {x.dtype}: choose another back end")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(f"the kernels run on NVIDIA GPUs, not on {x.device.type}: choose another back end")
@@ -651,9 +651,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 sums, d = _loss_and_gradient(h @ w.T, labels[start : start + chunk], need_h or need_w)
                 loss += sums
                 if need_h:
-                    grad_h[start : start + chunk] = d @ w
+                    _product(grad_h[start : start + chunk], d, w)
                 if need_w:
-                    _add_product(grad_w, d, h, first=start == 0)
+                    _product(grad_w, d.T, h, add=start > 0)
                 del d  # before the next chunk's logits are allocated
         ctx.grads = grad_h, grad_w
         return loss
@@ -666,13 +666,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in (grad_h, grad_w)), None, None, None, None
 
 
-def _add_product(total: Tensor, d: Tensor, h: Tensor, first: bool) -> None:
-    """total (V, H) += d^T h, a slab of the vocabulary at a time where the product has another dtype than the sum."""
-    if d.dtype == total.dtype:
-        total.addmm_(d.T, h, beta=0 if first else 1)  # 0: whatever is there is not read
+def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b; if out has another dtype, in slabs, so that the product itself is never whole."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=int(add))  # beta 0: what is there is not read
         return
-    for t, slab in zip(total.tensor_split(8), d.tensor_split(8, 1), strict=True):
-        t.copy_(slab.T @ h) if first else t.add_(slab.T @ h)
+    for o, slab in zip(out.tensor_split(8), a.tensor_split(8), strict=True):
+        o.add_(slab @ b) if add else o.copy_(slab @ b)
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tensor, Tensor | None]:

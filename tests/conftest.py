@@ -8,7 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; test_hub.py starts processes of its own
-os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors where a test asks for them; read when they are defined
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the shapes are small: a second thread costs more than it brings
 os.environ.setdefault("TRITON_INTERPRET", "1")  # as kernels.py is imported: its kernels then run here, if asked for by name
 
