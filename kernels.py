@@ -31,8 +31,8 @@ Backward. Of the forward pass it needs o and L alone, because (5) gives every p 
 
     (5)  p_ij  = 2^(s_ij - L_i)                       (6)  dV_j = sum_i p_ij dO_i,        dp_ij = dO_i . v_j
 
-and through the softmax, whose Jacobian is dp_ij / dx_ik = p_ij (1[j = k] - p_ik) in x = scale q . k. The second term is one
-number per query, and needs no walk over the keys:
+and through the softmax of x_ij = scale q_i . k_j: the derivative of p_ij by x_ik is p_ij (1[j = k] - p_ik). The second part,
+summed over j, is one number per query, and needs no walk over the keys:
 
     (7)  delta_i = sum_k p_ik dp_ik = dO_i . sum_k p_ik v_k = dO_i . o_i
     (8)  ds_ij   = p_ij (dp_ij - delta_i),            dK_j = scale sum_i ds_ij q_i
@@ -139,7 +139,10 @@ _backend = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Which attention the whole process uses: "triton", "sdpa" (PyTorch's), or "auto": triton on a GPU, sdpa elsewhere."""
+    """Which attention the whole process uses: "triton" (an error where the kernels cannot), "sdpa" (PyTorch's), or "auto".
+
+    auto: the kernels for 16-bit tensors of a supported head dim on a GPU; sdpa for all else.
+    """
     global _backend
     if name not in BACKENDS:
         raise InputError(f"attention {name!r} is none of {', '.join(BACKENDS)}")

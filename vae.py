@@ -130,7 +130,8 @@ class Attention(nn.Module):
         qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(0, 2)                 # (B * H * W, 3C)
         q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))                    # (B * H * W, 1, C)
         cu = torch.arange(0, b * h * w + 1, h * w, dtype=torch.int32)  # on the CPU, where it is read
-        y = attention(q, k, v, cu).view(b, h, w, -1).permute(0, 3, 1, 2)                  # (B, C, H, W)
+        # One head of up to 384 dimensions is too wide for the kernels.
+        y = attention(q, k, v, cu, backend="sdpa").view(b, h, w, -1).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + self.proj(y)
 
 
