@@ -39,9 +39,9 @@ jit = (lambda kernel: kernel) if triton is None else triton.jit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what the kernels read
 EPS = 1e-6  # of the DiT's LayerNorm
 
-# A gradient of a gain or of a modulation is a sum over tokens. Programs sum what they have, PyTorch adds their sums in a fixed
-# order: PROGRAMS per launch (two for each of the 132 processors of an H100), or one for every TOKENS tokens of a chunk.
-PROGRAMS, TOKENS = 264, 16
+# The gradient of a gain or a modulation is a sum over tokens: a program sums up to TOKENS of them, PyTorch the programs' sums,
+# always in one order. More would be fewer sums to write, but too few programs for the 132 processors of an H100 at 1000 tokens.
+TOKENS = 8
 
 # Logits that linear_cross_entropy holds at a time. A chunk of tokens must be large enough that reading the weights (V, H) for
 # it costs less than multiplying with them: about 1000 tokens on a GPU, 200 on a CPU at a vocabulary of 152064.
@@ -65,7 +65,7 @@ def _launch(kernel, grid: tuple[int, ...], x: Tensor, *args, BLOCK: int | None =
     if BLOCK is not None:
         meta |= {"BLOCK": BLOCK, "num_warps": min(16, max(1, BLOCK // 512))}
     if 0 not in grid:
-        with torch.cuda.device_of(args[0] if x is None else x):  # Triton takes the current device, whatever its arguments
+        with torch.cuda.device_of(x):  # Triton takes the current device, whatever its arguments
             kernel[grid](x, *args, **meta)
 
 
@@ -80,13 +80,13 @@ def _p2(n: int) -> int:
     return triton.next_power_of_2(n)
 
 
-# ------------------------------------------------------------------------------------------------------------- RMSNorm
+# --------------------------------------------------------------------------------- the residual stream and its norms
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv 1910.07467), in fp32. x (N, W), weight (W,) -> (N, W)."""
     if on_triton(x):
-        return _RMSNorm.apply(x, None, weight, eps)
+        return _AddNorm.apply(x[None], None, None, None, weight[None, None], None, x.dtype, eps)
     if torch.is_grad_enabled():
         return _NormRope.apply(x[:, None], weight, eps, None, None)[:, 0]              # half of autograd's time (CPU)
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -98,78 +98,186 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     Returns (x + delta, rms_norm(x + delta)); the sum has the wider dtype of both and is rounded to it before the norm.
     """
     if on_triton(x):
-        return _RMSNorm.apply(x, delta, weight, eps)
+        dtype = torch.promote_types(x.dtype, delta.dtype)
+        s, h = _AddNorm.apply(x[None], delta, None, None, weight[None, None], None, dtype, eps)
+        return s[0], h
     x = x + delta
     return x, rms_norm(x, weight, eps)
 
 
-class _RMSNorm(torch.autograd.Function):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """LN(x) (1 + scale) + shift (adaLN; Peebles & Xie, arXiv 2212.09748), for the matrix product that follows.
+
+    x (G, n, D) contiguous: G chunks of n tokens that share a modulation. shift, scale (T, 1, D) any dtype, which may be slices
+    of one wide table; rows (G,) int64 says which of the T each chunk uses; None: T = G, each its own. Returns (G * n, D) in
+    dtype (default: x's). Gradients for x, shift, scale.
+    """
+    if on_triton(x):
+        return _AddNorm.apply(x, None, None, shift, scale, rows, dtype or x.dtype, EPS)
+    shift, scale = _pick(shift, rows, x), _pick(scale, rows, x)                        # (G, 1, D)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale).flatten(0, 1).to(dtype or x.dtype)
+
+
+def gate_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
+    """x + gate y: a sub-layer's part of the stream. x (G, n, D), y (G * n, D) any dtype, gate (T, 1, D) -> (G, n, D)."""
+    if on_triton(x):
+        return _AddNorm.apply(x, y, gate, None, None, rows, None, EPS)
+    return torch.addcmul(x, _pick(gate, rows, x), y.to(x.dtype).view_as(x))
+
+
+def gate_add_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """gate_add and the modulate of the next sub-layer in one pass: (x + gate y (G, n, D), h (G * n, D) in dtype)."""
+    if on_triton(x):
+        return _AddNorm.apply(x, y, gate, shift, scale, rows, dtype or x.dtype, EPS)
+    x = gate_add(x, y, gate, rows)
+    return x, modulate(x, shift, scale, rows, dtype)
+
+
+def _pick(table: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
+    """(T, 1, D) -> (G, 1, D) in the dtype of the stream."""
+    return (table if rows is None else table.index_select(0, rows)).to(x.dtype)
+
+
+class _AddNorm(torch.autograd.Function):
+    """s = x + gate y, h = LN(s) (1 + scale) + shift, or without a shift h = RMS(s) scale; what is None is left out.
+
+    x (G, n, W); y (G * n, W); gate, shift, scale (T, 1, W); rows (G,). Returns s (G, n, W) if there is a y, h (G * n, W) in
+    dtype if there is a scale.
+    """
+
     @staticmethod
-    def forward(ctx, x, delta, weight, eps):
-        _check_rows(x, weight, *(() if delta is None else (delta,)))
-        n, width = x.shape
-        s = x if delta is None else torch.empty(n, width, dtype=torch.promote_types(x.dtype, delta.dtype), device=x.device)
-        y = torch.empty(n, width, dtype=s.dtype, device=x.device)
-        d_row = 0 if delta is None else delta.stride(0)
-        _launch(
-            _add_rms_kernel, (n,), x, delta, weight, s, y, x.stride(0), d_row, width, eps,
-            ADD=delta is not None, BLOCK=_p2(width),
-        )  # fmt: skip
-        ctx.save_for_backward(s, weight)
-        ctx.eps, ctx.dtypes = eps, (x.dtype, None if delta is None else delta.dtype)
-        return y if delta is None else (s, y)
+    def forward(ctx, x, y, gate, shift, scale, rows, dtype, eps):
+        _check_rows(*(t for t in (gate, shift, scale) if t is not None))
+        if not x.is_contiguous() or (y is not None and not y.is_contiguous()):
+            raise ValueError("fused: the stream and what is added to it must be contiguous")
+        chunks, n, width = x.shape
+        s = x if y is None else torch.empty_like(x, dtype=dtype if gate is None else x.dtype)
+        h = None if scale is None else torch.empty(chunks * n, width, dtype=dtype, device=x.device)
+        row = [0 if t is None else t.stride(0) for t in (gate, shift, scale)]
+        ctx.flags = {"ADD": y is not None, "GATE": gate is not None, "NORM": scale is not None, "CENTRE": shift is not None}
+        ctx.flags |= {"ROWS": rows is not None, "BLOCK": _p2(width)}
+        _launch(_add_norm_kernel, (chunks * n,), x, y, gate, shift, scale, rows, s, h, *row, n, width, eps, **ctx.flags)
+        ctx.save_for_backward(s, y if gate is not None else None, gate, shift, scale, rows)
+        ctx.eps, ctx.dtypes = eps, (x.dtype, None if y is None else y.dtype)
+        return h if y is None else s if scale is None else (s, h)
 
     @staticmethod
     def backward(ctx, *grads):
-        s, weight = ctx.saved_tensors
-        n, width = s.shape
-        ds, dy = (None, *grads) if len(grads) == 1 else grads
-        ds, dy = (None if g is None else g.contiguous() for g in (ds, dy))
-        programs = max(1, min(n, PROGRAMS))
-        dx, dw = torch.empty_like(dy), torch.empty(programs, width, device=s.device)
+        s, y, gate, shift, scale, rows = ctx.saved_tensors
+        x_dtype, y_dtype = ctx.dtypes
+        ds, dh = (None, *grads) if y_dtype is None else (*grads, None) if scale is None else grads
+        ds, dh = (None if g is None else g.contiguous() for g in (ds, dh))
+        chunks, n, width = s.shape
+        splits = triton.cdiv(n, TOKENS)
+        dx, dy = torch.empty_like(s, dtype=x_dtype), None if gate is None else torch.empty_like(y)
+        parts = torch.empty(3, chunks, splits, width, device=s.device)                 # fp32: of gate, shift, scale
+        row = [0 if t is None else t.stride(0) for t in (gate, scale)]
         _launch(
-            _rms_backward_kernel, (programs,), dy, ds, s, weight, dx, dw, n, triton.cdiv(n, programs), s.stride(0), width,
-            ctx.eps, ADD=ds is not None, BLOCK=_p2(width),
+            _add_norm_backward_kernel, (chunks, splits), s, ds, dh, y, gate, scale, rows, dx, dy, parts, *row, n, width,
+            ctx.eps, TOKENS=TOKENS, **ctx.flags,
         )  # fmt: skip
-        x_dtype, d_dtype = ctx.dtypes
-        return dx.to(x_dtype), None if d_dtype is None else dx.to(d_dtype), dw.sum(0).to(weight.dtype), None
+        tables = []
+        for t, part in zip((gate, shift, scale), parts, strict=True):
+            if t is not None:
+                part = part.sum(1)                                                     # (G, W)
+                part = part if rows is None else part.new_zeros(len(t), width).index_add_(0, rows, part)
+                t = part[:, None].to(t.dtype)                                          # (T, 1, W)
+            tables.append(t)
+        if y_dtype is not None and dy is None:
+            dy = dx.to(y_dtype).flatten(0, 1)
+        return dx, dy, *tables, None, None, None
 
 
 @jit
-def _add_rms_kernel(x, delta, w, s, y, x_row, d_row, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """A row per program: it stays in registers between the sum of squares and the product with it."""
-    row = tl.program_id(0).to(tl.int64)  # rows times width may pass 2^31
+def _add_norm_kernel(
+    x, y, gate, shift, scale, rows, s, h, gate_row, shift_row, scale_row, n, width, eps,
+    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token per program: its row stays in registers between the sums over it and their use.
+
+    The tables' rows are shared by the n tokens of a chunk and come out of the L2 cache.
+    """
+    token = tl.program_id(0).to(tl.int64)  # tokens times width may pass 2^31
+    m = token // n
+    if ROWS:
+        m = tl.load(rows + m)
     c = tl.arange(0, BLOCK)
-    inside = c < width
-    v = tl.load(x + row * x_row + c, inside, 0.0).to(tl.float32)
+    inside, at = c < width, token * width + c
+    v = tl.load(x + at, inside, 0.0).to(tl.float32)
     if ADD:
-        v += tl.load(delta + row * d_row + c, inside, 0.0).to(tl.float32)
-        v = v.to(s.dtype.element_ty).to(tl.float32)  # the norm of what the stream will hold
-        tl.store(s + row * width + c, v, inside)
-    r = tl.rsqrt(tl.sum(v * v) / width + eps)
-    tl.store(y + row * width + c, v * r * tl.load(w + c, inside, 0.0).to(tl.float32), inside)
+        d = tl.load(y + at, inside, 0.0).to(tl.float32)
+        if GATE:
+            d *= tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32)
+        v = (v + d).to(s.dtype.element_ty).to(tl.float32)  # the norm of what the stream will hold
+        tl.store(s + at, v, inside)
+    if NORM:
+        gain = tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
+        if CENTRE:
+            gain += 1
+            v = tl.where(inside, v - tl.sum(v) / width, 0.0)
+        v *= tl.rsqrt(tl.sum(v * v) / width + eps) * gain
+        if CENTRE:
+            v += tl.load(shift + m * shift_row + c, inside, 0.0).to(tl.float32)
+        tl.store(h + at, v, inside)
 
 
 @jit
-def _rms_backward_kernel(dy, ds, s, w, dx, dw, rows, per, s_row, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """n = r s, y = w n: ds += r (w dy - n mean(w dy n)). Each program keeps its own dw; they are added in a fixed order."""
-    first = tl.program_id(0).to(tl.int64)
+def _add_norm_backward_kernel(
+    s, ds, dh, y, gate, scale, rows, dx, dy, parts, gate_row, scale_row, n, width, eps, TOKENS: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """With v the normalised row, r = 1 / rms and g = gain dh: ds += r (g - mean(g) - v mean(g v)), RMSNorm without mean(g).
+
+    A program has up to TOKENS tokens of one chunk; what they add to gate, shift and scale it keeps, and writes once.
+    """
+    chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    m = chunk
+    if ROWS:
+        m = tl.load(rows + chunk)
     c = tl.arange(0, BLOCK)
-    gain = tl.load(w + c, c < width, 0.0).to(tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, per):
-        row = first + i * tl.num_programs(0)
-        inside = (c < width) & (row < rows)
-        v = tl.load(s + row * s_row + c, inside, 0.0).to(tl.float32)
-        g = tl.load(dy + row * width + c, inside, 0.0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(v * v) / width + eps)
-        total += g * v * r
-        g *= gain
-        g = r * (g - v * (r * r * tl.sum(g * v) / width))
+    to_gate, to_shift, to_scale = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, TOKENS):
+        k = split * TOKENS + i
+        inside, at = (c < width) & (k < n), (chunk * n + k) * width + c
+        g = tl.zeros((BLOCK,), tl.float32)
+        if NORM:
+            v = tl.load(s + at, inside, 0.0).to(tl.float32)
+            if CENTRE:
+                v = tl.where(inside, v - tl.sum(v) / width, 0.0)
+            r = tl.rsqrt(tl.sum(v * v) / width + eps)
+            v *= r
+            g = tl.load(dh + at, inside, 0.0).to(tl.float32)
+            to_shift += g
+            to_scale += g * v
+            gain = tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
+            if CENTRE:
+                g *= 1 + gain
+                g -= tl.sum(g) / width
+            else:
+                g *= gain
+            g = r * (g - v * (tl.sum(g * v) / width))
         if ADD:
-            g += tl.load(ds + row * width + c, inside, 0.0).to(tl.float32)
-        tl.store(dx + row * width + c, g, inside)
-    tl.store(dw + first * width + c, total, c < width)
+            g += tl.load(ds + at, inside, 0.0).to(tl.float32)
+        if GATE:
+            to_gate += g * tl.load(y + at, inside, 0.0).to(tl.float32)
+            tl.store(dy + at, g * tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32), inside)
+        tl.store(dx + at, g, inside)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    out = parts + (chunk * tl.num_programs(1) + split) * width + c
+    if GATE:
+        tl.store(out, to_gate, c < width)
+    if CENTRE:
+        tl.store(out + programs * width, to_shift, c < width)
+    if NORM:
+        tl.store(out + 2 * programs * width, to_scale, c < width)
 
 
 # ------------------------------------------------------------------------------------------ norm of heads and rotation
@@ -252,13 +360,13 @@ class _TritonNormRope(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, cos, sin = ctx.saved_tensors
         (n, heads, dim), groups = x.shape, 1 if weight is None or weight.ndim == 1 else len(weight)
-        dy, programs = dy.contiguous(), max(1, min(n, PROGRAMS))
+        dy, programs = dy.contiguous(), triton.cdiv(n, TOKENS)
         dx = torch.empty_like(dy)
         dw = None if weight is None else torch.empty(programs, groups, dim, device=x.device)
         _launch(
-            _norm_rope_backward_kernel, (programs, groups), dy, x, weight, cos, sin, dx, dw, n, triton.cdiv(n, programs),
+            _norm_rope_backward_kernel, (programs, groups), dy, x, weight, cos, sin, dx, dw, n,
             x.stride(0), x.stride(1), heads // groups, dim // 2, ctx.eps, NORM=weight is not None, ROPE=cos is not None,
-            BLOCK_H=_p2(heads // groups), BLOCK_D=_p2(dim // 2),
+            TOKENS=TOKENS, BLOCK_H=_p2(heads // groups), BLOCK_D=_p2(dim // 2),
         )  # fmt: skip
         return dx, None if weight is None else dw.sum(0).view_as(weight).to(weight.dtype), None, None, None
 
@@ -293,17 +401,17 @@ def _norm_rope_kernel(
 
 @jit
 def _norm_rope_backward_kernel(
-    dy, x, w, cos, sin, dx, dw, tokens, per, x_row, x_head, heads, half, eps,
-    NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    dy, x, w, cos, sin, dx, dw, tokens, x_row, x_head, heads, half, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The rotation turned back, then the gradient of the norm as in _rms_backward_kernel, r computed again from x."""
+    """The rotation turned back, then the gradient of the norm as in _add_norm_backward_kernel, r computed again from x."""
     first, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     row = c < half
     head = group * heads + h
     total_a, total_b = tl.zeros((1, BLOCK_D), tl.float32), tl.zeros((1, BLOCK_D), tl.float32)
-    for i in range(0, per):
-        token = first + i * tl.num_programs(0)
+    for i in range(0, TOKENS):
+        token = first * TOKENS + i
         inside = (h < heads) & row & (token < tokens)
         at = (token * tl.num_programs(1) * heads + head) * 2 * half + c
         ga = tl.load(dy + at, inside, 0.0).to(tl.float32)
@@ -382,153 +490,6 @@ def _rope_append_kernel(
             out = k + slot * k_row + (head - heads) * 2 * half + c
         tl.store(out, turned, inside)
         tl.store(out + half, b, inside)
-
-
-# -------------------------------------------------------------------------------------------------- adaptive LayerNorm
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """LN(x) (1 + scale) + shift (adaLN; Peebles & Xie, arXiv 2212.09748), for the matrix product that follows.
-
-    x (G, n, D) contiguous: G chunks of n tokens that share a modulation. shift, scale (T, 1, D) any dtype, which may be slices
-    of one wide table; rows (G,) int64 says which of the T each chunk uses; None: T = G, each its own. Returns (G * n, D) in
-    dtype (default: x's). Gradients for x, shift, scale.
-    """
-    if on_triton(x):
-        return _AdaLN.apply(x, None, None, shift, scale, rows, dtype or x.dtype)
-    shift, scale = _pick(shift, rows, x), _pick(scale, rows, x)                        # (G, 1, D)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale).flatten(0, 1).to(dtype or x.dtype)
-
-
-def gate_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
-    """x + gate y: a sub-layer's part of the stream. x (G, n, D), y (G * n, D) any dtype, gate (T, 1, D) -> (G, n, D)."""
-    if on_triton(x):
-        return _AdaLN.apply(x, y, gate, None, None, rows, None)
-    return torch.addcmul(x, _pick(gate, rows, x), y.to(x.dtype).view_as(x))
-
-
-def gate_add_modulate(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    rows: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """gate_add and the modulate of the next sub-layer in one pass: (x + gate y (G, n, D), h (G * n, D) in dtype)."""
-    if on_triton(x):
-        return _AdaLN.apply(x, y, gate, shift, scale, rows, dtype or x.dtype)
-    x = gate_add(x, y, gate, rows)
-    return x, modulate(x, shift, scale, rows, dtype)
-
-
-def _pick(table: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
-    """(T, 1, D) -> (G, 1, D) in the dtype of the stream."""
-    return (table if rows is None else table.index_select(0, rows)).to(x.dtype)
-
-
-class _AdaLN(torch.autograd.Function):
-    """gate_add, modulate, or both: what is None is left out."""
-
-    @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, rows, dtype):
-        _check_rows(*(t for t in (y, gate, shift, scale) if t is not None))
-        if not x.is_contiguous() or (y is not None and not y.is_contiguous()):
-            raise ValueError("fused: the stream and what is added to it must be contiguous")
-        _, n, width = x.shape
-        tokens, strides = x.shape[0] * n, [0 if t is None else t.stride(0) for t in (gate, shift, scale)]
-        s = x if gate is None else torch.empty_like(x)
-        h = None if scale is None else torch.empty(tokens, width, dtype=dtype, device=x.device)
-        _launch(
-            _adaln_kernel, (tokens,), x, y, gate, shift, scale, rows, s, h, *strides, n, width, EPS,
-            GATE=gate is not None, MODULATE=scale is not None, ROWS=rows is not None, BLOCK=_p2(width),
-        )  # fmt: skip
-        ctx.save_for_backward(s, y, gate, shift, scale, rows)
-        return h if gate is None else s if scale is None else (s, h)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        s, y, gate, shift, scale, rows = ctx.saved_tensors
-        ds, dh = (None, *grads) if gate is None else (*grads, None) if scale is None else grads
-        ds, dh = (None if g is None else g.contiguous() for g in (ds, dh))
-        chunks, n, width = s.shape
-        splits = triton.cdiv(n, TOKENS)
-        dx, dy = torch.empty_like(s), None if gate is None else torch.empty_like(y)
-        part = torch.empty(chunks, splits, 3, width, device=s.device)                  # fp32: of gate, shift, scale
-        strides = [0 if t is None else t.stride(0) for t in (gate, scale)]
-        _launch(
-            _adaln_backward_kernel, (chunks, splits), ds, dh, s, y, gate, scale, rows, dx, dy, part, *strides, n, width, EPS,
-            GATE=gate is not None, MODULATE=scale is not None, ROWS=rows is not None, TOKENS=TOKENS, BLOCK=_p2(width),
-        )  # fmt: skip
-        part = part.sum(1)                                                             # (G, 3, D)
-        if rows is not None:
-            table = scale if gate is None else gate
-            part = part.new_zeros(len(table), 3, width).index_add_(0, rows, part)      # (T, 3, D)
-        tables = (None if t is None else part[:, i : i + 1].to(t.dtype) for i, t in enumerate((gate, shift, scale)))
-        return dx, dy, *tables, None, None
-
-
-@jit
-def _adaln_kernel(
-    x, y, gate, shift, scale, rows, s, h, gate_row, shift_row, scale_row, n, width, eps,
-    GATE: tl.constexpr, MODULATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A token per program. The rows of the modulation are shared by the n tokens of a chunk and come out of the L2 cache."""
-    token = tl.program_id(0).to(tl.int64)
-    m = token // n
-    if ROWS:
-        m = tl.load(rows + m)
-    c = tl.arange(0, BLOCK)
-    inside, at = c < width, token * width + c
-    v = tl.load(x + at, inside, 0.0).to(tl.float32)
-    if GATE:
-        g = tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32)
-        v += g * tl.load(y + at, inside, 0.0).to(tl.float32)
-        v = v.to(s.dtype.element_ty).to(tl.float32)
-        tl.store(s + at, v, inside)
-    if MODULATE:
-        v = tl.where(inside, v - tl.sum(v) / width, 0.0)
-        r = tl.rsqrt(tl.sum(v * v) / width + eps)
-        up = 1 + tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
-        tl.store(h + at, v * r * up + tl.load(shift + m * shift_row + c, inside, 0.0).to(tl.float32), inside)
-
-
-@jit
-def _adaln_backward_kernel(
-    ds, dh, s, y, gate, scale, rows, dx, dy, part, gate_row, scale_row, n, width, eps,
-    GATE: tl.constexpr, MODULATE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program has up to TOKENS tokens of one chunk, sums what they say about gate, shift and scale, and writes it once."""
-    chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    m = chunk
-    if ROWS:
-        m = tl.load(rows + chunk)
-    c = tl.arange(0, BLOCK)
-    to_gate, to_shift, to_scale = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, TOKENS):
-        k = split * TOKENS + i
-        inside, at = (c < width) & (k < n), (chunk * n + k) * width + c
-        g = tl.zeros((BLOCK,), tl.float32)
-        if MODULATE:
-            v = tl.load(s + at, inside, 0.0).to(tl.float32)
-            v = tl.where(inside, v - tl.sum(v) / width, 0.0)
-            r = tl.rsqrt(tl.sum(v * v) / width + eps)
-            v *= r
-            g = tl.load(dh + at, inside, 0.0).to(tl.float32)
-            to_shift += g
-            to_scale += g * v
-            g *= 1 + tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
-            g = r * (g - tl.sum(g) / width - v * (tl.sum(g * v) / width))
-        if GATE:
-            g += tl.load(ds + at, inside, 0.0).to(tl.float32)
-            to_gate += g * tl.load(y + at, inside, 0.0).to(tl.float32)
-            tl.store(dy + at, g * tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32), inside)
-        tl.store(dx + at, g, inside)
-    out = part + (chunk * tl.num_programs(1) + split) * 3 * width + c
-    tl.store(out, to_gate, c < width)
-    tl.store(out + width, to_shift, c < width)
-    tl.store(out + 2 * width, to_scale, c < width)
 
 
 # -------------------------------------------------------------------------------------------------------------- SwiGLU

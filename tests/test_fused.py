@@ -102,7 +102,7 @@ def test_rope_append(backend, heads, kv_heads, dim):
     assert k[[0, 1, 2, 4, 5, 6, 7]].isnan().all() and v[[0, 1, 2, 4, 5, 6, 7]].isnan().all()
 
 
-@pytest.mark.parametrize("chunks,n,width", [(1, 1, 80), (3, 17, 64), (2, 2, 2048)])
+@pytest.mark.parametrize("chunks,n,width", [(1, 1, 80), (3, 9, 64), (2, 2, 2048)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_adaln(backend, chunks, n, width, shared):
     """Two of three chunks may use one row of the table, which then gets both gradients; the rows are slices of a wide table."""
@@ -269,7 +269,7 @@ def peak(function) -> int:
 
 def test_logits_are_never_whole():
     """New memory beyond the gradients stays within the two tensors of one chunk; the plain loss takes many times that."""
-    tokens, vocab, width, chunk = 256, 20000, 16, 8
+    tokens, vocab, width, chunk = 128, 10000, 16, 4
     h, w = torch.randn(tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
     labels = torch.randint(vocab, (tokens,))
     grads = 4 * (vocab + tokens) * width
@@ -295,7 +295,7 @@ def test_what_the_kernels_cannot_do_raises(monkeypatch):
     try:
         with pytest.raises(InputError, match="float64"):
             fused.rms_norm(x.double(), w.double(), 1e-6)
-        with pytest.raises(ValueError, match="rows"):
+        with pytest.raises(ValueError, match="contiguous"):
             fused.rms_norm(x.T, torch.ones(4), 1e-6)
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(InputError, match="cpu"):
