@@ -5,13 +5,13 @@ waits for. Norms, rotations, gates and activations do about ten, so their time i
 operations moves them again and again. Every function here reads its inputs once, computes in fp32 in registers and writes its
 results once. Bytes per element of a bf16 stream, forward, operation by operation against fused:
 
-    add_rms_norm          add 6, norm 4                                             10 -> 8
-    norm_rope             cast 6, norm 8, gain 8, two products and a sum 28, cast 6  ~56 -> 4, straight out of the projection
-    gate_add_modulate     gate * y + x 8, LayerNorm 4, modulate 4, cast              16 -> 10
-    swiglu                silu 4, product 6                                          10 -> 6; backward keeps only its input
-    rope_append           cat, rotate, two copies into the cache                     6 launches -> 1: decoding waits on them
-    standardise_into      cast, mean and std, subtract, divide, cast, copy           ~30 -> 4, into its slice of a wide buffer
-    linear_cross_entropy  logits in bf16 and fp32, their log-softmax and gradient    never whole: a chunk of tokens at a time
+    add_rms_norm          sum 6, norm 4                                              10 -> 8
+    norm_rope             cast 6, rms 4, norm 8, gain 8, rotation 28, cast 6         60 -> 4, straight out of the projection
+    gate_add_modulate     gated sum 6, LayerNorm 4, modulation 4                     14 -> 8
+    swiglu                silu 4, product 6                                          10 -> 6, backward keeps only its input
+    rope_append           cat, rotation in three, two copies into the cache          6 launches -> 1: decoding waits on them
+    standardise_into      cast 6, std and mean 4, difference 8, quotient 8, copy 6   32 -> 4, into its slice of a wide buffer
+    linear_cross_entropy  logits, the same in fp32, log-softmax, its gradient        never whole: a chunk of tokens at a time
 
 Beside each kernel stands the same step in PyTorch. It is the path of every other device and what the kernel is tested against;
 `kernels.set_backend` chooses for the whole process, as for attention. Results differ by rounding alone.
@@ -19,14 +19,12 @@ Beside each kernel stands the same step in PyTorch. It is the path of every othe
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import InputError
-from kernels import get_backend
+from kernels import INTERPRETED, get_backend
 
 try:
     import triton
@@ -52,11 +50,11 @@ def on_triton(x: Tensor) -> bool:
     """Whether the kernels serve x: on a GPU unless `set_backend` says otherwise, elsewhere only in Triton's interpreter."""
     backend = get_backend()
     if backend != "triton":
-        return x.is_cuda and backend == "auto" and triton is not None and x.dtype in DTYPES
+        return x.is_cuda and backend == "auto" and triton is not None and not INTERPRETED and x.dtype in DTYPES
     if x.dtype not in DTYPES:
         raise InputError(f"the kernels compute in fp32, bf16 and fp16, not in {x.dtype}: choose another back end")
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise InputError(f"the kernels run on NVIDIA GPUs, not on {x.device.type}: choose another back end")
+    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+        raise InputError(f"no kernels for {x.device.type} tensors (TRITON_INTERPRET=1 runs them on the CPU, for tests)")
     return True
 
 
@@ -78,6 +76,12 @@ def _check_rows(*tensors: Tensor) -> None:
 def _p2(n: int) -> int:
     """Triton's blocks are powers of two."""
     return triton.next_power_of_2(n)
+
+
+def _head_blocks(heads: int, dim: int) -> dict[str, int]:
+    """Some heads of a token, their channels in two halves, with a warp for every 256 pairs."""
+    h, d = _p2(heads), _p2(dim // 2)
+    return {"BLOCK_H": h, "BLOCK_D": d, "num_warps": min(8, max(1, h * d // 256))}
 
 
 # --------------------------------------------------------------------------------- the residual stream and its norms
@@ -350,7 +354,7 @@ class _TritonNormRope(torch.autograd.Function):
         y = torch.empty(n, heads, dim, dtype=x.dtype, device=x.device)
         _launch(
             _norm_rope_kernel, (n, groups), x, weight, cos, sin, y, x.stride(0), x.stride(1), heads // groups, dim // 2, eps,
-            NORM=weight is not None, ROPE=cos is not None, BLOCK_H=_p2(heads // groups), BLOCK_D=_p2(dim // 2),
+            NORM=weight is not None, ROPE=cos is not None, **_head_blocks(heads // groups, dim),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.eps = eps
@@ -366,7 +370,7 @@ class _TritonNormRope(torch.autograd.Function):
         _launch(
             _norm_rope_backward_kernel, (programs, groups), dy, x, weight, cos, sin, dx, dw, n,
             x.stride(0), x.stride(1), heads // groups, dim // 2, ctx.eps, NORM=weight is not None, ROPE=cos is not None,
-            TOKENS=TOKENS, BLOCK_H=_p2(heads // groups), BLOCK_D=_p2(dim // 2),
+            TOKENS=TOKENS, **_head_blocks(heads // groups, dim),
         )  # fmt: skip
         return dx, None if weight is None else dw.sum(0).view_as(weight).to(weight.dtype), None, None, None
 
