@@ -103,14 +103,14 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     """
     if on_triton(x):
         dtype = torch.promote_types(x.dtype, delta.dtype)
-        s, h = _AddNorm.apply(x[None], delta, None, None, weight[None, None], None, dtype, eps)
+        s, h = _AddNorm.apply(x[None], None, delta, None, weight[None, None], None, dtype, eps)
         return s[0], h
     x = x + delta
     return x, rms_norm(x, weight, eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """LN(x) (1 + scale) + shift (adaLN; Peebles & Xie, arXiv 2212.09748), for the matrix product that follows.
+    """LN(x) scale + shift for the matrix product that follows; the 1 of adaLN's 1 + scale is in scale (arXiv 2212.09748).
 
     x (G, n, D) contiguous: G chunks of n tokens that share a modulation. shift, scale (T, 1, D) any dtype, which may be slices
     of one wide table; rows (G,) int64 says which of the T each chunk uses; None: T = G, each its own. Returns (G * n, D) in
@@ -119,20 +119,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None
     if on_triton(x):
         return _AddNorm.apply(x, None, None, shift, scale, rows, dtype or x.dtype, EPS)
     shift, scale = _pick(shift, rows, x), _pick(scale, rows, x)                        # (G, 1, D)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale).flatten(0, 1).to(dtype or x.dtype)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), scale).flatten(0, 1).to(dtype or x.dtype)
 
 
-def gate_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
-    """x + gate y: a sub-layer's part of the stream. x (G, n, D), y (G * n, D) any dtype, gate (T, 1, D) -> (G, n, D)."""
+def gate_add(x: Tensor, gate: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+    """x + gate y: a sub-layer's part of the stream. x (G, n, D), gate (T, 1, D), y (G * n, D) any dtype -> (G, n, D)."""
     if on_triton(x):
-        return _AddNorm.apply(x, y, gate, None, None, rows, None, EPS)
+        return _AddNorm.apply(x, gate, y, None, None, rows, None, EPS)
     return torch.addcmul(x, _pick(gate, rows, x), y.to(x.dtype).view_as(x))
 
 
 def gate_add_modulate(
     x: Tensor,
-    y: Tensor,
     gate: Tensor,
+    y: Tensor,
     shift: Tensor,
     scale: Tensor,
     rows: Tensor | None = None,
@@ -140,8 +140,8 @@ def gate_add_modulate(
 ) -> tuple[Tensor, Tensor]:
     """gate_add and the modulate of the next sub-layer in one pass: (x + gate y (G, n, D), h (G * n, D) in dtype)."""
     if on_triton(x):
-        return _AddNorm.apply(x, y, gate, shift, scale, rows, dtype or x.dtype, EPS)
-    x = gate_add(x, y, gate, rows)
+        return _AddNorm.apply(x, gate, y, shift, scale, rows, dtype or x.dtype, EPS)
+    x = gate_add(x, gate, y, rows)
     return x, modulate(x, shift, scale, rows, dtype)
 
 
@@ -151,14 +151,14 @@ def _pick(table: Tensor, rows: Tensor | None, x: Tensor) -> Tensor:
 
 
 class _AddNorm(torch.autograd.Function):
-    """s = x + gate y, h = LN(s) (1 + scale) + shift, or without a shift h = RMS(s) scale; what is None is left out.
+    """s = x + gate y, h = LN(s) scale + shift, or without a shift h = RMS(s) scale; what is None is left out.
 
-    x (G, n, W); y (G * n, W); gate, shift, scale (T, 1, W); rows (G,). Returns s (G, n, W) if there is a y, h (G * n, W) in
+    x (G, n, W); gate, shift, scale (T, 1, W); y (G * n, W); rows (G,). Returns s (G, n, W) if there is a y, h (G * n, W) in
     dtype if there is a scale.
     """
 
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, rows, dtype, eps):
+    def forward(ctx, x, gate, y, shift, scale, rows, dtype, eps):
         _check_rows(*(t for t in (gate, shift, scale) if t is not None))
         if not x.is_contiguous() or (y is not None and not y.is_contiguous()):
             raise ValueError("fused: the stream and what is added to it must be contiguous")
@@ -188,7 +188,7 @@ class _AddNorm(torch.autograd.Function):
             _add_norm_backward_kernel, (chunks, splits), s, ds, dh, y, gate, scale, rows, dx, dy, parts, *row, n, width,
             ctx.eps, TOKENS=TOKENS, **ctx.flags,
         )  # fmt: skip
-        tables = []
+        tables = []  # the gradients of gate, shift, scale
         for t, part in zip((gate, shift, scale), parts, strict=True):
             if t is not None:
                 part = part.sum(1)                                                     # (G, W)
@@ -197,7 +197,7 @@ class _AddNorm(torch.autograd.Function):
             tables.append(t)
         if y_dtype is not None and dy is None:
             dy = dx.to(y_dtype).flatten(0, 1)
-        return dx, dy, *tables, None, None, None
+        return dx, tables[0], dy, *tables[1:], None, None, None
 
 
 @jit
@@ -223,11 +223,9 @@ def _add_norm_kernel(
         v = (v + d).to(s.dtype.element_ty).to(tl.float32)  # the norm of what the stream will hold
         tl.store(s + at, v, inside)
     if NORM:
-        gain = tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
         if CENTRE:
-            gain += 1
             v = tl.where(inside, v - tl.sum(v) / width, 0.0)
-        v *= tl.rsqrt(tl.sum(v * v) / width + eps) * gain
+        v *= tl.rsqrt(tl.sum(v * v) / width + eps) * tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
         if CENTRE:
             v += tl.load(shift + m * shift_row + c, inside, 0.0).to(tl.float32)
         tl.store(h + at, v, inside)
@@ -238,7 +236,7 @@ def _add_norm_backward_kernel(
     s, ds, dh, y, gate, scale, rows, dx, dy, parts, gate_row, scale_row, n, width, eps, TOKENS: tl.constexpr,
     ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With v the normalised row, r = 1 / rms and g = gain dh: ds += r (g - mean(g) - v mean(g v)), RMSNorm without mean(g).
+    """With v the normalised row, r = 1 / rms and g = scale dh: ds += r (g - mean(g) - v mean(g v)), RMSNorm without mean(g).
 
     A program has up to TOKENS tokens of one chunk; what they add to gate, shift and scale it keeps, and writes once.
     """
@@ -261,12 +259,9 @@ def _add_norm_backward_kernel(
             g = tl.load(dh + at, inside, 0.0).to(tl.float32)
             to_shift += g
             to_scale += g * v
-            gain = tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
+            g *= tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
             if CENTRE:
-                g *= 1 + gain
                 g -= tl.sum(g) / width
-            else:
-                g *= gain
             g = r * (g - v * (tl.sum(g * v) / width))
         if ADD:
             g += tl.load(ds + at, inside, 0.0).to(tl.float32)
@@ -311,17 +306,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(cos.dtype), sin)
 
 
+def _gained(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, heads, D) times weight (D,) or (G, D), in fp32."""
+    weight = weight.float()
+    return x * weight if weight.ndim == 1 else (x.unflatten(1, (len(weight), -1)) * weight[:, None]).flatten(1, 2)
+
+
 def _norm_rope(x, weight, eps, cos, sin):
-    """The result in x's dtype; in fp32 the normalised heads, 1 / rms and the gain of each head."""
+    """The result in x's dtype; in fp32 the normalised heads and 1 / rms."""
     n = x.float()
-    mean = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_() / n.shape[-1]
-    r = mean.add_(eps).rsqrt_()                                                        # (N, heads, 1)
+    r = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()  # (N, heads, 1)
     n = n * r                                                                          # (N, heads, D)
-    gain = weight.float()
-    if weight.ndim == 2:
-        gain = gain.repeat_interleave(x.shape[1] // len(gain), 0)                      # (heads, D)
-    y = n * gain
-    return (y if cos is None else _rotate(y, cos, sin)).to(x.dtype), n, r, gain
+    y = _gained(n, weight)
+    return (y if cos is None else _rotate(y, cos, sin)).to(x.dtype), n, r
 
 
 class _NormRope(torch.autograd.Function):
@@ -329,20 +326,21 @@ class _NormRope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, cos, sin):
-        y, n, r, gain = _norm_rope(x, weight, eps, cos, sin)
-        ctx.save_for_backward(n, r, weight, gain, cos, sin)
+        y, n, r = _norm_rope(x, weight, eps, cos, sin)
+        ctx.save_for_backward(n, r, weight, cos, sin)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        n, r, weight, gain, cos, sin = ctx.saved_tensors
+        n, r, weight, cos, sin = ctx.saved_tensors
         g = grad.float()
         g = g if cos is None else _rotate(g, cos, -sin)                                # a rotation's transpose turns back
         along, grad_w = g * n, None
         if ctx.needs_input_grad[1]:
             grad_w = along.sum(0).view(*weight.shape[:-1], -1, weight.shape[-1]).sum(-2).to(weight.dtype)
-        mean = (along @ gain if gain.ndim == 1 else (along * gain).sum(-1)).unsqueeze(-1) / n.shape[-1]  # (N, heads, 1)
-        return (g * gain).addcmul_(n, mean, value=-1).mul_(r).to(grad.dtype), grad_w, None, None, None
+        mean = along @ weight.float() if weight.ndim == 1 else _gained(along, weight).sum(-1)  # (N, heads)
+        mean = mean.unsqueeze(-1) / n.shape[-1]
+        return _gained(g, weight).addcmul_(n, mean, value=-1).mul_(r).to(grad.dtype), grad_w, None, None, None
 
 
 class _TritonNormRope(torch.autograd.Function):
@@ -456,7 +454,9 @@ def rope_append(
     """
     kv_heads, dim = k_cache.shape[1:]
     if on_triton(qkv):
-        _check_rows(qkv, cos, sin, k_cache.flatten(1), v_cache.flatten(1))
+        _check_rows(qkv, cos, sin)
+        if not (k_cache[:1].is_contiguous() and v_cache[:1].is_contiguous() and k_cache.dtype == v_cache.dtype):
+            raise ValueError("fused: the rows of the cache must be contiguous, keys and values of one dtype")
         q = torch.empty(len(qkv), heads, dim, dtype=k_cache.dtype, device=qkv.device)
         _launch(
             _rope_append_kernel, (len(qkv), heads + 2 * kv_heads), qkv, cos, sin, q, k_cache, v_cache, slots, qkv.stride(0),

@@ -117,14 +117,15 @@ def test_adaln(backend, chunks, n, width, shared):
         x = x + gate * y.view_as(x)
         mean = x.mean(-1, keepdim=True)
         h = (x - mean) / ((x - mean).square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        return x, (h * (1 + scale) + shift).flatten(0, 1)
+        return x, (h * scale + shift).flatten(0, 1)
 
     def once(x, y, table):
-        return fused.gate_add_modulate(x, y, *table.split(1, 1), rows)
+        gate, shift, scale = table.split(1, 1)
+        return fused.gate_add_modulate(x, gate, y, shift, scale, rows)
 
     def apart(x, y, table):
         gate, shift, scale = table.split(1, 1)
-        x = fused.gate_add(x, y, gate, rows)
+        x = fused.gate_add(x, gate, y, rows)
         return x, fused.modulate(x, shift, scale, rows)
 
     for function in (once, apart):
@@ -134,7 +135,7 @@ def test_adaln(backend, chunks, n, width, shared):
 def test_modulate_writes_the_dtype_of_the_product_that_follows(backend):
     x, m = torch.randn(2, 3, 32), torch.randn(2, 1, 32)
     assert fused.modulate(x, m, m, dtype=torch.bfloat16).dtype == torch.bfloat16
-    stream, h = fused.gate_add_modulate(x, torch.randn(6, 32).bfloat16(), m, m, m, dtype=torch.bfloat16)
+    stream, h = fused.gate_add_modulate(x, m, torch.randn(6, 32).bfloat16(), m, m, dtype=torch.bfloat16)
     assert (stream.dtype, h.dtype) == (torch.float32, torch.bfloat16)
 
 
@@ -160,14 +161,14 @@ def test_half_precision(backend, dtype, tolerance):
     """Computed in fp32: the error is that of the roundings to the stream's dtype."""
     def both(x, d, w, qk, g, gate, shift, scale):
         s, h = fused.add_rms_norm(x, d, w, 1e-6)
-        ada = fused.gate_add_modulate(x[None], d, gate, shift, scale)
+        ada = fused.gate_add_modulate(x[None], gate, d, shift, scale)
         return s, h, fused.norm_rope(qk, w[:64], 1e-6, *tables_64), fused.swiglu(g), ada[0], ada[1]
 
     def formula(x, d, w, qk, g, gate, shift, scale):
         stream = x + gate[0] * d
         h = F.layer_norm(stream, (256,), eps=1e-6)
         qk = turn(norm(qk, w[:64]), *(t.double() for t in tables_64))
-        return x + d, norm(x + d, w), qk, F.silu(g[:, :128]) * g[:, 128:], stream[None], h * (1 + scale[0]) + shift[0]
+        return x + d, norm(x + d, w), qk, F.silu(g[:, :128]) * g[:, 128:], stream[None], h * scale[0] + shift[0]
 
     tables_64 = tables(4, 64)
     rows = [torch.randn(4, 256) for _ in range(2)]
