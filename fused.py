@@ -588,7 +588,7 @@ def _standardise_kernel(h, out, h_row, out_row, width, BLOCK: tl.constexpr):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
     """Sum over tokens of the cross-entropy of logits = hidden weight^T, which are never whole in memory.
 
-    hidden (T, H), weight (V, H), labels (T,) int64, negative where a token is no target. The products run in autocast's dtype
+    hidden (T, H), weight (V, H), labels (T,) int64, -100 where a token is no target. The products run in autocast's dtype
     if it is on, else in weight's; softmax and loss in fp32. chunk: tokens at a time, by default as many as CHUNK_LOGITS allows.
     Returns the sum () in fp32, 0 if there is no target. Gradients for hidden and weight.
 
@@ -646,16 +646,14 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tens
         loss = torch.empty(len(logits), device=logits.device)                          # (C,)
         _launch(_softmax_gradient_kernel, (len(logits),), logits, labels, loss, logits.shape[1], GRAD=grad, BLOCK=4096)
         return loss.sum(), logits if grad else None
-    target = labels >= 0
     log_p = logits.float().log_softmax(-1)                                             # (C, V)
-    index = labels.clamp(min=0)[:, None]                                               # (C, 1)
-    loss = -(log_p.gather(1, index)[:, 0] * target).sum()
+    loss = F.nll_loss(log_p, labels, ignore_index=-100, reduction="sum")
     if not grad:
         return loss, None
-    d = log_p.exp_()
-    d.scatter_add_(1, index, -torch.ones_like(index, dtype=d.dtype))
-    if not target.all():
-        d.mul_(target[:, None])
+    index, ignored = labels.clamp(min=0)[:, None], labels < 0
+    d = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+    if ignored.any():
+        d[ignored] = 0
     return loss, d.to(logits.dtype)
 
 
