@@ -79,9 +79,12 @@ def _p2(n: int) -> int:
 
 
 def _head_blocks(heads: int, dim: int) -> dict[str, int]:
-    """Some heads of a token, their channels in two halves, with a warp for every 256 pairs."""
+    """Some heads of a token, their channels in two halves, with a warp for every 256 pairs.
+
+    HALF is a constant so that the compiler sees that rows of 80 channels, too, can be read 16 bytes at a time.
+    """
     h, d = _p2(heads), _p2(dim // 2)
-    return {"BLOCK_H": h, "BLOCK_D": d, "num_warps": min(8, max(1, h * d // 256))}
+    return {"HALF": dim // 2, "BLOCK_H": h, "BLOCK_D": d, "num_warps": min(8, max(1, h * d // 256))}
 
 
 # --------------------------------------------------------------------------------- the residual stream and its norms
@@ -351,7 +354,7 @@ class _TritonNormRope(torch.autograd.Function):
         cos, sin = (None if t is None else t.contiguous() for t in (cos, sin))
         y = torch.empty(n, heads, dim, dtype=x.dtype, device=x.device)
         _launch(
-            _norm_rope_kernel, (n, groups), x, weight, cos, sin, y, x.stride(0), x.stride(1), heads // groups, dim // 2, eps,
+            _norm_rope_kernel, (n, groups), x, weight, cos, sin, y, x.stride(0), x.stride(1), heads // groups, eps,
             NORM=weight is not None, ROPE=cos is not None, **_head_blocks(heads // groups, dim),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, cos, sin)
@@ -367,7 +370,7 @@ class _TritonNormRope(torch.autograd.Function):
         dw = None if weight is None else torch.empty(programs, groups, dim, device=x.device)
         _launch(
             _norm_rope_backward_kernel, (programs, groups), dy, x, weight, cos, sin, dx, dw, n,
-            x.stride(0), x.stride(1), heads // groups, dim // 2, ctx.eps, NORM=weight is not None, ROPE=cos is not None,
+            x.stride(0), x.stride(1), heads // groups, ctx.eps, NORM=weight is not None, ROPE=cos is not None,
             TOKENS=TOKENS, **_head_blocks(heads // groups, dim),
         )  # fmt: skip
         return dx, None if weight is None else dw.sum(0).view_as(weight).to(weight.dtype), None, None, None
@@ -375,71 +378,72 @@ class _TritonNormRope(torch.autograd.Function):
 
 @jit
 def _norm_rope_kernel(
-    x, w, cos, sin, y, x_row, x_head, heads, half, eps,
-    NORM: tl.constexpr, ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, w, cos, sin, y, x_row, x_head, heads, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program has one token's heads of one group; a holds channels i, b channels i + D/2, so the swap costs nothing."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    inside, row = (h < heads) & (c < half), c < half
+    inside, row = (h < heads) & (c < HALF), c < HALF
     head = group * heads + h
     at = x + token * x_row + head * x_head + c
     a = tl.load(at, inside, 0.0).to(tl.float32)
-    b = tl.load(at + half, inside, 0.0).to(tl.float32)
+    b = tl.load(at + HALF, inside, 0.0).to(tl.float32)
     if NORM:
-        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
-        gain = w + group * 2 * half + c
+        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        gain = w + group * 2 * HALF + c
         a = a * r * tl.load(gain, row, 0.0).to(tl.float32)
-        b = b * r * tl.load(gain + half, row, 0.0).to(tl.float32)
+        b = b * r * tl.load(gain + HALF, row, 0.0).to(tl.float32)
     if ROPE:
-        t = token * 2 * half + c
+        t = token * 2 * HALF + c
         turned = a * tl.load(cos + t, row, 0.0).to(tl.float32) + b * tl.load(sin + t, row, 0.0).to(tl.float32)
-        b = b * tl.load(cos + t + half, row, 0.0).to(tl.float32) + a * tl.load(sin + t + half, row, 0.0).to(tl.float32)
+        b = b * tl.load(cos + t + HALF, row, 0.0).to(tl.float32) + a * tl.load(sin + t + HALF, row, 0.0).to(tl.float32)
         a = turned
-    out = y + (token * tl.num_programs(1) * heads + head) * 2 * half + c
+    out = y + (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
     tl.store(out, a, inside)
-    tl.store(out + half, b, inside)
+    tl.store(out + HALF, b, inside)
 
 
 @jit
 def _norm_rope_backward_kernel(
-    dy, x, w, cos, sin, dx, dw, tokens, x_row, x_head, heads, half, eps,
-    NORM: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    dy, x, w, cos, sin, dx, dw, tokens, x_row, x_head, heads, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The rotation turned back, then the gradient of the norm as in _add_norm_backward_kernel, r computed again from x."""
     first, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    row = c < half
+    row = c < HALF
     head = group * heads + h
     total_a, total_b = tl.zeros((1, BLOCK_D), tl.float32), tl.zeros((1, BLOCK_D), tl.float32)
     for i in range(0, TOKENS):
         token = first * TOKENS + i
         inside = (h < heads) & row & (token < tokens)
-        at = (token * tl.num_programs(1) * heads + head) * 2 * half + c
+        at = (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
         ga = tl.load(dy + at, inside, 0.0).to(tl.float32)
-        gb = tl.load(dy + at + half, inside, 0.0).to(tl.float32)
+        gb = tl.load(dy + at + HALF, inside, 0.0).to(tl.float32)
         if ROPE:
-            t, live = token * 2 * half + c, row & (token < tokens)
-            turned = ga * tl.load(cos + t, live, 0.0).to(tl.float32) + gb * tl.load(sin + t + half, live, 0.0).to(tl.float32)
-            gb = gb * tl.load(cos + t + half, live, 0.0).to(tl.float32) + ga * tl.load(sin + t, live, 0.0).to(tl.float32)
+            t, live = token * 2 * HALF + c, row & (token < tokens)
+            turned = ga * tl.load(cos + t, live, 0.0).to(tl.float32) + gb * tl.load(sin + t + HALF, live, 0.0).to(tl.float32)
+            gb = gb * tl.load(cos + t + HALF, live, 0.0).to(tl.float32) + ga * tl.load(sin + t, live, 0.0).to(tl.float32)
             ga = turned
         if NORM:
             a = tl.load(x + token * x_row + head * x_head + c, inside, 0.0).to(tl.float32)
-            b = tl.load(x + token * x_row + head * x_head + c + half, inside, 0.0).to(tl.float32)
-            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
+            b = tl.load(x + token * x_row + head * x_head + c + HALF, inside, 0.0).to(tl.float32)
+            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
             a, b = a * r, b * r
             total_a += tl.sum(ga * a, 0)[None, :]
             total_b += tl.sum(gb * b, 0)[None, :]
-            ga = ga * tl.load(w + group * 2 * half + c, row, 0.0).to(tl.float32)
-            gb = gb * tl.load(w + group * 2 * half + c + half, row, 0.0).to(tl.float32)
-            mean = ((tl.sum(ga * a, 1) + tl.sum(gb * b, 1)) / (2 * half))[:, None]
+            ga = ga * tl.load(w + group * 2 * HALF + c, row, 0.0).to(tl.float32)
+            gb = gb * tl.load(w + group * 2 * HALF + c + HALF, row, 0.0).to(tl.float32)
+            mean = ((tl.sum(ga * a, 1) + tl.sum(gb * b, 1)) / (2 * HALF))[:, None]
             ga, gb = r * (ga - a * mean), r * (gb - b * mean)
         tl.store(dx + at, ga, inside)
-        tl.store(dx + at + half, gb, inside)
+        tl.store(dx + at + HALF, gb, inside)
     if NORM:
-        out = dw + (first * tl.num_programs(1) + group) * 2 * half + c
+        out = dw + (first * tl.num_programs(1) + group) * 2 * HALF + c
         tl.store(out, total_a, row)
-        tl.store(out + half, total_b, row)
+        tl.store(out + HALF, total_b, row)
 
 
 def rope_append(
@@ -460,7 +464,8 @@ def rope_append(
         q = torch.empty(len(qkv), heads, dim, dtype=k_cache.dtype, device=qkv.device)
         _launch(
             _rope_append_kernel, (len(qkv), heads + 2 * kv_heads), qkv, cos, sin, q, k_cache, v_cache, slots, qkv.stride(0),
-            cos.stride(0), sin.stride(0), k_cache.stride(0), v_cache.stride(0), heads, kv_heads, dim // 2, BLOCK=_p2(dim // 2),
+            cos.stride(0), sin.stride(0), k_cache.stride(0), v_cache.stride(0), heads, kv_heads,
+            HALF=dim // 2, BLOCK=_p2(dim // 2),
         )  # fmt: skip
         return q
     qk, v = qkv.unflatten(1, (-1, dim)).split((heads + kv_heads, kv_heads), 1)         # (N, heads, D)
@@ -472,28 +477,29 @@ def rope_append(
 
 @jit
 def _rope_append_kernel(
-    qkv, cos, sin, q, k, v, slots, row, cos_row, sin_row, k_row, v_row, heads, kv_heads, half, BLOCK: tl.constexpr
-):
+    qkv, cos, sin, q, k, v, slots, row, cos_row, sin_row, k_row, v_row, heads, kv_heads,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One head per program: with a single token there is nothing else to share among the processors."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
-    inside = c < half
-    at = qkv + token * row + head * 2 * half + c
-    a, b = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + half, inside, 0.0).to(tl.float32)
+    inside = c < HALF
+    at = qkv + token * row + head * 2 * HALF + c
+    a, b = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + HALF, inside, 0.0).to(tl.float32)
     slot = tl.load(slots + token)
     if head >= heads + kv_heads:
-        out = v + slot * v_row + (head - heads - kv_heads) * 2 * half + c
+        out = v + slot * v_row + (head - heads - kv_heads) * 2 * HALF + c
         tl.store(out, a, inside)
-        tl.store(out + half, b, inside)
+        tl.store(out + HALF, b, inside)
     else:
         cos_at, sin_at = cos + token * cos_row + c, sin + token * sin_row + c
         turned = a * tl.load(cos_at, inside, 0.0).to(tl.float32) + b * tl.load(sin_at, inside, 0.0).to(tl.float32)
-        b = b * tl.load(cos_at + half, inside, 0.0).to(tl.float32) + a * tl.load(sin_at + half, inside, 0.0).to(tl.float32)
-        out = q + (token * heads + head) * 2 * half + c
+        b = b * tl.load(cos_at + HALF, inside, 0.0).to(tl.float32) + a * tl.load(sin_at + HALF, inside, 0.0).to(tl.float32)
+        out = q + (token * heads + head) * 2 * HALF + c
         if head >= heads:
-            out = k + slot * k_row + (head - heads) * 2 * half + c
+            out = k + slot * k_row + (head - heads) * 2 * HALF + c
         tl.store(out, turned, inside)
-        tl.store(out + half, b, inside)
+        tl.store(out + HALF, b, inside)
 
 
 # -------------------------------------------------------------------------------------------------------------- SwiGLU

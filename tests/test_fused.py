@@ -1,6 +1,11 @@
 """Every fused step, in PyTorch and as a kernel in Triton's interpreter, against its formula in float64; gradients too."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,3 +311,24 @@ def test_what_the_kernels_cannot_do_raises(monkeypatch):
     finally:
         kernels.set_backend("auto")
     assert fused.rms_norm(x, w, 1e-6).shape == x.shape
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
+def test_every_launch_compiles_for_hopper():
+    """At the models' sizes: no spills beyond a pair of registers that ptxas parks, and rows are read 16 bytes at a time."""
+    root = Path(__file__).parent.parent
+    if not (root / ".venv-aot/triton").is_dir():
+        pytest.fail("the pinned compiler is missing: run `make .venv-aot/triton`")
+    env = os.environ | {"PYTHONPATH": str(root / ".venv-aot"), "TRITON_CACHE_DIR": str(root / ".venv-aot/cache")}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, "tests/aot_fused.py"], cwd=root, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    kernels_met = {label.split("(")[0] for label in rows}
+    assert kernels_met == {name for name in vars(fused) if name.endswith("_kernel")}
+    for label, row in rows.items():
+        assert row["spill"] <= 8, label
+        # A label and its logit; the number of a table's row.
+        scalar = {"_softmax_gradient_kernel": 2, "_add_norm_kernel": 1, "_add_norm_backward_kernel": 1}
+        if "_rope_append" not in label:  # one head per warp: 4 bytes for each thread
+            assert row["loads"] - row["wide"] <= scalar.get(label.split("(")[0], 0), label
