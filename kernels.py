@@ -56,8 +56,9 @@ Why the numbers in HOPPER. tests/aot_sm90.json lists what each of them compiles 
 * decode: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, three stages keep it busy.
 * Causal changes no size, it shortens walks. D = 80 runs in the tiles of 128: its zero columns are multiplied but never read.
 
-Beyond plain pointers lie TMA descriptors (fewer address registers), warp specialisation, which Triton 3.6 compiles for some of
-these loops and breaks for others, and Gluon, which has no interpreter to test with: none is used here.
+Whole tiles of k and v are copied by Hopper's TMA unit, which saves the loop its address arithmetic; edges go by pointers, since
+a box would reach into the next sequence, and a NaN there times p = 0 is NaN. Not used: warp specialisation, which Triton 3.6
+compiles for some of these loops and breaks for others, and Gluon, which has no interpreter to test with.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ from checkpoint import InputError
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no wheels for macOS and Windows: there the PyTorch path is the only one
     triton = None
 
@@ -231,13 +233,23 @@ def _read(pointer, first, stride, left, rows, dims, RAGGED: tl.constexpr, D: tl.
 
 
 @_jit
+def _keys(pointer, box, head, first, stride, left, rows, dims, RAGGED: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr):
+    """A tile of keys or values of one head. Whole ones are copied by the TMA unit, which needs no address from any thread."""
+    if TMA and not RAGGED:
+        return box.load([first, head, 0]).reshape(rows.shape[0], dims.shape[0])
+    else:
+        return _read(pointer, first, stride, left, rows, dims, RAGGED, D)
+
+
+@_jit
 def _forward_step(
-    acc, l, m, q, K, V, k0, n, nk, last, sk, sv, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    acc, l, m, q, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Equations (1) to (4) for one tile of keys. last (BM,): the last key that each query reads."""
     cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
-    k = _read(K, k0 + n, sk, nk - n, cols, dims, MASKED, D)
+    k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
     s = tl.dot(q, tl.trans(k), input_precision=DOT)  # (BM, BN)
     if MASKED:
         seen = (n + cols < nk)[None, :]
@@ -247,15 +259,16 @@ def _forward_step(
     higher = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(m - higher)
-    v = _read(V, k0 + n, sv, nk - n, cols, dims, MASKED, D)
+    v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=DOT)
     return acc, l * shrink + tl.sum(p, 1), higher
 
 
 @_jit
 def _forward(
-    Q, K, V, O, LSE, TILES, CU_Q, CU_K, total, sq, hq, sk, hk, sv, hv, so, ho, scale, group,
-    CAUSAL: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    Q, K, V, k_box, v_box, O, LSE, TILES, CU_Q, CU_K, total, sq, hq, sk, hk, sv, hv, so, ho, scale, group,
+    CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM queries of one head over all keys that it sees. Grid (query heads, tiles): the heads of one tile run at
     the same time, so that a key tile comes from memory once and for the rest of its group from the L2 cache."""
@@ -265,8 +278,9 @@ def _forward(
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
     rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
-    K += (head // group) * hk
-    V += (head // group) * hv
+    kv_head = head // group
+    K += kv_head * hk
+    V += kv_head * hv
     q = _read(Q + head * hq, q0 + m0, sq, nq - m0, rows, dims, True, D)
     last = m0 + rows + (nk - nq)
     # Keys before `whole` are read by every query of the tile, in tiles without any mask; keys from `end` on by none.
@@ -279,9 +293,13 @@ def _forward(
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DIM), tl.float32)
     for n in range(0, whole, BN):
-        acc, l, m = _forward_step(acc, l, m, q, K, V, k0, n, nk, last, sk, sv, scale, False, CAUSAL, D, DIM, BN, DOT)
+        acc, l, m = _forward_step(
+            acc, l, m, q, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
+            False, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
     for n in range(whole, end, BN):
-        acc, l, m = _forward_step(acc, l, m, q, K, V, k0, n, nk, last, sk, sv, scale, True, CAUSAL, D, DIM, BN, DOT)
+        acc, l, m = _forward_step(
+            acc, l, m, q, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
+            True, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     real = rows < nq - m0
     tl.store(_tile(O + head * ho, q0 + m0, so, rows, dims), o.to(O.dtype.element_ty), mask=real[:, None] & (dims < D)[None, :])
@@ -301,12 +319,13 @@ def _delta(O, DO, DELTA, total, so, ho, sd, hd, D: tl.constexpr, DIM: tl.constex
 
 @_jit
 def _dq_step(
-    dq, q, do, lse, delta, K, V, k0, n, nk, last, sk, sv, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    dq, q, do, lse, delta, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
-    k = _read(K, k0 + n, sk, nk - n, cols, dims, MASKED, D)
-    v = _read(V, k0 + n, sv, nk - n, cols, dims, MASKED, D)
+    k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
+    v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=DOT) * scale - lse[:, None])  # (BM, BN)
     if MASKED:
         seen = (n + cols < nk)[None, :]
@@ -319,8 +338,10 @@ def _dq_step(
 
 @_jit
 def _backward_dq(
-    Q, K, V, DO, LSE, DELTA, DQ, TILES, CU_Q, CU_K, total, sq, hq, sk, hk, sv, hv, sd, hd, sg, hg, scale, scale_grad, group,
-    CAUSAL: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    Q, K, V, k_box, v_box, DO, LSE, DELTA, DQ, TILES, CU_Q, CU_K, total,
+    sq, hq, sk, hk, sv, hv, sd, hd, sg, hg, scale, scale_grad, group,
+    CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ of BM queries, equation (9): the same walk over the keys as in the forward pass."""
     head = tl.program_id(0)
@@ -330,8 +351,9 @@ def _backward_dq(
     k0, nk = _segment(CU_K, s)
     rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
     real = rows < nq - m0
-    K += (head // group) * hk
-    V += (head // group) * hv
+    kv_head = head // group
+    K += kv_head * hk
+    V += kv_head * hv
     q = _read(Q + head * hq, q0 + m0, sq, nq - m0, rows, dims, True, D)
     do = _read(DO + head * hd, q0 + m0, sd, nq - m0, rows, dims, True, D)
     lse = tl.load(LSE + head * total + q0 + m0 + rows, mask=real, other=float("inf"))
@@ -344,9 +366,13 @@ def _backward_dq(
     whole = whole // BN * BN
     dq = tl.zeros((BM, DIM), tl.float32)
     for n in range(0, whole, BN):
-        dq = _dq_step(dq, q, do, lse, delta, K, V, k0, n, nk, last, sk, sv, scale, False, CAUSAL, D, DIM, BN, DOT)
+        dq = _dq_step(
+            dq, q, do, lse, delta, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
+            False, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
     for n in range(whole, end, BN):
-        dq = _dq_step(dq, q, do, lse, delta, K, V, k0, n, nk, last, sk, sv, scale, True, CAUSAL, D, DIM, BN, DOT)
+        dq = _dq_step(
+            dq, q, do, lse, delta, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
+            True, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
     at = _tile(DQ + head * hg, q0 + m0, sg, rows, dims)
     tl.store(at, (dq * scale_grad).to(DQ.dtype.element_ty), mask=real[:, None] & (dims < D)[None, :])
 
@@ -434,7 +460,9 @@ def _decode(
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     for n in range(begin, end, BN):
-        acc, l, m = _forward_step(acc, l, m, q, K, V, k0, n, end, heads, sk, sv, scale, True, False, D, DIM, BN, DOT)
+        acc, l, m = _forward_step(
+            acc, l, m, q, K, V, K, V, kv_head, k0, n, end, heads, sk, sv, scale,
+            True, False, False, D, DIM, BN, DOT)  # fmt: skip
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     out = tl.cast(s * SPLITS + split, tl.int64)
     at = _tile(O + out * so + kv_head * group * ho, 0, ho, heads, dims)
@@ -526,6 +554,17 @@ def _constants(what: str, x: Tensor) -> tuple[Tiles, dict]:
     return t, {"D": x.shape[2], "DIM": dim, "BN": t.n, "DOT": "ieee" if x.dtype == torch.float32 else "tf32"} | launch
 
 
+def _boxes(k: Tensor, v: Tensor, t: Tiles, dim: int, architecture: int) -> tuple:
+    """(k, v, True) as the TMA unit's descriptors; (k, v, False) where there is no such unit or it cannot take these strides."""
+    aligned = all(
+        len(x) and x.data_ptr() % 16 == 0 and all(step and step * x.element_size() % 16 == 0 for step in x.stride()[:2])
+        for x in (k, v)
+    )
+    if architecture not in (0, 9) or not aligned:
+        return k, v, False
+    return *(TensorDescriptor(x, list(x.shape), list(x.stride()), [t.n, 1, dim]) for x in (k, v)), True
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     return [step for x in tensors for step in x.stride()[:2]]
 
@@ -536,11 +575,12 @@ class _Flash(torch.autograd.Function):
         o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1::-1], dtype=torch.float32)
         t, constants = _constants("forward", q)
         tiles, group = sq.tiles(sk, causal, t.m, "queries"), q.shape[1] // k.shape[1]
+        k_box, v_box, tma = _boxes(k, v, t, constants["DIM"], _architecture(q.device))
         if len(tiles):
             with torch.cuda.device_of(q):
                 _forward[q.shape[1], len(tiles)](
-                    q, k, v, o, lse, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, o), scale * LOG2E, group,
-                    CAUSAL=causal, BM=t.m, **constants)  # fmt: skip
+                    q, k, v, k_box, v_box, o, lse, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, o), scale * LOG2E, group,
+                    CAUSAL=causal, TMA=tma, BM=t.m, **constants)  # fmt: skip
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.call = sq, sk, causal, scale, deterministic
         return o
@@ -568,10 +608,11 @@ class _Flash(torch.autograd.Function):
             if deterministic:
                 t, constants = _constants("dq", q)
                 tiles = sq.tiles(sk, causal, t.m, "queries")
+                k_box, v_box, tma = _boxes(k, v, t, constants["DIM"], _architecture(q.device))
                 if len(tiles):
                     _backward_dq[q.shape[1], len(tiles)](
-                        q, k, v, do, lse, delta, dq, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, do, dq), *numbers,
-                        CAUSAL=causal, BM=t.m, **constants)  # fmt: skip
+                        q, k, v, k_box, v_box, do, lse, delta, dq, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, do, dq),
+                        *numbers, CAUSAL=causal, TMA=tma, BM=t.m, **constants)  # fmt: skip
         return dq.to(q.dtype), dk, dv, None, None, None, None, None
 
 

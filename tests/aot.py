@@ -3,7 +3,7 @@
     make aot        compiles with the pinned Triton in .venv-aot and rewrites the table
 
 Registers, stack (spilled bytes) and instructions are read from the machine code. loop: instructions of the innermost loop
-over tiles without a mask, which is where the time goes; wgmma and mma.sync are counted in the PTX.
+over tiles without a mask, which is where the time goes; TMA copies, wgmma and mma.sync are counted in the PTX.
 """
 
 import json
@@ -45,7 +45,8 @@ def cases() -> dict[str, tuple]:
             else:
                 options = {"full": {"CAUSAL": False, "BM": t.m}, "causal": {"CAUSAL": True, "BM": t.m}}
             for option, more in options.items():
-                more = more | ({"DQ_TOO": what == "onepass"} if what in ("dkv", "onepass") else {})
+                more |= {"TMA": True} if what in ("forward", "dq") else {}
+                more |= {"DQ_TOO": what == "onepass"} if what in ("dkv", "onepass") else {}
                 table[f"{what} {d} {option}"] = KERNELS[what], t, constants | more
     t = kernels.Tiles(64, 64, 4, 1)
     table["delta 128"] = kernels._delta, t, {"D": 128, "DIM": 128, "BM": 64}
@@ -59,13 +60,15 @@ def compile_one(name: str) -> dict[str, int]:
     fp32 |= {"O"} if name.startswith("decode") and constants["SPLITS"] > 1 else set()
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
+        if argument.endswith("_box"):
+            signature[argument] = f"tensordesc<bf16[{t.n}, 1, {constants['DIM']}]>"
+        elif argument in constants:
             signature[argument] = "constexpr"
         elif argument.isupper():
             signature[argument] = "*fp32" if argument in fp32 else "*i32" if argument in INT32 else "*bf16"
         else:
             signature[argument] = "fp32" if argument.startswith("scale") else "i32"
-        if argument not in constants and not argument.startswith("scale") and argument not in UNALIGNED:
+        if signature[argument][0] in "*i" and argument not in UNALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": t.warps, "num_stages": t.stages})
@@ -81,6 +84,7 @@ def compile_one(name: str) -> dict[str, int]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spill": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": binary.metadata.shared,
+        "tma": len(re.findall(r"cp\.async\.bulk\.tensor", binary.asm["ptx"])),
         "wgmma": len(re.findall(r"wgmma\.mma_async", binary.asm["ptx"])),
         "mma_sync": len(re.findall(r"\bmma\.sync", binary.asm["ptx"])),
         "loop": loop_length(sass),

@@ -35,7 +35,7 @@ def test_machine_code(compiled, name):
     new, old = compiled[name], TABLE[name]
     assert new["shared"] <= SHARED
     assert new["spill"] <= old["spill"] and not (name.startswith(("forward", "dq")) and new["spill"])
-    for kind in ("wgmma", "mma_sync"):
+    for kind in ("tma", "wgmma", "mma_sync"):
         assert new[kind] == old[kind]
     for kind in ("registers", "shared", "loop"):
         assert new[kind] <= 1.03 * old[kind], f"{kind}: {old[kind]} became {new[kind]}"

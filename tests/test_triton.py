@@ -89,6 +89,13 @@ def test_kernels_take_extreme_scores_and_plain_boundaries():
     assert distance(o, attention(*(x.double() for x in (q, k, v)), s, causal=True, scale=2.0)) <= 1e-6
 
 
+def test_kernels_take_what_the_tma_unit_cannot():
+    s = Segments([40])
+    q, k, v = (torch.randn(40 * 17 + 1)[1:].view(40, 1, 17)[..., :16] for _ in range(3))  # odd strides, off by four bytes
+    o = attention(q, k, v, s, backend="triton")
+    assert distance(o, attention(*(x.double() for x in (q, k, v)), s)) <= 1e-6
+
+
 def test_kernels_keep_neighbours_apart_and_repeat_themselves(poisoned):
     s = Segments([20, 40, 35])
     one, upstream = leaves(s, s, 2, 1, 16), torch.randn(95, 2, 16)
