@@ -5,13 +5,14 @@
     python plan.py                                            the tables of the README, in Markdown
 
 Parameters are counted on the modules, built on the meta device. FLOPs and bytes follow from shapes by the formulas below;
-tests/test_plan.py holds them against PyTorch's own FlopCounterMode, saved tensors and allocations. Times are computed, not measured.
+tests/test_plan.py holds them against PyTorch's FlopCounterMode, saved tensors and allocations. Times are computed, not measured.
 The training scripts take the FLOPs of a batch for their MFU from here: `flops` of a `Batch`, and `peak_flops` of the device.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +25,12 @@ from dit import DiT, DiTConfig
 from model import MLLM, MLLMConfig
 from model import PRESETS as MLLMS
 from vae import PRESETS as VAES
-from vae import VAE, Attention, Down, VAEConfig
+from vae import VAE, VAEConfig
 
 # Dense bf16 FLOP/s of the data sheets, by what torch.cuda.get_device_name() contains, and bytes/s of their memory.
 DEVICES = {"H200": (989e12, 4.8e12), "H100 PCIe": (756e12, 2.0e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12)}
 GB = 1e9  # as on the data sheets: an H200 has 141
-ADAM = 8  # bytes a parameter: two fp32 moments
+BYTES = {"bf16": 2, "fp32": 4}
 
 
 def peak_flops(device: str) -> float | None:
@@ -54,9 +55,8 @@ class PlanConfig:
     caption: int = 128  # tokens of a clip's dialogue; assumed
     epochs: float = 1.0  # passes over the data; assumed
     frozen: str = "fp32"  # type of the frozen weights, as stage 2 loads them
+    zero: bool = False  # AdamW's moments sharded over the GPUs (ZeroRedundancyOptimizer)
     logit_chunk: int = 0  # supervised tokens whose logits exist at a time; 0: all of them
-    fused_norm: bool = True  # CUDA's RMSNorm keeps no normalised copy of its input, the CPU's does
-    norm_free_zero: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------------ batch
@@ -148,19 +148,17 @@ def flops(stage: int, mllm: MLLMConfig, b: Batch, dit: DiTConfig | None = None, 
     return parts | {"DiT": (body + first, 2 * body + first)}
 
 
-def encoder_flops(c: VAEConfig, height: int, width: int) -> int:
-    """Of one picture; walks the encoder's convolutions and halves the sides where it does."""
-    with torch.device("meta"):
-        vae = VAE(c)
-    total, h, w = 0, height, width
-    for module in (*vae.encoder.modules(), vae.quant_conv):
-        if isinstance(module, Down):
+def encoder_flops(c: VAEConfig, h: int, w: int) -> int:
+    """Of one picture: 3 x 3 convolutions in residual blocks, halving convolutions between, one attention over all positions."""
+    dims = [c.base_dim * m for m in (1, *c.dim_mult)]
+    total = 9 * h * w * c.in_channels * dims[0]
+    for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False)):
+        total += h * w * (9 * b * (a + b) + (a != b) * a * b + (c.num_res_blocks - 1) * 18 * b * b)
+        if i < len(c.dim_mult) - 1:
             h, w = h // 2, w // 2
-        if isinstance(module, nn.Conv2d):
-            total += 2 * h * w * module.weight.numel()
-        if isinstance(module, Attention):
-            total += 4 * module.to_qkv.in_channels * (h * w) ** 2
-    return total
+            total += 9 * h * w * b * b
+    d, z = dims[-1], 2 * c.z_dim
+    return 2 * (total + h * w * (2 * 18 * d * d + 4 * d * d + 2 * d * h * w + 9 * d * z + z * z))
 
 
 # ----------------------------------------------------------------------------------------------------------------- memory
@@ -186,7 +184,7 @@ def layer_bytes(c: MLLMConfig, n: int, e: int, fused_norm: bool) -> tuple[int, i
     linears = (2 if e == 4 else 5) * h * e  # q, k, v | gate, up
     attention = (h + kv) * e + kv * e + h * e + 4 * c.num_attention_heads  # q and k, v, result, log-sum-exp
     mlp = 4 * c.intermediate_size * e  # gate, silu(gate), up, their product
-    return n * (norms + linears + attention + mlp), n * 4 * h, n * (3 * c.intermediate_size * e + 2 * 4 * h)
+    return n * (norms + linears + attention + mlp), n * 4 * h, n * (2 * c.intermediate_size * e + 4 * h)
 
 
 def vision_bytes(c, n: int, e: int, fused_norm: bool) -> tuple[int, int, int]:
@@ -195,7 +193,7 @@ def vision_bytes(c, n: int, e: int, fused_norm: bool) -> tuple[int, int, int]:
     norms = 2 * (4 * w + 4) + (0 if fused_norm else 2 * 4 * w)
     linears = (2 if e == 4 else 3) * w * e
     attention = 2 * w * e + 3 * w * e + w * e + 4 * c.num_heads
-    return n * (norms + linears + attention + 4 * c.intermediate_size * e), n * 4 * w, n * (3 * c.intermediate_size * e + 8 * w)
+    return n * (norms + linears + attention + 4 * c.intermediate_size * e), n * 4 * w, n * (2 * c.intermediate_size * e + 4 * w)
 
 
 def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int, int, int]:
@@ -205,31 +203,31 @@ def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int,
     attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # HeadNorm's, q k v and result, cross q and result
     mlp = 2 * int(d * c.mlp_ratio) * e
     context = 4 * d + heads + 2 * d * e
-    return n * (sub + attended + mlp) + m * context + groups * 4 * 12 * d, n * 4 * d, n * (mlp + 3 * 4 * d)
+    return n * (sub + attended + mlp) + m * context + groups * 4 * 12 * d, n * 4 * d, n * mlp // 2
 
 
-def peak(segments: list[Segment], e: int, checkpointing: bool, accumulate: int = 1) -> int:
+def peak(segments: list[Segment], e: int, checkpointing: bool, stay: bool = False) -> int:
     """Largest number of bytes alive in a step beside weights, EMA and moments: activations, weight casts and gradients.
 
-    Walks forward and backward once: in the backward pass activations go and gradients come, so the top may lie anywhere.
+    Walks forward and backward once: backwards activations go and gradients come, so the top may lie anywhere. stay: gradients are
+    there from the start (DDP's buckets, or an earlier micro-batch).
     """
     cast = e if e == 2 else 0
     grads = 4 * sum(s.parameters for s in segments)
-    live = top = grads if accumulate > 1 else 0
+    live = top = grads if stay else 0
     for s in segments:
         kept = s.input if checkpointing and s.input else s.saved
-        top = max(top, live + s.saved * (1 if kept == s.saved else 0) + s.input + cast * s.parameters + s.forward)
         live += kept + cast * s.parameters
-    top = max(top, live)
+        top = max(top, live + s.forward)
     if checkpointing:  # autocast drops its casts at its end, recomputation makes them again
         live -= cast * sum(s.parameters for s in segments if s.input)
     for s in reversed(segments):
         again = checkpointing and s.input
-        live += s.saved + cast * s.parameters if again else 0
-        top = max(top, live + s.backward + (4 + cast) * s.parameters)
-        live -= (s.saved + s.input if again else s.saved) + cast * s.parameters
-        live += 4 * s.parameters if accumulate == 1 else 0
-    return top
+        live += s.saved - s.input + cast * s.parameters if again else 0
+        top = max(top, live + s.backward + (4 + cast) * s.parameters // 2)  # widest in the MLP, with half the gradients there
+        live -= s.saved + cast * s.parameters
+        live += 0 if stay else 4 * s.parameters
+    return max(top, live)
 
 
 def count(module: nn.Module) -> int:
@@ -274,3 +272,182 @@ def stage2_segments(dit: DiT, b: Batch, e: int, features: int) -> list[Segment]:
     saved, stream, wide = block_bytes(c, b.latents, b.context, b.images, e)
     out += [Segment(saved, count(block), stream, 0, wide) for block in dit.transformer_blocks]
     return [*out, Segment(b.latents * (3 * 4 * d + 3 * 4 * patch), count(dit.proj_out), 0, 0, b.latents * 2 * 4 * d)]
+
+
+# ------------------------------------------------------------------------------------------------------------------- plan
+
+
+def config_of(source: str, part: str, presets: dict, parse: Callable):
+    """A preset's name, a run, a folder with config.json or with the part in it, or a Hub id: of that only this file is fetched."""
+    source = "tiny" if source.startswith("runs/tiny") and not Path(source).exists() else source  # a default, before any run
+    if source in presets:
+        return presets[source]
+    runs = sorted(Path(source).glob(f"step_*/{part}/config.json"))
+    file = next((f for f in (*runs[-1:], Path(source, part, "config.json"), Path(source, "config.json")) if f.is_file()), None)
+    hub = HUB_NAME.fullmatch(source)
+    if file is None and (hub is None or Path(source).exists()):
+        raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")
+    try:
+        file = file or hf_hub_download(hub["repo"], "config.json", subfolder=hub["folder"], revision=hub["revision"])
+    except Exception as e:  # the transports raise types of their own, without a common base
+        raise InputError(f"--{part} {source}: no config.json from the Hub ({type(e).__name__}): name a folder or a preset") from e
+    return parse(read_json(file))
+
+
+class Plan:
+    """One stage with its models on the meta device. c: the stage's own flags and those of PlanConfig."""
+
+    def __init__(self, c):
+        self.c, self.stage = c, 2 if hasattr(c, "dit") else 1
+        numbers = ("world", "mfu", "gpu_memory", "link", "picture", "pictures", "epochs", "accumulate")
+        if wrong := [name for name in numbers if getattr(c, name) <= 0]:
+            raise InputError(f"--{wrong[0]} must be positive")
+        if c.gpu not in DEVICES or c.frozen not in BYTES:
+            raise InputError(f"--gpu {c.gpu} --frozen {c.frozen}: known are {', '.join(DEVICES)}; {', '.join(BYTES)}")
+        self.e, mllm = BYTES[c.dtype], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
+        with torch.device("meta"):
+            self.mllm, self.dit, self.vae = MLLM(mllm), None, None
+            if self.stage == 2:
+                dit = config_of(c.dit, "dit", DITS, DiTConfig.from_json)
+                self.dit = DiT(replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size))
+                self.vae = VAE(config_of(c.vae, "vae", VAES, VAEConfig.from_json))
+        self.trained = count(self.dit or self.mllm)
+
+    def but(self, **changes) -> "Plan":
+        """The same models under other flags."""
+        other = copy(self)
+        other.c = replace(self.c, **changes)
+        return other
+
+    def batch(self, pair: bool = False, worst: bool = False) -> tuple[Batch, int]:
+        """A micro-batch of dialogues (or of as much in video pairs), and how many documents are in it.
+
+        The targets of stage 2 spread evenly over the pictures of a document; worst: the last ones, which see most.
+        """
+        c, m = self.c, self.mllm.config
+        pictures, text = (2, c.caption) if pair else (c.pictures, c.text)
+        merged = max(1, round(c.picture / m.vision.patch_size / m.vision.spatial_merge_size))
+        grid, length = (merged * m.vision.spatial_merge_size,) * 2, text + pictures * merged**2
+        if self.stage == 1:
+            n = min(max(1, c.tokens // length), c.documents or c.tokens)
+            return Batch.of(m, [length] * n, [grid] * n * pictures, n * text // 2), n
+        side = max(1, round(c.picture / 16)) * 16
+        patches = (side // self.vae.config.factor // self.dit.config.patch_size[1]) ** 2
+        n, t = (c.documents * max(1, c.pictures // 2), 1) if pair else (c.documents, min(c.targets, pictures))
+        seen = [2] if pair else [pictures - k if worst else math.ceil((k + 0.5) * pictures / t) for k in range(t)]
+        samples = [([patches] * j, length * j // pictures) for j in seen] * n
+        return Batch.of(m, [length] * n, [grid] * n * pictures, 0, [(side, side)] * n * pictures, samples), n
+
+    def flops(self, b: Batch) -> dict:
+        return flops(self.stage, self.mllm.config, b, self.dit and self.dit.config, self.vae and self.vae.config)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of one GPU at the highest moment of a step, by what they are. Whole but for the moments under --zero."""
+        c, p, (b, _) = self.c, self.trained, self.batch(worst=True)
+        stay = c.world > 1 or c.accumulate > 1  # DDP's buckets are the gradients and never go
+        frozen, f = 0, BYTES[c.frozen]
+        if self.stage == 1:
+            segments = stage1_segments(self.mllm, b, self.e, c.logit_chunk)
+        else:
+            segments = stage2_segments(self.dit, b, self.e, f)
+            features = b.tokens * self.dit.config.crossattn_proj_in_channels * f
+            read = 2 * features + 3 * b.tokens * self.mllm.config.intermediate_size * f  # all states beside their features
+            encode = features + sum(h * w for h, w in b.pictures) * self.vae.config.base_dim * 17  # 4 1/4 fp32 maps: measured
+            frozen = max(read, encode) + features * (c.accumulate - 1) + 4 * p * stay
+        step = max(peak(segments, self.e, c.checkpointing, stay), frozen, 4 * p)
+        rows = {"weights": 4 * p, "gradients": 4 * p, "AdamW": 8 * p // (c.world if c.zero else 1), "EMA": 4 * p}
+        rows["frozen weights"] = f * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
+        return rows | {"activations, casts": step - 4 * p}
+
+    @property
+    def total(self) -> float:
+        """GB of one GPU."""
+        return sum(self.memory().values()) / GB
+
+    def seconds(self, b: Batch) -> float:
+        """Of one step: arithmetic at the stated MFU or the all-reduce behind it, then what the optimizer reads and writes."""
+        c, parts, (top, bandwidth) = self.c, self.flops(b), DEVICES[self.c.gpu]
+        again = sum(f for k, (f, g) in parts.items() if g and k in ("vision tower", "decoder", "DiT")) if c.checkpointing else 0
+        compute = c.accumulate * (sum(map(sum, parts.values())) + again) / top / c.mfu
+        reduce = 2 * (c.world - 1) / c.world * 4 * self.trained / (c.link * GB)
+        adam = 28 / (c.world if c.zero else 1) + 16  # read p g m v, write p m v; clipping reads g, EMA reads two and writes one
+        spread = 4 * self.trained / (c.link * GB) if c.zero and c.world > 1 else 0  # the new weights, to everyone
+        return max(compute, reduce) + adam * self.trained / (0.85 * bandwidth) + spread
+
+    def schedule(self) -> tuple[float, int, float]:
+        """Seconds of a step of dialogues; steps and hours in all for the stated documents and epochs."""
+        c, steps, hours = self.c, 0, 0.0
+        for documents, pair in ((c.dialogues, False), (c.pairs if self.dit else 0, True)):
+            b, n = self.batch(pair)
+            need = math.ceil(documents * c.epochs / (n * c.accumulate * c.world))
+            steps, hours = steps + need, hours + need * self.seconds(b) / 3600
+        return self.seconds(self.batch()[0]), steps, hours
+
+    def advice(self) -> str:
+        """Whether it fits; if not, what takes the most, and the first change of flags with which it does."""
+        c, room, memory = self.c, self.c.gpu_memory, self.memory()
+        if self.total <= room:
+            return f"fits: {self.total:.1f} of {room:g} GB"
+        most = max(memory, key=memory.get)
+        text = f"does not fit: {self.total:.1f} of {room:g} GB, of which {most} {memory[most] / GB:.1f}"
+        whole = sum(memory[k] for k in ("weights", "gradients", "EMA", "frozen weights")) / GB
+        if whole > room:
+            return f"{text}; not at all under DDP, which keeps {whole:.0f} GB of weights, gradients and EMA whole: a smaller model"
+        both = {"checkpointing": True, "zero": True}
+        tries = [("--checkpointing", {"checkpointing": True}), ("--zero", {"zero": True}), ("--checkpointing --zero", both)]
+        tries += [(f"--checkpointing --zero --world {n}", both | {"world": n}) for n in (2, 4, 8, 16, 32, 64) if n > c.world]
+        fit = next((flags for flags, changes in tries if self.but(**changes).total <= room), None)
+        less = "fewer --tokens" if self.stage == 1 else "fewer --documents or --targets"
+        return f"{text}; fits with {fit}" if fit else f"{text}; {less}, a smaller --picture or a smaller model"
+
+    def report(self) -> str:
+        """What --plan prints."""
+        c, (b, n), memory = self.c, self.batch(), self.memory()
+        trained = {"DiT + connector": count(self.dit)} if self.dit else {"vision tower": count(self.mllm.visual)}
+        trained |= {} if self.dit else {"decoder": self.trained - trained["vision tower"]}
+        frozen = {"MLLM": count(self.mllm), "VAE": count(self.vae)} if self.dit else {}
+        lines = [f"stage {self.stage} on {c.world} x {c.gpu}, {c.dtype}: computed, nothing was run", "", "parameters"]
+        lines += [f"  {k:<36}{'trained':<9}{v:>15,}" for k, v in trained.items()]
+        lines += [f"  {k:<36}{'frozen':<9}{v:>15,}" for k, v in frozen.items()]
+        lines += ["", f"GB on each GPU{self.advice():>{max(46, len(self.advice()) + 4)}}"]
+        lines += [f"  {k:<36}{v / GB:>9.2f}" for k, v in memory.items()]
+        for name, flags in (("", {}), (" with checkpointing", {"checkpointing": True}), (" without", {"checkpointing": False})):
+            plain, zero = self.but(**flags), self.but(zero=True, **flags)
+            lines.append(f"  {'total' + name:<36}{plain.total:>9.2f}   with --zero {zero.total:>9.2f}")
+        if not self.dit:
+            logits = [self.but(checkpointing=False, logit_chunk=k) for k in (0, 256)]
+            sizes = [12 * min(b.supervised, k or b.supervised) * p.mllm.config.vocab_size / GB for k, p in zip((0, 256), logits)]
+            lines.append(f"  {'logits and their gradient, whole':<36}{sizes[0]:>9.2f}   256 at a time {sizes[1]:>7.2f}")
+        lines += ["", f"TFLOP of a micro-batch: {n} documents, {b.tokens:,} tokens, {b.latents:,} latent patches"]
+        lines += [f"  {k:<36}{f / 1e12:>9.3f} forward {g / 1e12:>9.3f} backward" for k, (f, g) in self.flops(b).items()]
+        step, steps, hours = self.schedule()
+        data = f"{c.dialogues:,} dialogues" + (f" and {c.pairs:,} video pairs" if self.dit else "")
+        lines += ["", f"step {step:.2f} s at {c.mfu:.0%} of {peak_flops(c.gpu) / 1e12:.0f} TFLOP/s (--mfu: assumed)"]
+        lines += [f"{data}, {c.epochs:g} times: {steps:,} steps, {hours / 24:.1f} days, {hours * c.world:,.0f} GPU-hours"]
+        return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+
+STAGE1 = {"mllm": "7B", "tokens": 4096, "documents": 0, "accumulate": 1, "dtype": "bf16", "checkpointing": True}
+STAGE2 = STAGE1 | {"dit": "2B", "vae": "wan2.1", "documents": 1, "targets": 2}
+
+
+def markdown() -> str:
+    """Both stages at 7B + 2B on 1, 8 and 64 H200: the table of docs/plan.md and of the README."""
+    head = ("stage", "H200s", "weights", "gradients", "AdamW", "EMA", "frozen", "rest", "GB of 141", "step", "days", "GPU-hours")
+    rows = [head, ["---"] * len(head)]
+    for flags in (STAGE1, STAGE2):
+        for world in (1, 8, 64):
+            plan = Plan(make_dataclass("Flags", [], bases=(PlanConfig,), namespace=flags)(world=world, zero=world > 1))
+            step, _, hours = plan.schedule()
+            cost = [f"{step:.2f} s", f"{hours / 24:.2f}", f"{hours * world:,.0f}"]
+            sizes = [f"{v / GB:.1f}" for v in plan.memory().values()]
+            fits = plan.total <= plan.c.gpu_memory
+            rows.append([f"{plan.stage}", f"{world}", *sizes, f"{plan.total:.0f}", *(cost if fits else ["does not fit", "", ""])])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -40,6 +40,7 @@ from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
 from fused import linear_cross_entropy
 from model import MLLM
+from plan import Plan, PlanConfig
 from vae import VAE
 
 
@@ -80,7 +81,15 @@ def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
             parser.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default)
         else:
             parser.add_argument(*names, dest=field.name, type=kind, default=field.default, help=f"(default {field.default})")
-    return cls(**vars(parser.parse_args(argv)))
+    parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see plan.py")
+    argv = sys.argv[1:] if argv is None else argv
+    if "--plan" in argv and not issubclass(cls, PlanConfig):
+        planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
+        print(Plan(parse_config(planned, argv, doc)).report())
+        sys.exit()
+    values = vars(parser.parse_args(argv))
+    del values["plan"]
+    return cls(**values)
 
 
 class World:
@@ -119,7 +128,8 @@ class World:
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+        options = {"device_ids": ids, "find_unused_parameters": True, "gradient_as_bucket_view": True}
+        return nn.parallel.DistributedDataParallel(module, **options)
 
     def gather(self, value: object) -> list:
         """That value of every rank."""
