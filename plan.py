@@ -5,18 +5,18 @@
     python plan.py                                            the tables of the README, in Markdown
 
 Parameters are counted on the modules, built on the meta device. FLOPs and bytes follow from shapes by the formulas below;
-tests/test_plan.py holds them against PyTorch's FlopCounterMode, saved tensors and allocations. Times are computed, not measured.
+tests/test_plan.py holds them against PyTorch's FlopCounterMode, saved tensors and allocations. Times are computed too.
 The training scripts take the FLOPs of a batch for their MFU from here: `flops` of a `Batch`, and `peak_flops` of the device.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import errors, hf_hub_download
 from torch import nn
 
 from checkpoint import HUB_NAME, InputError, read_json
@@ -80,17 +80,9 @@ class Batch:
     context_pairs: int = 0
 
     @classmethod
-    def of(
-        cls,
-        c: MLLMConfig,
-        lengths: list[int],
-        grids: Iterable[tuple[int, int]] = (),
-        supervised: int = 0,
-        pictures: Iterable[tuple[int, int]] = (),
-        samples: Iterable[tuple[list[int], int]] = (),
-    ) -> "Batch":
-        """lengths: tokens of each document. grids: vision patches (rows, columns) of its pictures, pictures: (H, W) in pixels.
-        samples of stage 2: DiT patches of each image, the target last, and how many tokens are read."""
+    def of(cls, c: MLLMConfig, lengths: list[int], grids=(), supervised: int = 0, pictures=(), samples=()) -> "Batch":
+        """lengths: tokens of each document; grids: vision patches (rows, columns) of the pictures; pictures: their (H, W).
+        samples of stage 2: of each a list of the DiT patches of its images, and how many tokens it reads."""
         window, b = c.vision.window_size // c.vision.patch_size, cls()
         b.tokens, b.token_pairs, b.supervised = sum(lengths), sum(n * (n + 1) // 2 for n in lengths), supervised
         for rows, columns in grids:
@@ -172,28 +164,22 @@ class Segment:
 
     saved: int
     parameters: int = 0
+    cast: int = 0  # bytes of its weights' casts
     input: int = 0  # bytes: all that checkpointing keeps
-    forward: int = 0  # temporary
-    backward: int = 0  # temporary
+    forward: int = 0  # temporary bytes
+    backward: int = 0
 
 
-def layer_bytes(c: MLLMConfig, n: int, e: int, fused_norm: bool) -> tuple[int, int, int]:
-    """Saved, stream and widest temporary of a decoder layer on n tokens."""
-    h, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
-    norms = 2 * (4 * h + 4) + (0 if fused_norm else 2 * 4 * h)  # input, 1 / rms, normalised input
-    linears = (2 if e == 4 else 5) * h * e  # q, k, v | gate, up
-    attention = (h + kv) * e + kv * e + h * e + 4 * c.num_attention_heads  # q and k, v, result, log-sum-exp
-    mlp = 4 * c.intermediate_size * e  # gate, silu(gate), up, their product
-    return n * (norms + linears + attention + mlp), n * 4 * h, n * (2 * c.intermediate_size * e + 4 * h)
+def layer_bytes(n: int, e: int, width: int, inner: int, heads: int, qkv: int, casts: int, fused_norm: bool):
+    """(saved, stream, widest temporary) of a decoder layer or vision block on n tokens. qkv: numbers kept of q, k, v.
 
-
-def vision_bytes(c, n: int, e: int, fused_norm: bool) -> tuple[int, int, int]:
-    """The same of a block of the vision tower on n patches; q and k are rotated copies, v holds on to all of q | k | v."""
-    w = c.hidden_size
-    norms = 2 * (4 * w + 4) + (0 if fused_norm else 2 * 4 * w)
-    linears = (2 if e == 4 else 3) * w * e
-    attention = 2 * w * e + 3 * w * e + w * e + 4 * c.num_heads
-    return n * (norms + linears + attention + 4 * c.intermediate_size * e), n * 4 * w, n * (2 * c.intermediate_size * e + 4 * w)
+    CUDA's RMSNorm keeps its input and 1 / rms, the CPU's the normalised input too. casts: linear layers behind the two norms.
+    """
+    norms = 2 * (4 * width + 4) + (0 if fused_norm else 2 * 4 * width)
+    linears = (2 if e == 4 else casts) * width * e
+    attention = (qkv + width) * e + 4 * heads  # with the result and its log-sum-exp
+    mlp = 4 * inner * e  # gate, silu(gate), up, their product
+    return n * (norms + linears + attention + mlp), n * 4 * width, n * (2 * inner * e + 4 * width)
 
 
 def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int, int, int]:
@@ -206,79 +192,69 @@ def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int,
     return n * (sub + attended + mlp) + m * context + groups * 4 * 12 * d, n * 4 * d, n * mlp // 2
 
 
-def peak(segments: list[Segment], e: int, checkpointing: bool, stay: bool = False) -> int:
+def peak(segments: list[Segment], checkpointing: bool, stay: bool = False) -> int:
     """Largest number of bytes alive in a step beside weights, EMA and moments: activations, weight casts and gradients.
 
-    Walks forward and backward once: backwards activations go and gradients come, so the top may lie anywhere. stay: gradients are
-    there from the start (DDP's buckets, or an earlier micro-batch).
+    Backwards, activations go and gradients come, so the top may lie anywhere. stay: the gradients are there from the start.
     """
-    cast = e if e == 2 else 0
-    grads = 4 * sum(s.parameters for s in segments)
-    live = top = grads if stay else 0
+    live = top = 4 * sum(s.parameters for s in segments) * stay
     for s in segments:
-        kept = s.input if checkpointing and s.input else s.saved
-        live += kept + cast * s.parameters
+        live += (s.input if checkpointing and s.input else s.saved) + s.cast
         top = max(top, live + s.forward)
-    if checkpointing:  # autocast drops its casts at its end, recomputation makes them again
-        live -= cast * sum(s.parameters for s in segments if s.input)
+    for s in segments:
+        live -= s.cast if checkpointing and s.input else 0  # autocast ends and drops them; recomputation casts again
     for s in reversed(segments):
-        again = checkpointing and s.input
-        live += s.saved - s.input + cast * s.parameters if again else 0
-        top = max(top, live + s.backward + (4 + cast) * s.parameters // 2)  # widest in the MLP, with half the gradients there
-        live -= s.saved + cast * s.parameters
-        live += 0 if stay else 4 * s.parameters
+        live += s.saved - s.input + s.cast if checkpointing and s.input else 0
+        top = max(top, live + s.backward + (4 * s.parameters + s.cast) // 2)  # widest in the MLP, with half of the gradients
+        live += (0 if stay else 4 * s.parameters) - s.saved - s.cast
     return max(top, live)
 
 
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def stage1_segments(mllm: MLLM, b: Batch, e: int, chunk: int = 0, fused_norm: bool = True) -> list[Segment]:
-    c, v, cast = mllm.config, mllm.config.vision, e == 2
-    w, pixels = v.hidden_size, v.in_channels * v.temporal_patch_size * v.patch_size**2
+    c, v, h, cast = mllm.config, mllm.config.vision, mllm.config.hidden_size, e == 2
+    w, pixels, extra = v.hidden_size, v.in_channels * v.temporal_patch_size * v.patch_size**2, 0 if fused_norm else 4
     out = [Segment(0, count(mllm.model.embed_tokens))]
     if b.patches:
-        tables = 2 * 4 * w // v.num_heads
-        out.append(Segment(b.patches * (pixels * (e if cast else 0) + tables), count(mllm.visual.patch_embed)))
-        saved, stream, wide = vision_bytes(v, b.patches, e, fused_norm)
-        out += [Segment(saved, count(block), stream, 0, wide) for block in mllm.visual.blocks]
-        merged = b.patches * (4 * w + 4 + 3 * w * e + (0 if fused_norm else 4 * w))
-        out.append(Segment(merged, count(mllm.visual.merger), 0, 0, b.patches * 3 * w * e))
-    tables = b.tokens * 2 * 4 * c.head_dim
-    saved, stream, wide = layer_bytes(c, b.tokens, e, fused_norm)
-    out += [Segment(saved, count(layer), stream, 0, wide) for layer in mllm.model.layers]
-    rows, whole = min(b.supervised, chunk or b.supervised), b.tokens * 4 * c.hidden_size
-    logits = rows * c.vocab_size * 4
-    norm = b.tokens * (2 * 4 * c.hidden_size + (0 if fused_norm else 4 * c.hidden_size)) + tables
-    head = 0 if mllm.tied else count(mllm.lm_head)
-    keep = norm + b.supervised * c.hidden_size * (4 + (e if cast else 0))
-    return [*out, Segment(keep + (0 if chunk else logits), head, 0, logits, 2 * logits + whole)]
+        tables = 2 * 4 * w // v.num_heads  # cos and sin
+        out.append(Segment(b.patches * (2 * cast * pixels + tables), count(mllm.visual.patch_embed)))
+        saved, stream, wide = layer_bytes(b.patches, e, w, v.intermediate_size, v.num_heads, 5 * w, 3, fused_norm)
+        out += [Segment(saved, n := count(block), 2 * cast * n, stream, 0, wide) for block in mllm.visual.blocks]
+        n = count(mllm.visual.merger)
+        out.append(Segment(b.patches * ((4 + extra) * w + 4 + 3 * w * e), n, 2 * cast * n, 0, 0, b.patches * 3 * w * e))
+    qkv = h + 2 * c.num_key_value_heads * c.head_dim  # rotated q | k and v; the vision tower's v holds on to all of q | k | v
+    saved, stream, wide = layer_bytes(b.tokens, e, h, c.intermediate_size, c.num_attention_heads, qkv, 5, fused_norm)
+    out += [Segment(saved, n := count(layer), 2 * cast * n, stream, 0, wide) for layer in mllm.model.layers]
+    logits = 4 * c.vocab_size * min(b.supervised, chunk or b.supervised)
+    saved = b.tokens * ((8 + extra) * h + 2 * 4 * c.head_dim) + b.supervised * h * (4 + 2 * cast) + (0 if chunk else logits)
+    head, own = count(mllm.lm_head), 0 if mllm.tied else count(mllm.lm_head)
+    return [*out, Segment(saved, own + h, 2 * cast * head, 0, logits, 2 * logits + b.tokens * 4 * h)]
 
 
 def stage2_segments(dit: DiT, b: Batch, e: int, features: int) -> list[Segment]:
-    """features: bytes of the MLLM's states per number; they stay for the connector's gradient."""
-    c = dit.config
-    d, wide_in, text = c.width, c.crossattn_proj_in_channels, c.text_embed_dim
-    cast = e if e != features else 0
-    out = [Segment(b.tokens * (wide_in * (features + cast) + 2 * text * e), count(dit.crossattn_proj))]
-    out.append(Segment(b.context * text * e, 0))
-    modulation = [dit.time_embed, dit.norm_out, *(m for x in dit.transformer_blocks for m in (x.norm1, x.norm2, x.norm3))]
-    table = b.images * 4 * 9 * d * c.num_layers
-    patch = c.out_channels * c.patch_size[1] ** 2
-    embed = b.latents * (7 * 4 * patch + 2 * 4 * c.attention_head_dim)
-    out.append(Segment(embed + table, sum(map(count, modulation)) + count(dit.patch_embed), 0, 0, table))
-    out[-1].parameters = 0  # computed in fp32, without casts: their gradients are counted with the blocks
+    """features: bytes of each number of the MLLM's states, which stay for the connector's gradient."""
+    c, d, cast, n = dit.config, dit.config.width, e == 2, count(dit.crossattn_proj)
+    connector = b.tokens * (c.crossattn_proj_in_channels * (features + e * (e != features)) + 2 * c.text_embed_dim * e)
+    out = [Segment(connector + b.context * c.text_embed_dim * e, n, 2 * cast * n)]
+    table, patch = b.images * 4 * 9 * d * c.num_layers, c.out_channels * c.patch_size[1] ** 2
+    embed = b.latents * (7 * 4 * patch + 2 * 4 * c.attention_head_dim)  # x_0, noise, mix, target and inputs; cos and sin
+    out.append(Segment(embed + table, count(dit.time_embed, dit.norm_out, dit.patch_embed), 0, 0, 0, table))
     saved, stream, wide = block_bytes(c, b.latents, b.context, b.images, e)
-    out += [Segment(saved, count(block), stream, 0, wide) for block in dit.transformer_blocks]
-    return [*out, Segment(b.latents * (3 * 4 * d + 3 * 4 * patch), count(dit.proj_out), 0, 0, b.latents * 2 * 4 * d)]
+    for block in dit.transformer_blocks:
+        n = count(block)
+        matrices = n - count(block.norm1, block.norm2, block.norm3)  # modulations are computed in fp32
+        out.append(Segment(saved, n, 2 * cast * matrices, stream, 0, wide))
+    return [*out, Segment(b.latents * (3 * 4 * d + 3 * 4 * patch), count(dit.proj_out), 0, 0, 0, b.latents * 2 * 4 * d)]
 
 
 # ------------------------------------------------------------------------------------------------------------------- plan
 
 
 def config_of(source: str, part: str, presets: dict, parse: Callable):
-    """A preset's name, a run, a folder with config.json or with the part in it, or a Hub id: of that only this file is fetched."""
+    """A preset's name, a run, a folder with the part or its config.json, or a Hub id, of which only that file is fetched."""
     source = "tiny" if source.startswith("runs/tiny") and not Path(source).exists() else source  # a default, before any run
     if source in presets:
         return presets[source]
@@ -288,10 +264,10 @@ def config_of(source: str, part: str, presets: dict, parse: Callable):
     if file is None and (hub is None or Path(source).exists()):
         raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")
     try:
-        file = file or hf_hub_download(hub["repo"], "config.json", subfolder=hub["folder"], revision=hub["revision"])
-    except Exception as e:  # the transports raise types of their own, without a common base
-        raise InputError(f"--{part} {source}: no config.json from the Hub ({type(e).__name__}): name a folder or a preset") from e
-    return parse(read_json(file))
+        place = {"subfolder": hub["folder"], "revision": hub["revision"]} if hub else {}
+        return parse(read_json(file or hf_hub_download(hub["repo"], "config.json", **place)))
+    except (OSError, errors.HfHubHTTPError) as e:
+        raise InputError(f"--{part} {source}: no config.json from the Hub ({type(e).__name__}): name a folder or preset") from e
 
 
 class Plan:
@@ -302,8 +278,8 @@ class Plan:
         numbers = ("world", "mfu", "gpu_memory", "link", "picture", "pictures", "epochs", "accumulate")
         if wrong := [name for name in numbers if getattr(c, name) <= 0]:
             raise InputError(f"--{wrong[0]} must be positive")
-        if c.gpu not in DEVICES or c.frozen not in BYTES:
-            raise InputError(f"--gpu {c.gpu} --frozen {c.frozen}: known are {', '.join(DEVICES)}; {', '.join(BYTES)}")
+        if c.gpu not in DEVICES or not {c.frozen, c.dtype} <= BYTES.keys():
+            raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen are bf16 or fp32")
         self.e, mllm = BYTES[c.dtype], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
         with torch.device("meta"):
             self.mllm, self.dit, self.vae = MLLM(mllm), None, None
@@ -354,7 +330,7 @@ class Plan:
             read = 2 * features + 3 * b.tokens * self.mllm.config.intermediate_size * f  # all states beside their features
             encode = features + sum(h * w for h, w in b.pictures) * self.vae.config.base_dim * 17  # 4 1/4 fp32 maps: measured
             frozen = max(read, encode) + features * (c.accumulate - 1) + 4 * p * stay
-        step = max(peak(segments, self.e, c.checkpointing, stay), frozen, 4 * p)
+        step = max(peak(segments, c.checkpointing, stay), frozen, 4 * p)
         rows = {"weights": 4 * p, "gradients": 4 * p, "AdamW": 8 * p // (c.world if c.zero else 1), "EMA": 4 * p}
         rows["frozen weights"] = f * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
         return rows | {"activations, casts": step - 4 * p}
@@ -390,9 +366,9 @@ class Plan:
             return f"fits: {self.total:.1f} of {room:g} GB"
         most = max(memory, key=memory.get)
         text = f"does not fit: {self.total:.1f} of {room:g} GB, of which {most} {memory[most] / GB:.1f}"
-        whole = sum(memory[k] for k in ("weights", "gradients", "EMA", "frozen weights")) / GB
+        whole = sum(memory[k] for k in memory if k not in ("AdamW", "activations, casts")) / GB
         if whole > room:
-            return f"{text}; not at all under DDP, which keeps {whole:.0f} GB of weights, gradients and EMA whole: a smaller model"
+            return f"{text}; not at all under DDP, which keeps {whole:.0f} GB of weights, gradients, EMA whole: a smaller model"
         both = {"checkpointing": True, "zero": True}
         tries = [("--checkpointing", {"checkpointing": True}), ("--zero", {"zero": True}), ("--checkpointing --zero", both)]
         tries += [(f"--checkpointing --zero --world {n}", both | {"world": n}) for n in (2, 4, 8, 16, 32, 64) if n > c.world]
@@ -415,9 +391,8 @@ class Plan:
             plain, zero = self.but(**flags), self.but(zero=True, **flags)
             lines.append(f"  {'total' + name:<36}{plain.total:>9.2f}   with --zero {zero.total:>9.2f}")
         if not self.dit:
-            logits = [self.but(checkpointing=False, logit_chunk=k) for k in (0, 256)]
-            sizes = [12 * min(b.supervised, k or b.supervised) * p.mllm.config.vocab_size / GB for k, p in zip((0, 256), logits)]
-            lines.append(f"  {'logits and their gradient, whole':<36}{sizes[0]:>9.2f}   256 at a time {sizes[1]:>7.2f}")
+            whole, chunk = (12 * n * self.mllm.config.vocab_size / GB for n in (b.supervised, min(256, b.supervised)))
+            lines.append(f"  {'logits and their gradient, whole':<36}{whole:>9.2f}   256 at a time {chunk:>7.2f}")
         lines += ["", f"TFLOP of a micro-batch: {n} documents, {b.tokens:,} tokens, {b.latents:,} latent patches"]
         lines += [f"  {k:<36}{f / 1e12:>9.3f} forward {g / 1e12:>9.3f} backward" for k, (f, g) in self.flops(b).items()]
         step, steps, hours = self.schedule()
@@ -434,18 +409,24 @@ STAGE1 = {"mllm": "7B", "tokens": 4096, "documents": 0, "accumulate": 1, "dtype"
 STAGE2 = STAGE1 | {"dit": "2B", "vae": "wan2.1", "documents": 1, "targets": 2}
 
 
+def example(flags: dict, **changes) -> Plan:
+    """A plan without a script: STAGE1 or STAGE2, changed."""
+    own = [(k, type(v), v) for k, v in flags.items()]
+    return Plan(make_dataclass("Flags", own, bases=(PlanConfig,))(**changes))
+
+
 def markdown() -> str:
-    """Both stages at 7B + 2B on 1, 8 and 64 H200: the table of docs/plan.md and of the README."""
-    head = ("stage", "H200s", "weights", "gradients", "AdamW", "EMA", "frozen", "rest", "GB of 141", "step", "days", "GPU-hours")
+    """Both stages at 7B + 2B on 1, 8 and 64 H200s, GB on each by what they are: the table of docs/plan.md and of the README."""
+    head = "stage", "H200s", "weights", "gradients", "AdamW", "EMA", "frozen", "rest", "GB of 141", "step", "days", "GPU-hours"
     rows = [head, ["---"] * len(head)]
     for flags in (STAGE1, STAGE2):
         for world in (1, 8, 64):
-            plan = Plan(make_dataclass("Flags", [], bases=(PlanConfig,), namespace=flags)(world=world, zero=world > 1))
+            plan = example(flags, world=world, zero=world > 1)
             step, _, hours = plan.schedule()
             cost = [f"{step:.2f} s", f"{hours / 24:.2f}", f"{hours * world:,.0f}"]
-            sizes = [f"{v / GB:.1f}" for v in plan.memory().values()]
-            fits = plan.total <= plan.c.gpu_memory
-            rows.append([f"{plan.stage}", f"{world}", *sizes, f"{plan.total:.0f}", *(cost if fits else ["does not fit", "", ""])])
+            sizes = [*(f"{v / GB:.1f}" for v in plan.memory().values()), f"{plan.total:.0f}"]
+            cost = cost if plan.total <= plan.c.gpu_memory else ["does not fit", "", ""]
+            rows.append([f"{plan.stage}", f"{world}", *sizes, *cost])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
