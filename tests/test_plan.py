@@ -227,13 +227,13 @@ def test_what_does_not_fit_is_said_with_its_remedy():
     assert totals[0] > 141 > totals[1]
     assert "not at all under DDP" in plan.example(plan.STAGE1, mllm="32B", world=64, zero=True).advice()
     assert plan.example(plan.STAGE1, mllm="3B").advice().startswith("fits")
-    wide = plan.example(plan.STAGE2, checkpointing=False, documents=4)
+    wide = plan.example(plan.STAGE2, documents=4)
     assert "does not fit" in wide.advice() and wide.advice().endswith("--checkpointing")
-    assert plan.example(plan.STAGE2, documents=4).advice().startswith("fits")
+    assert plan.example(plan.STAGE2, documents=4, checkpointing=True).advice().startswith("fits")
 
 
 def test_more_gpus_and_checkpointing_cost_what_they_must():
-    plain, again = plan.example(plan.STAGE2, checkpointing=False), plan.example(plan.STAGE2)
+    plain, again = (plan.example(plan.STAGE2, checkpointing=on) for on in (False, True))
     b, _ = plain.batch()
     parts = plain.flops(b)
     extra = again.seconds(b) - plain.seconds(b)
