@@ -293,24 +293,24 @@ class Plan:
 
     def memory(self) -> dict[str, int]:
         """Bytes of one GPU at the highest moment of a step, by what they are. Whole but for the moments under --zero."""
-        c, p, (b, _), frozen, f = self.c, self.trained, self.batch(worst=True), 0, BYTES[self.c.frozen]
+        c, p, (b, _), frozen, held, f = self.c, self.trained, self.batch(worst=True), 0, 0, BYTES[self.c.frozen]
         stay = c.world > 1 or c.accumulate > 1  # DDP's buckets are the gradients and never go
         if self.stage == 1:
             segments = stage1_segments(self.mllm, b, self.e, c.logit_chunk)
         else:
             segments = stage2_segments(self.dit, b, self.e, f)
             features = b.tokens * self.dit.config.crossattn_proj_in_channels * f
-            read = 2 * features + 3 * b.tokens * self.mllm.config.intermediate_size * f  # all states beside their features
-            encode = features + sum(h * w for h, w in b.pictures) * self.vae.config.base_dim * 17  # 4 1/4 fp32 maps: measured
-            frozen = max(read, encode) + features * (c.accumulate - 1) + 4 * p * stay
-        step = max(peak(segments, c.checkpointing, stay), frozen, 4 * p)
+            m, e = self.mllm.config, min(f, self.e)  # a layer beside the states, or all of these beside their features, or
+            layer, norm = b.tokens * (3 * m.intermediate_size * e + 8 * m.hidden_size), b.tokens * 12 * m.hidden_size
+            encode = sum(h * w for h, w in b.pictures) * self.vae.config.base_dim * 17  # the VAE's 4 1/4 fp32 maps: measured
+            frozen, held = features + max(layer, features + norm, encode) + 4 * p * stay, features * (c.accumulate - 1)
+        step = max(peak(segments, c.checkpointing, stay), frozen, 4 * p) + held
         rows = {"weights": 4 * p, "gradients": 4 * p, "AdamW": 8 * p // (c.world if c.zero else 1), "EMA": 4 * p}
         rows["frozen weights"] = f * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
         return rows | {"activations, casts": step - 4 * p}
 
     @property
-    def total(self) -> float:
-        """GB of one GPU."""
+    def total(self) -> float:  # GB of one GPU
         return sum(self.memory().values()) / GB
 
     def seconds(self, b: Batch) -> float:
@@ -369,8 +369,8 @@ class Plan:
         lines += [f"  {k:<36}{f / 1e12:>9.3f} forward {g / 1e12:>9.3f} backward" for k, (f, g) in self.flops(b).items()]
         (step, steps, hours), clips = self.schedule(), f" and {c.pairs:,} video pairs" if self.dit else ""
         lines += ["", f"step {step:.2f} s at {c.mfu:.0%} of {peak_flops(c.gpu) / 1e12:.0f} TFLOP/s (--mfu: assumed)"]
-        lines += [f"{c.dialogues:,} dialogues{clips}, {c.epochs:g} times: {steps:,} steps, {hours / 24:.1f} days, {hours * c.world:,.0f} GPU-hours"]
-        return "\n".join(lines)
+        lines += [f"{c.dialogues:,} dialogues{clips}, {c.epochs:g} times: {steps:,} steps, in all"]
+        return "\n".join([*lines, f"{hours:,.1f} hours, {hours / 24:.1f} days, {hours * c.world:,.0f} GPU-hours"])
 
 
 STAGE1 = {"mllm": "7B", "tokens": 4096, "documents": 0, "accumulate": 1, "dtype": "bf16", "checkpointing": True}
