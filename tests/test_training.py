@@ -75,9 +75,10 @@ def test_resumed_run_equals_the_straight_one(stage, parts, tmp_path):
     stopped = Run.update
 
     def die_after_saving(self, *args):
-        stopped(self, *args)
+        result = stopped(self, *args)
         if self.step == 2:
             raise KeyboardInterrupt
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "update", die_after_saving)
