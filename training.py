@@ -484,7 +484,10 @@ class Run:
                 self.ema[i].copy_(f.get_tensor(f"ema.{name}"))
                 moments = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in keys and id(p) in own]
                 if moments:
-                    optimizer.state[p] = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in moments}
+                    state = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in moments}
+                    # In the parameter's memory layout (channels last): the fused step reads both as they lie in memory.
+                    laid = {k: torch.empty_like(p.detach()).copy_(v) for k, v in state.items() if k != "step"}
+                    optimizer.state[p] = state | laid
         if self.world.main:
             print(f"resumed {folder} after {self.seconds / 60:.1f} min of training", flush=True)
             old, new = about.get("config", {}), dataclasses.asdict(self.config)
