@@ -33,8 +33,7 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def parts(tmp_path_factory):
+def make_parts(folder: Path) -> Path:
     """mllm/, dit/ and vae/ folders of a system far smaller than the miniature."""
     import sketchbook
     from dit import DiT, DiTConfig
@@ -44,7 +43,6 @@ def parts(tmp_path_factory):
     from vae import PRESETS as VAE_PRESETS
     from vae import VAE
 
-    folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     texts = [p["text"] for s in range(60) for m in sketchbook.dialogue(s)["messages"] for p in m["content"] if "text" in p]
     tokenizer = train_bpe(texts, 600)
@@ -58,3 +56,8 @@ def parts(tmp_path_factory):
     DiT.from_config(dit).save_pretrained(folder / "dit")
     VAE.from_config(VAE_PRESETS["tiny"]).save_pretrained(folder / "vae")
     return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("parts"))

@@ -72,6 +72,10 @@ def rank_main(kind, c, rank, size, port, log, hook) -> None:
         if hook:
             hook[0](rank, *hook[1:])
         training.main(lambda: train[kind](c))
+    except SystemExit as e:  # at once: the end of a forked process would wait for its data worker
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(e.code)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
