@@ -27,10 +27,12 @@ Exit status: 0 all is well, 1 some records are not, 2 there is nothing to work w
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import pickle
+import signal
 import sys
 from array import array
 from collections import Counter
@@ -71,6 +73,7 @@ class Document:
     pixels: Tensor | None  # (P, 3 * 2 * p * p), the patches of all pictures, None without pictures
     grids: list[tuple[int, int]]  # patches (h, w) of every picture
     pictures: list[Tensor]  # (3, H, W) in [-1, 1] for the VAE; empty if they were not asked for
+    name: str = ""  # where its record stands, as FILE:LINE or "seed:NUMBER"; set by `Stream`
 
     def __len__(self) -> int:
         return len(self.rendered.ids)
@@ -260,7 +263,8 @@ class Stream:
     epochs: only with `Lines`; None goes on for ever.
 
     Item number n of the whole sequence belongs to rank n % world_size. `position` counts the items of this rank that are
-    done, bad ones included; it is the whole state.
+    done, bad ones included. It is the whole state, unless the run has gone on with another number of ranks: then what the old
+    ranks had left open between them, `late`, takes the places up to `until`, and those before stand for what is done.
     """
 
     def __init__(
@@ -280,18 +284,40 @@ class Stream:
         self.prepare, self.workers, self.ahead = prepare, workers, ahead
         self.end = 2**62 if epochs is None else epochs * len(source)
         self.quarantine = quarantine or Quarantine()
-        self.position = 0
+        self.position, self.late, self.until = 0, [], 0
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    def state_dict(self) -> dict:
+        more = {"late": self.late, "until": self.until} if self.position * self.world_size + self.rank < self.until else {}
+        return {"position": self.position, **more}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+    @property
+    def place(self) -> int | dict:
+        """`state_dict` as short as it can be: mostly the position alone."""
+        state = self.state_dict()
+        return state if "late" in state else self.position
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position, self.late, self.until = state["position"], state.get("late", []), state.get("until", 0)
+
+    def resume(self, states: list[dict]) -> None:
+        """Continue where a run stood, given the state of each of its ranks. Costs what its ranks were apart, no more."""
+        if len(states) == self.world_size:
+            return self.load_state_dict(states[self.rank])
+        self.load_state_dict(max(states, key=lambda state: state.get("until", 0)))
+        ranks, done = len(states), [state["position"] for state in states]
+        until = max(self.until, *(p * ranks for p in done))
+        late = [self._number(k) for k in range(min(done) * ranks, until) if k // ranks >= done[k % ranks]]
+        self.position = -((self.rank - sum(done)) // self.world_size)  # the first place of this rank behind sum(done) places
+        self.late, self.until = late, until
+
+    def _number(self, place: int) -> int:
+        before = place - self.until  # negative within `late`, which ends at `until`
+        return self.late[before] if -len(self.late) <= before < 0 else place
 
     def __getitem__(self, number: int) -> object:
         """Item `number` of the whole sequence; a Problem stands for a record that cannot be used."""
-        where = ("record", number)
+        where = ("seed", (self.seed << 32) + number)
         try:
             if isinstance(self.source, Lines):
                 epoch, k = divmod(number, len(self.source))
@@ -301,15 +327,19 @@ class Stream:
                 where = self.source.where(i)
                 record = self.source[i]
             else:
-                record = self.source((self.seed << 32) + number)
-            return self.prepare(record) if self.prepare else record
+                record = self.source(where[1])
+            item = self.prepare(record) if self.prepare else record
+            if isinstance(item, Document):
+                item.name = "{}:{}".format(*where)
+            return item
         except BadRecord as e:
             return e.args[0]
         except InputError as e:
             return Problem(*where, "", one_line(e))
 
     def __iter__(self) -> Iterator[object]:
-        numbers = range(self.position * self.world_size + self.rank, self.end, self.world_size)
+        places = itertools.count(self.position * self.world_size + self.rank, self.world_size)
+        numbers = itertools.takewhile(lambda number: number < self.end, map(self._number, places))
         if self.workers:
             # Items travel pickled: as tensors each would hold a file descriptor, and a pack has thousands. The generator keeps
             # the loader from drawing from, and so moving on, the training's own random numbers.
@@ -320,6 +350,7 @@ class Stream:
                 num_workers=self.workers,
                 prefetch_factor=max(2, self.ahead // self.workers),
                 collate_fn=pickle.dumps,
+                worker_init_fn=outlive_one_signal,
                 generator=torch.Generator(),
             )
             items = map(pickle.loads, items)
@@ -339,21 +370,31 @@ class Stream:
                 yield item
 
 
+def outlive_one_signal(worker: int) -> None:
+    """A SIGTERM to the whole process group asks the training to finish its step, for which it needs its workers.
+
+    The second one, which the loader sends to a worker that is left over, ends it.
+    """
+    signals = itertools.count()
+    signal.signal(signal.SIGTERM, lambda *_: next(signals) and os._exit(0))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def batches(
     stream: Stream, *, tokens: int | None = None, documents: int | None = None
-) -> Iterator[tuple[list[Document], int]]:
-    """Lists of documents within a budget of tokens, of documents or both, and the position that continues behind each.
+) -> Iterator[tuple[list[Document], int | dict]]:
+    """Lists of documents within a budget of tokens, of documents or both, and the place that continues behind each.
 
     A document that does not fit opens the next list; one that is over the budget alone is a list of its own.
     """
-    batch, size, position = [], 0, stream.position
+    batch, size, position = [], 0, stream.place
     for document in stream:
         if batch and tokens and size + len(document) > tokens:
             yield batch, position
             batch, size = [], 0
         batch.append(document)
         size += len(document)
-        position = stream.position
+        position = stream.place
         if len(batch) == documents:
             yield batch, position
             batch, size = [], 0
@@ -384,18 +425,18 @@ def loader(
     *,
     tokens: int | None = None,
     documents: int | None = None,
-    position: int | list[int] | None = None,
+    position: list[int | dict] | None = None,
     max_tokens: int | None = None,
     pictures: bool = True,
     max_area: int | None = None,
     targets_only: bool = False,
     **options,
-) -> Iterator[tuple[list[Document], int]]:
+) -> Iterator[tuple[list[Document], int | dict]]:
     """What the stages read: `batches` of tokenised documents from a `Stream`, with the position to save beside a checkpoint.
 
-    position: the last one given, or every rank's in a list; a list of another length, from a run with more or fewer processes,
-    continues at the same place in the whole, give or take a few documents. max_tokens defaults to `tokens`; it, pictures,
-    max_area and targets_only are those of `tokenize`, other options those of `Stream`.
+    position: every rank's last one. Another number of ranks reads the same documents on, none twice and none left out.
+    max_tokens defaults to `tokens`; it, pictures, max_area and targets_only are those of `tokenize`, other options those of
+    `Stream`.
     """
     prepare = partial(
         tokenize,
@@ -407,9 +448,8 @@ def loader(
         targets_only=targets_only,
     )
     stream = Stream(source, prepare=prepare, ahead=max(16, documents or 0), **options)
-    if isinstance(position, list):
-        position = position[stream.rank] if len(position) == stream.world_size else sum(position) // stream.world_size
-    stream.position = position or 0
+    if position:
+        stream.resume([{"position": p} if isinstance(p, int) else p for p in position])
     listed = batches(stream, tokens=tokens, documents=documents)
     return ((sorted(batch, key=len), at) for batch, at in listed)  # like lengths side by side: attention pads least
 

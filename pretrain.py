@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sketchbook
 from checker import judge
@@ -38,10 +38,12 @@ from vae import PRESETS as VAE_PRESETS
 from vae import VAE, to_image, to_tensor
 
 
-def stream(item, c: TrainConfig, world: World, position: int | None, documents: int) -> Iterator[tuple[list, int]]:
+def stream(item, c: TrainConfig, world: World, position: list | int | None, documents: int) -> Iterator[tuple[list, int]]:
     """Lists of procedural items, item(seed), prepared by a background process, from where the run stopped."""
     source = Stream(item, seed=c.seed, rank=world.rank, world_size=world.size, workers=1)
-    source.position = position or 0
+    if position:
+        places = position if isinstance(position, list) else [position]
+        source.resume([{"position": p} if isinstance(p, int) else p for p in places])
     return batches(source, documents=documents)
 
 
@@ -63,20 +65,26 @@ class VAEConfig(TrainConfig):
     kl: float = 2e-3
 
 
-def picture(size: int, seed: int) -> Tensor:
-    return to_tensor(sketchbook.pictures(seed, 1, size)[0])
+def picture(size: int, seed: int) -> tuple[str, Tensor]:
+    return f"seed:{seed}", to_tensor(sketchbook.pictures(seed, 1, size)[0])
 
 
-def vae_loss(vae: VAE, x: Tensor, kl_weight: float, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+class VAELoss(nn.Module):
     """L1 on pixels and on their differences (edges: most of a page is blank) + KL of the posterior to N(0, 1)."""
-    mean, logvar = (m.float() for m in vae.encode(x))                                  # (B, z, h, w) each
-    y = vae.decode(mean + (0.5 * logvar).exp() * noise).float()                        # (B, 3, H, W)
-    d = y - x
-    l1 = d.abs().mean()
-    edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    psnr = -10 * torch.log10((y.clamp(-1, 1) - x).square().mean() / 4)
-    return l1 + edges + kl_weight * kl, {"l1": l1.item(), "edges": edges.item(), "kl": kl.item(), "psnr": psnr.item()}
+
+    def __init__(self, vae: VAE, kl: float):
+        super().__init__()
+        self.vae, self.kl = vae, kl
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mean, logvar = (m.float() for m in self.vae.encode(x))                         # (B, z, h, w) each
+        y = self.vae.decode(mean + (0.5 * logvar).exp() * noise).float()               # (B, 3, H, W)
+        d = y - x
+        l1 = d.abs().mean()
+        edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        psnr = -10 * torch.log10((y.clamp(-1, 1) - x).square().mean() / 4)
+        return l1 + edges + self.kl * kl, {"l1": l1.detach(), "edges": edges.detach(), "kl": kl.detach(), "psnr": psnr.detach()}
 
 
 @torch.no_grad()
@@ -96,31 +104,35 @@ def measure_latents(vae: VAE, pictures: Tensor) -> None:
 
 
 def train_vae(c: VAEConfig) -> None:
-    world = World(c.device)
-    if world.size > 1:
-        raise InputError("pretrain.py runs in one process; the two stages run under torchrun")
+    world = World(c.device, c.timeout)
     torch.manual_seed(c.seed)
     vae = VAE.from_config(VAE_PRESETS["tiny"]).to(world.device, memory_format=torch.channels_last)
-    print_trained({"vae": vae}, {})
-    fixed = torch.stack([picture(c.size, 10**12 + i) for i in range(256)]).to(world.device)
+    if world.main:
+        print_trained({"vae": vae}, {})
+    fixed = torch.stack([picture(c.size, 10**12 + i)[1] for i in range(256)]).to(world.device)
 
     def save(folder: Path, vae: VAE) -> None:
         measure_latents(vae, fixed)
         vae.save_pretrained(folder / "vae", dtype=torch.float16)
 
     run = Run(c, world, vae, save)
+    loss_of = world.wrap(VAELoss(vae, c.kl), compile=c.compile)
     data = stream(partial(picture, c.size), c, world, run.position, c.batch)
     for step in run.loop():
-        pictures, position = next(data)
+        items, place = next(data)
+        names, pictures = zip(*items, strict=True)
         x = torch.stack(pictures).to(world.device, memory_format=torch.channels_last)
-        noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=generator(c.seed, step))
+        g = generator(c.seed, step * world.size + world.rank)
+        noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
         with world.autocast(c.dtype):
-            loss, stats = vae_loss(vae, x, c.kl, noise.to(world.device))
+            loss, parts = loss_of(x, noise.to(world.device))
         loss.backward()
-        run.update({"loss": loss.item(), **stats, "images": len(x)}, position)
+        means = {k: v.item() / world.size for k, v in {"loss": loss, **parts}.items()}
+        run.update({**means, "images": len(x)}, place, names)
         if run.sheet_due:
             vae_sheet(run, vae, fixed[:16])
-    if run.step >= c.steps:
+    world.close()
+    if run.step >= c.steps and world.main:
         with run.averaged():
             vae_gate(vae, c)
 
@@ -183,30 +195,35 @@ def reading(c: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, seed
 
 
 def train_mllm(c: MLLMConfig) -> None:
-    world = World(c.device)
+    world = World(c.device, c.timeout)
     torch.manual_seed(c.seed)
     tokenizer = train_bpe(corpus(1500), c.vocabulary)
     config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
     processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=c.size**2)
     mllm = MLLM.from_config(config).to(world.device)
-    print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
+    if world.main:
+        print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
     def save(folder: Path, mllm: MLLM) -> None:
         for part in (mllm, tokenizer, processor):
             part.save_pretrained(folder / "mllm")
 
-    run, loss_of = Run(c, world, mllm, save), LanguageLoss(mllm)
+    run = Run(c, world, mllm, save)
+    loss_of = world.wrap(LanguageLoss(mllm), compile=c.compile, find_unused=True)  # a batch may have no picture
     data = stream(partial(reading, c, tokenizer, processor), c, world, run.position, c.batch)
     for step in run.loop():
-        documents, position = next(data)
+        documents, place = next(data)
         batch = pack_documents(documents).to(world.device)
+        targets = world.sum((batch.labels >= 0).sum().item())
         with world.autocast(c.dtype):
-            loss = loss_of(batch) / (batch.labels >= 0).sum()
-        if step == 0:
+            share = loss_of(batch) / targets
+        (share * world.size).backward()  # DDP takes the mean over ranks
+        stats = {"loss": share.item(), "tokens": len(batch.ids), "documents": len(documents)}
+        stats = run.update(stats, place, [d.name for d in documents])
+        if step == 0 and world.main:
             guess = math.log(config.vocab_size)
-            check_step0("cross-entropy", loss.item(), 0.9 * guess, 1.2 * guess)
-        loss.backward()
-        run.update({"loss": loss.item(), "tokens": len(batch.ids), "documents": len(documents)}, position)
+            check_step0("cross-entropy", stats["loss"], 0.9 * guess, 1.2 * guess)
+    world.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------- DiT
@@ -251,7 +268,7 @@ def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, 
 
 
 def train_dit(c: DiTConfig) -> None:
-    world = World(c.device)
+    world = World(c.device, c.timeout)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -259,26 +276,31 @@ def train_dit(c: DiTConfig) -> None:
     vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
     width = mllm.config.num_hidden_layers * mllm.config.hidden_size
     dit = DiT.from_config(dataclasses.replace(DIT_PRESETS["tiny"], crossattn_proj_in_channels=width)).to(world.device)
-    print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
+    if world.main:
+        print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
 
     run = Run(c, world, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
-    loss_of = FlowLoss(dit, c.condition_time)
+    loss_of = world.wrap(FlowLoss(dit, c.condition_time), compile=c.compile)
     data = stream(partial(film, c, tokenizer), c, world, run.position, c.batch)
     for step in run.loop():
-        documents, position = next(data)
-        g = generator(c.seed, step)
+        documents, place = next(data)
+        g = generator(c.seed, step * world.size + world.rank)
         with world.autocast(c.dtype):
             samples = film_samples(documents, mllm, vae, c, world, g)
             t = train_times(len(documents), c.shift, g)
             error, count = loss_of(samples, t, g)
-        loss = error.sum() / count.sum()
-        if step == 0:
+        tokens = world.sum(count.sum().item())
+        share = error.sum() / tokens
+        (share * world.size).backward()  # DDP takes the mean over ranks
+        parts = flow_statistics(t, error.detach().cpu(), count.cpu())
+        stats = {"loss": share.item(), **parts, "images": count.sum().item() / 16}
+        stats = run.update(stats, place, [d.name for d in documents])
+        if step == 0 and world.main:
             guess = 1 + mean_square(samples.latents)
-            check_step0("flow loss", loss.item(), 0.9 * guess, 1.1 * guess)
-        loss.backward()
-        run.update({"loss": loss.item(), **flow_statistics(t, error, count), "images": int(count.sum()) // 16}, position)
+            check_step0("flow loss", stats["loss"], 0.9 * guess, 1.1 * guess)
         if run.sheet_due:
             film_sheet(run, c, tokenizer, mllm, dit, vae)
+    world.close()
 
 
 def mean_square(latents: list[list[Tensor]]) -> float:

@@ -39,7 +39,7 @@ class Stage1Config(TrainConfig):
 
 
 def train(c: Stage1Config) -> None:
-    world = World(c.device)
+    world = World(c.device, c.timeout)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
@@ -53,7 +53,7 @@ def train(c: Stage1Config) -> None:
             part.save_pretrained(folder / "mllm")
 
     run = Run(c, world, mllm, save)
-    loss_of = world.wrap(LanguageLoss(mllm))
+    loss_of = world.wrap(LanguageLoss(mllm), compile=c.compile, find_unused=True)  # a batch may have no picture
     shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1}
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "documents": c.documents or None}
@@ -62,19 +62,18 @@ def train(c: Stage1Config) -> None:
         micro = [next(data) for _ in range(c.accumulate)]
         packs = [pack_documents(documents).to(world.device) for documents, _ in micro]
         targets = world.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
-        total = 0.0
+        loss = 0.0
         for a, pack in enumerate(packs):
             with world.synchronised(loss_of, a == c.accumulate - 1):
                 with world.autocast(c.dtype):
-                    loss = loss_of(pack) * (world.size / targets)  # DDP takes the mean over ranks
-                loss.backward()
-            total += loss.item() / world.size
-        total = world.sum(total)
+                    share = loss_of(pack) / targets
+                (share * world.size).backward()  # DDP takes the mean over ranks
+            loss += share.item()
+        names = [d.name for documents, _ in micro for d in documents]
+        stats = {"loss": loss, "tokens": sum(len(pack.ids) for pack in packs), "documents": len(names)}
+        stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
-            check_step0("cross-entropy", total, 0.0, math.log(tokenizer.vocab_size))  # less than a guess
-        tokens, documents = sum(len(pack.ids) for pack in packs), sum(len(d) for d, _ in micro)
-        stats = {"loss": total, "tokens": world.sum(tokens), "documents": world.sum(documents)}
-        run.update(stats, world.gather(micro[-1][1]))
+            check_step0("cross-entropy", stats["loss"], 0.0, math.log(tokenizer.vocab_size))  # less than a guess
         if run.sheet_due:
             sample_sheet(run, c, source, tokenizer, processor, mllm)
     world.close()

@@ -19,8 +19,8 @@ from data import Document, loader, open_source
 from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from tokenizer import Tokenizer
-from training import FlowLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator, main
-from training import parse_config, part_folder, print_trained, read, sheet
+from training import FlowLoss, Run, Samples, TrainConfig, World, add_statistics, check_step0, encode, flow_statistics
+from training import generator, main, parse_config, part_folder, print_trained, read, sheet
 from vae import VAE, to_image
 
 
@@ -60,7 +60,7 @@ def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Confi
 
 
 def train(c: Stage2Config) -> None:
-    world = World(c.device)
+    world = World(c.device, c.timeout)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
@@ -72,7 +72,7 @@ def train(c: Stage2Config) -> None:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
 
     run = Run(c, world, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
-    loss_of = world.wrap(FlowLoss(dit, c.condition_time))
+    loss_of = world.wrap(FlowLoss(dit, c.condition_time), compile=c.compile)
     shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1, "targets_only": True}
     source = open_source(c.data, c.kinds)
     data = loader(source, tokenizer, processor, documents=c.documents, position=run.position, **shard)
@@ -84,21 +84,21 @@ def train(c: Stage2Config) -> None:
             samples = [draw_samples(d, mllm, vae, c, world.device, g) for (d, _), g in zip(micro, chance, strict=True)]
         numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
         tokens = world.sum(numbers / dit.proj_out.out_features)
-        stats, images = {"loss": 0.0}, 0
+        loss, parts = 0.0, {}
         for a, s in enumerate(samples):
             t = train_times(len(s.rows), c.shift, chance[a])
             with world.synchronised(loss_of, a == c.accumulate - 1):
                 with autocast:
                     error, count = loss_of(s, t, chance[a])
-                loss = error.sum() * (world.size / tokens)  # DDP takes the mean over ranks
-                loss.backward()
-            stats["loss"] += loss.item() / world.size
-            stats |= flow_statistics(t, error.detach().cpu(), count.cpu())
-            images += len(s.rows)
-        stats["loss"] = world.sum(stats["loss"])
+                share = error.sum() / tokens
+                (share * world.size).backward()  # DDP takes the mean over ranks
+            loss += share.item()
+            parts = add_statistics(parts, flow_statistics(t, error.detach().cpu(), count.cpu()))
+        names = [d.name for documents, _ in micro for d in documents]
+        stats = {"loss": loss, **parts, "images": sum(len(s.rows) for s in samples)}
+        stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size
-        run.update({**stats, "images": world.sum(images)}, world.gather(micro[-1][1]))
         if run.sheet_due:
             sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae)
     world.close()

@@ -1,22 +1,37 @@
 """What the training scripts share: flags, processes, schedule, optimizer, EMA, log, checkpoints. The loops stay in the scripts.
 
-A run lives in one folder and continues by itself when the same command is given again:
+A run lives in one folder and continues by itself, bit for bit, when the same command is given again:
 
     runs/x/config.json              the resolved settings of the last start
     runs/x/metrics.jsonl            one line per logged step
+    runs/x/index.html               the curves, the newest samples and the settings on one page
+    runs/x/skipped.jsonl            steps without a finite loss or gradient, and the documents in them
     runs/x/step_000500/PART/        EMA weights in the published layout: what sample.py loads
     runs/x/step_000500/trainer.safetensors, state.json   live weights, AdamW moments, step, position in the data
+    runs/x/step_000500/about.json   seed, hash of the code, package versions, settings, training time
+    runs/x/step_000500/SHA256SUMS   of all its files; `sha256sum -c SHA256SUMS` checks them too
     runs/x/samples/                 sheets of samples with their prompts
 
 Randomness is a function of (seed, step, rank), never of a generator's history, so a resumed run needs no generator state.
+SIGTERM and SIGUSR1 to any rank: all ranks finish the step, save and exit 0. A rank that hangs prints where after --timeout
+seconds, and every rank has ended --timeout + 30 s later at most (the 30 s are torchrun's own before it kills).
 """
 
 import argparse
 import contextlib
 import dataclasses
+import datetime
+import errno
+import faulthandler
+import hashlib
+import importlib.metadata
 import json
+import math
 import os
+import platform
+import resource
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -30,10 +45,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import runpage
 from checkpoint import InputError, pick_device, write_json
 from connector import features
 from data import Document, pack_documents
@@ -61,11 +77,16 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per step
     seed: int = 0
     device: str = "auto"
-    dtype: str = "bf16"  # autocast type of the forward pass; weights and optimizer stay fp32
+    dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
+    compile: bool = False  # torch.compile of the loss
+    zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
+    timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
+    max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
     log_every: int = 20
     save_every: int = 500
     sheet_every: int = 500  # steps between sheets of samples; 0 = none
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # newest checkpoints kept, two at least: a damaged one must not be the only one
+    keep_every: int = 0  # the checkpoint of every so many steps is kept for good; 0 = none
 
 
 def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
@@ -95,7 +116,7 @@ def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
 class World:
     """This process among its peers: one plain process, or one rank under torchrun (NCCL on GPUs, gloo on CPUs)."""
 
-    def __init__(self, device: str = "auto"):
+    def __init__(self, device: str = "auto", timeout: float = 900.0):
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = pick_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -106,44 +127,70 @@ class World:
         np.finfo(np.float32), np.finfo(np.float64)
         torch.set_flush_denormal(True)
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
-        self.main = self.rank == 0
+            limit = datetime.timedelta(seconds=timeout)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+        self.main, self.timeout = self.rank == 0, timeout
+
+    def alive(self) -> None:
+        """A rank that does not get here again in time prints the stack of every thread and ends; its peers then end too."""
+        faulthandler.dump_traceback_later(self.timeout, exit=True)
+
+    def pick_dtype(self, name: str) -> str:
+        """"bf16" or "fp32"; "auto" is bf16 on a GPU and on a CPU that computes in it. Others emulate it, ten times slower."""
+        if name == "auto":
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            name = "bf16" if self.device.type == "cuda" or native else "fp32"
+        if name not in ("bf16", "fp32"):
+            raise InputError(f"--dtype {name}: training runs in auto, bf16 or fp32")
+        return name
 
     def autocast(self, dtype: str) -> torch.autocast:
         """Forward passes in bf16, or as the weights are (fp32)."""
-        if dtype not in ("bf16", "fp32"):
-            raise InputError(f"--dtype {dtype}: training runs in bf16 or fp32")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.pick_dtype(dtype) == "bf16")
 
-    def sum(self, value: float) -> float:
-        """The sum of a number over all ranks."""
+    def sum(self, value: float | list[float]) -> float | list[float]:
+        """The sum of a number, or of each number of a list, over all ranks."""
         if self.size == 1:
             return value
+        self.alive()  # waiting counts anew: of a rank that hangs and one that waits for it, the first has to speak first
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.item()
+        return total.tolist()
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """DDP when there are peers. A batch without pictures leaves the vision tower unused, hence find_unused."""
+    def wrap(self, module: nn.Module, *, compile: bool = False, find_unused: bool = False) -> nn.Module:
+        """Compiled if wanted, in DDP when there are peers. find_unused: some parameters may have no part in a loss."""
+        if compile:
+            module.compile(dynamic=True)  # no two packs have the same shape
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        options = {"device_ids": ids, "find_unused_parameters": True, "gradient_as_bucket_view": True}
+        options = {"device_ids": ids, "find_unused_parameters": find_unused, "gradient_as_bucket_view": True}
         return nn.parallel.DistributedDataParallel(module, **options)
 
     def gather(self, value: object) -> list:
         """That value of every rank."""
         if self.size == 1:
             return [value]
+        self.alive()
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def first(self, value: object) -> object:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        self.alive()
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
 
     def synchronised(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Only the last micro-batch of a step exchanges gradients."""
         return contextlib.nullcontext() if last or self.size == 1 else module.no_sync()
 
     def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -172,16 +219,19 @@ def print_trained(trained: dict[str, nn.Module], frozen: dict[str, nn.Module]) -
 class Run:
     """One training run: AdamW, schedule, EMA, log and checkpoints of `module`.
 
-    save(folder, module) writes the sampler's copy; `position` is any JSON value that tells where the data stands.
+    save(folder, module) writes the sampler's copy. After a resume `position` is every rank's place in the data, else None.
 
         for step in run.loop():
             ...backward...
-            run.update({"loss": loss, "images": n}, position)
+            run.update({"loss": loss, "images": n}, place, names)
     """
 
     def __init__(self, config: TrainConfig, world: World, module: nn.Module, save: Callable[[Path, nn.Module], None]):
         self.config, self.world, self.module, self.save_part = config, world, module, save
-        self.folder = Path(config.out)
+        if config.keep < 2:
+            raise InputError(f"--keep {config.keep}: keep 2 checkpoints at least, for the newest may turn out damaged")
+        self.folder, self.code = Path(config.out), code_hash()
+        config.dtype = world.pick_dtype(config.dtype)
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.params = [p for p in module.parameters() if p.requires_grad]
         if not self.params:
@@ -191,28 +241,60 @@ class Run:
             {"params": [p for p in self.params if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+        options = {"lr": config.lr, "betas": (0.9, config.beta2), "fused": True}
+        self.zero = config.zero and world.size > 1  # one rank has nobody to share with
+        if self.zero:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and its import warns
+
+            self.optimizer = ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW, **options)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, **options)
         self.ema = [p.detach().clone() for p in self.params]
         self.step, self.position = 0, None
-        self.seconds = 0.0  # training time of all sittings
-        self.window: dict[str, float] = {}
+        self.skipped = self.in_a_row = 0  # steps without a finite loss and gradient
+        self.seconds = self.unlogged = 0.0  # training time of all sittings; since the last line of the log
+        self.window: dict[str, float | list[float]] = {}
+        self.asked = ""  # the signal that asks for an end
         self._resume()
+        self.saved = self.step
         if world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for aside in ("saving", "dropping"):
+                shutil.rmtree(self.folder / aside, ignore_errors=True)
             write_json(self.folder / "config.json", dataclasses.asdict(config))
+            self._trim_log()
+            print(f"{world.size} x {world.device.type}, forward pass in {config.dtype}, code {self.code[:12]}", flush=True)
 
     def loop(self) -> Iterator[int]:
-        """Yields step numbers; sets the learning rate before, and stops at the last step or after `minutes`."""
+        """Yields step numbers; sets the learning rate before. Ends at the last step, after `minutes`, or when a signal asks."""
         c = self.config
-        self.started = self.tick = time.monotonic()
-        self.base_seconds = self.seconds
-        while self.step < c.steps:
-            if c.minutes and self.world.sum(time.monotonic() - self.started) > 60 * c.minutes * self.world.size:
-                break
-            for group in self.optimizer.param_groups:
-                group["lr"] = c.lr * self.lr_factor(self.step)
-            yield self.step
-        self.save()
+        self.started, self.base_seconds = time.monotonic(), self.seconds
+        self.tick = self.started - self.unlogged
+        before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            while self.step < c.steps and not self._ending():
+                self.world.alive()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = c.lr * self.lr_factor(self.step)
+                yield self.step
+                if self.sheet_due:
+                    self.show()
+            self.save()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+
+    def _ending(self) -> bool:
+        """Whether any rank has reason to end; all ranks agree."""
+        c = self.config
+        late = bool(c.minutes) and time.monotonic() - self.started > 60 * c.minutes
+        if self.asked:
+            print(f"{self.asked}: rank {self.world.rank} asks to save and end after step {self.step}", flush=True)
+        return self.world.sum(float(late or bool(self.asked))) > 0
 
     def lr_factor(self, step: int) -> float:
         """Warm-up, plateau, linear decay: a plateau lets a run be prolonged, the decay is where the loss falls most."""
@@ -220,43 +302,74 @@ class Run:
         decay_steps = max(1, round(c.decay * c.steps))
         return min(1.0, (step + 1) / max(1, c.warmup), (c.steps - step) / decay_steps)
 
-    def update(self, stats: dict[str, float], position=None) -> None:
-        """Clip, step, EMA, log, save. `stats` holds this step's means ("loss", ...) and counts ("tokens", "images")."""
-        c = self.config
-        norm = nn.utils.clip_grad_norm_(self.params, c.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.position = position
-        decay = min(c.ema, (1 + self.step) / (10 + self.step))  # the average must forget the random start
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
-        self._log({**stats, "grad": norm.item()})
-        if c.save_every and self.step % c.save_every == 0:
-            self.save()
+    def update(self, stats: dict[str, float | tuple[float, float]], place: int | dict, names: list[str]) -> dict[str, float]:
+        """Clip, step, EMA, log, save. Returns the statistics summed over ranks.
 
-    def _log(self, stats: dict[str, float]) -> None:
+        stats: this rank's share of the step's "loss" and other means, of counts ("tokens", "images"), and of weighted means as
+            (sum, weight). place: where this rank's data stands behind the step. names: the documents in it.
+        A loss or gradient that is not finite changes no weight; both are the same on all ranks, and so is what is done.
+        """
+        c = self.config
+        norm = nn.utils.clip_grad_norm_(self.params, c.clip).item()
+        stats = self._reduce(stats)
+        self.step += 1
+        self.place = place
+        if finite := math.isfinite(norm) and math.isfinite(stats["loss"]):
+            self.optimizer.step()
+            decay = min(c.ema, (1 + self.step) / (10 + self.step))  # the average must forget the random start
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+            self.in_a_row = 0
+            self._log({**stats, "grad": norm})
+        self.optimizer.zero_grad(set_to_none=True)
+        message = "" if finite else self._skip(stats["loss"], norm, names)
+        if c.save_every and self.step % c.save_every == 0 or self.in_a_row >= c.max_skipped:
+            self.save()
+        if self.in_a_row >= c.max_skipped:
+            raise InputError(f"{self.in_a_row} steps in a row without a finite loss and gradient; {message}")
+        return stats
+
+    def _reduce(self, stats: dict[str, float | tuple[float, float]]) -> dict[str, float | list[float]]:
+        flat = [x for value in stats.values() for x in (value if isinstance(value, tuple) else (value,))]
+        flat = iter(self.world.sum(flat))
+        return {k: [next(flat), next(flat)] if isinstance(v, tuple) else next(flat) for k, v in stats.items()}
+
+    def _skip(self, loss: float, norm: float, names: list[str]) -> str:
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        names = sum(self.world.gather(list(names)), [])
+        more = f" and {len(names) - 8} more, see skipped.jsonl" if len(names) > 8 else ""
+        message = f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}: documents {', '.join(names[:8])}{more}"
+        if self.world.main:
+            with open(self.folder / "skipped.jsonl", "a") as f:
+                f.write(json.dumps({"step": self.step, "loss": str(loss), "grad": str(norm), "documents": names}) + "\n")
+            print(f"skipped {message} ({self.skipped} skipped so far)", file=sys.stderr, flush=True)
+        return message
+
+    def _log(self, stats: dict[str, float | list[float]]) -> None:
         for key, value in stats.items():
-            self.window[key] = self.window.get(key, 0.0) + value
+            if isinstance(value, list):
+                self.window[key] = [a + b for a, b in zip(value, self.window.get(key, [0.0, 0.0]), strict=True)]
+            else:
+                self.window[key] = self.window.get(key, 0.0) + value
         self.window["n"] = self.window.get("n", 0) + 1
+        now = time.monotonic()
+        self.seconds, self.unlogged = self.base_seconds + now - self.started, now - self.tick
         if self.step % self.config.log_every and self.step not in (1, self.config.steps):
             return
-        n, now = self.window.pop("n"), time.monotonic()
-        elapsed, self.tick = now - self.tick, now
-        self.seconds = self.base_seconds + now - self.started
+        n, elapsed, self.tick, self.unlogged = self.window.pop("n"), self.unlogged, now, 0.0
         row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": self.optimizer.param_groups[0]["lr"]}
         for key, value in self.window.items():
-            row[key if key not in COUNTS else f"{key}_per_s"] = value / (elapsed if key in COUNTS else n)
+            if isinstance(value, list):
+                row |= {key: value[0] / value[1]} if value[1] else {}
+            else:
+                row[key if key not in COUNTS else f"{key}_per_s"] = value / (elapsed if key in COUNTS else n)
+        row |= {"memory_gb": peak_memory(self.world.device), "skipped": self.skipped}
+        row["eta_s"] = (self.config.steps - self.step) * elapsed / n
         self.window = {}
-        if not self.world.main:
-            return
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps({k: round(v, 7) for k, v in row.items()}) + "\n")
-        eta = (self.config.steps - self.step) * elapsed / n
-        cells = [f"{k} {v:8.4f}" for k, v in row.items() if k not in ("step", "seconds", "lr") and not k.endswith("_per_s")]
-        rates = [f"{k.removesuffix('_per_s')}/s {v:7.0f}" for k, v in row.items() if k.endswith("_per_s")]
-        line = [f"step {self.step:>6}/{self.config.steps}", *cells, f"lr {row['lr']:.2e}", *rates]
-        print(" | ".join([*line, f"{self.seconds / 60:6.1f} min", f"eta {eta / 60:5.0f} min"]), flush=True)
+        if self.world.main:
+            with open(self.folder / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({k: round(v, 7) for k, v in row.items()}) + "\n")
+            print(status_line(row, self.config.steps), flush=True)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -283,33 +396,96 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def show(self) -> None:
+        """Rewrite the run's page."""
+        if self.world.main:
+            runpage.write(self.folder, self.about())
+
+    def about(self) -> dict:
+        """What a checkpoint was made by."""
+        return {
+            "step": self.step,
+            "seed": self.config.seed,
+            "code_sha256": self.code,
+            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+            "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else platform.processor() or "cpu",
+            "world_size": self.world.size,
+            "seconds": self.seconds,
+            "unlogged_seconds": self.unlogged,
+            "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "config": dataclasses.asdict(self.config),
+        }
+
     def save(self) -> None:
-        """Write step_N as a whole (temporary name, then rename), then drop the oldest."""
-        final = self.folder / f"step_{self.step:06d}"
-        if not self.world.main or final.exists() or self.step == 0:
+        """Write step_N as a whole or not at all, then drop what is too old. All ranks call it, rank 0 writes."""
+        if self.step == self.saved:
             return
-        temporary = self.folder / "saving"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        self.saved = self.step
+        self.world.alive()
+        position, moments = self.world.gather(self.place), self._moments()
+        if self.world.main:
+            final, temporary = self.folder / f"step_{self.step:06d}", self.folder / "saving"
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                self._write(temporary, position, moments)
+                seal(temporary)
+                os.replace(temporary, final)
+                sync(self.folder)
+                self.show()
+            except (OSError, SafetensorError, InputError) as e:
+                shutil.rmtree(temporary, ignore_errors=True)
+                kept = next((f.name for f in reversed(whole(self.folder)) if not damage(f)), "none")
+                raise InputError(f"{final}: this checkpoint cannot be written ({e}); the last good one is {kept}: make room "
+                                 "and give the same command again") from e  # fmt: skip
+            self._drop()
+            print(f"saved {final}", flush=True)
+        self.world.alive()
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's state of each parameter. With --zero rank 0 gets them from all ranks, and the others nothing."""
+        if self.zero:
+            self.optimizer.consolidate_state_dict(0)
+            if not self.world.main:
+                return {}
+        name_of = {id(p): name for name, p in zip(self.names, self.params, strict=True)}
+        order = [name_of[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        return {order[i]: state for i, state in self.optimizer.state_dict()["state"].items()}
+
+    def _write(self, folder: Path, position: list, moments: dict[str, dict[str, Tensor]]) -> None:
         with self.averaged():
-            self.save_part(temporary, self.module)
+            self.save_part(folder, self.module)
         tensors = {}
         for name, p, e in zip(self.names, self.params, self.ema, strict=True):
             tensors |= {f"live.{name}": p.detach(), f"ema.{name}": e}
-            tensors |= {f"{k}.{name}": v for k, v in self.optimizer.state.get(p, {}).items()}
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary / "trainer.safetensors")
-        write_json(temporary / "state.json", {"step": self.step, "seconds": self.seconds, "position": self.position})
-        os.replace(temporary, final)
-        for old in sorted(self.folder.glob("step_*"))[: -self.config.keep]:
-            shutil.rmtree(old)
-        print(f"saved {final}", flush=True)
+            tensors |= {f"{k}.{name}": v for k, v in moments.get(name, {}).items()}
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, folder / "trainer.safetensors")
+        state = {k: getattr(self, k) for k in ("step", "skipped", "in_a_row", "window")}
+        write_json(folder / "state.json", {**state, "position": position})
+        write_json(folder / "about.json", self.about())
+
+    def _drop(self) -> None:
+        every = self.config.keep_every
+        for old in whole(self.folder)[: -self.config.keep]:
+            if not every or int(old.name.removeprefix("step_")) % every:
+                os.replace(old, self.folder / "dropping")  # a half-removed checkpoint must not look like one
+                shutil.rmtree(self.folder / "dropping")
 
     def _resume(self) -> None:
-        if not whole(self.folder):
+        folder = self.world.first(str(self._newest() or "") if self.world.main else "")
+        if not folder:
             return
-        folder = latest(self.folder)
-        state = json.loads((folder / "state.json").read_text())
-        self.step, self.seconds, self.position = state["step"], state["seconds"], state["position"]
+        if not (folder := Path(folder)).is_dir():
+            raise InputError(f"{folder}: rank {self.world.rank} does not see it: --out must be a folder that all hosts share")
+        state, about = json.loads((folder / "state.json").read_text()), {}
+        if (folder / "about.json").is_file():
+            about = json.loads((folder / "about.json").read_text())
+        self.step, self.position = state["step"], state["position"]
+        self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
+        self.seconds, self.unlogged = about.get("seconds", state.get("seconds", 0.0)), about.get("unlogged_seconds", 0.0)
+        self.window = state.get("window", {})
+        optimizer = self.optimizer.optim if self.zero else self.optimizer
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}  # with --zero, of this rank
         with safe_open(folder / "trainer.safetensors", "pt") as f:
             keys = set(f.keys())
             if {k.removeprefix("live.") for k in keys if k.startswith("live.")} != set(self.names):
@@ -317,25 +493,126 @@ class Run:
             for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
                 p.data.copy_(f.get_tensor(f"live.{name}"))
                 self.ema[i].copy_(f.get_tensor(f"ema.{name}"))
-                state = {k: f.get_tensor(f"{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in keys}
-                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+                moments = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in keys and id(p) in own]
+                if moments:
+                    state = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in moments}
+                    # In the parameter's memory layout (channels last): the fused step reads both as they lie in memory.
+                    laid = {k: torch.empty_like(p.detach()).copy_(v) for k, v in state.items() if k != "step"}
+                    optimizer.state[p] = state | laid
         if self.world.main:
             print(f"resumed {folder} after {self.seconds / 60:.1f} min of training", flush=True)
+            old, new = about.get("config", {}), dataclasses.asdict(self.config)
+            changed = [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v]
+            changed += ["code"] if about.get("code_sha256", self.code) != self.code else []
+            if changed:
+                print(f"changed since then: {', '.join(changed)}", flush=True)
+
+    def _newest(self) -> Path | None:
+        """The newest sound checkpoint; what is newer and damaged is named and put aside."""
+        if not whole(self.folder):
+            return None
+        good = latest(self.folder)
+        for bad in whole(self.folder):
+            if bad > good:
+                shutil.rmtree(aside := self.folder / f"damaged_{bad.name}", ignore_errors=True)
+                os.replace(bad, aside)
+        return good
+
+    def _trim_log(self) -> None:
+        """Lines behind the checkpoint, and one that was cut off, are written anew as the steps are done again."""
+        for log in (self.folder / "metrics.jsonl", self.folder / "skipped.jsonl"):
+            if log.is_file():
+                lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+                kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+                log.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
+                os.replace(log.with_suffix(".tmp"), log)
 
 
 COUNTS = ("tokens", "images", "documents")  # statistics that are logged per second
+PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "pillow", "huggingface_hub")
+SUMS = "SHA256SUMS"
+DECILES = [f"t{k}" for k in range(10)]  # loss at times from k/10 to (k + 1)/10, in metrics.jsonl only
+
+
+def status_line(row: dict[str, float], steps: int) -> str:
+    """One line of the log, its columns under those of the line before."""
+    hidden = ("step", "seconds", "lr", "memory_gb", "skipped", "eta_s", *DECILES)
+    cells = [f"step {row['step']:>7}/{steps}"]
+    cells += [f"{k} {v:9.4f}" for k, v in row.items() if k not in hidden and not k.endswith("_per_s")]
+    cells += [f"lr {row['lr']:.2e}"]
+    cells += [f"{k.removesuffix('_per_s')}/s {v:8.1f}" for k, v in row.items() if k.endswith("_per_s")]
+    cells += [f"mem {row['memory_gb']:6.2f} GB", f"eta {datetime.timedelta(seconds=round(row['eta_s']))!s:>16}"]
+    return " | ".join(cells + ([f"skipped {row['skipped']}"] if row["skipped"] else []))
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB that this process has held at most: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def code_hash() -> str:
+    """Of all Python files beside this one, names and contents."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """What is written to this file, or which names are in this folder, survives a loss of power from here on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(folder: Path) -> None:
+    """Checksums of every file, as sha256sum writes them; then all of it to the disk."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    (folder / SUMS).write_text("".join(f"{sha256(f)}  {f.relative_to(folder).as_posix()}\n" for f in files))
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def damage(checkpoint: Path, part: str = "") -> str:
+    """What is wrong with a checkpoint, or with the files of one part of it; empty when they are as they were written."""
+    if not (checkpoint / "state.json").is_file():
+        return "state.json is missing"
+    if not (checkpoint / SUMS).is_file():
+        return ""  # of a version without checksums
+    for line in (checkpoint / SUMS).read_text(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if name.startswith(part) and not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if name.startswith(part) and sha256(checkpoint / name) != digest:
+            return f"{name} is damaged: its checksum differs"
+    return ""
 
 
 def whole(run: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(state.parent for state in Path(run).glob("step_*/state.json"))
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(run).glob("step_*/"), key=lambda f: (len(f.name), f.name))
 
 
-def latest(run: str | Path) -> Path:
-    """The newest of them."""
-    if not whole(run):
-        raise InputError(f"{run}: no step_* checkpoint here; has the run saved yet?")
-    return whole(run)[-1]
+def latest(run: str | Path, part: str = "") -> Path:
+    """The newest of them that is sound, or whose files of that part are; newer ones that are not are named."""
+    for folder in reversed(whole(run)):
+        problem = damage(folder, part)
+        if not problem:
+            return folder
+        print(f"{folder}: {problem}; the checkpoint before it is used", file=sys.stderr, flush=True)
+    if whole(run):
+        raise InputError(f"{run}: every checkpoint is damaged: bring one back, or choose another --out")
+    raise InputError(f"{run}: no step_* checkpoint here; has the run saved yet?")
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]], path: str | Path, height: int = 96, wrap: int = 60) -> None:
@@ -366,7 +643,13 @@ def main(function: Callable[[], None]) -> None:
     try:
         function()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {e.filename or 'a file'} cannot be written ({e.strerror}): make room and give the same command again; "
+              "the last good checkpoint is kept", file=sys.stderr, flush=True)  # fmt: skip
         sys.exit(2)
 
 
@@ -451,15 +734,21 @@ def encode(documents: list[Document], vae: VAE, device: torch.device) -> list[li
     return [[next(in_order) for _ in document.pictures] for document in documents]
 
 
-def flow_statistics(t: Tensor, error: Tensor, count: Tensor) -> dict[str, float]:
-    """Mean loss of the steps near data, halfway and near noise: shows where on the way a model is bad (minRF's habit)."""
-    edges = {"t<.6": (0.0, 0.6), "t<.85": (0.6, 0.85), "t<1": (0.85, 1.0)}
+def flow_statistics(t: Tensor, error: Tensor, count: Tensor) -> dict[str, tuple[float, float]]:
+    """(sum of the loss, its tokens) near data, halfway and near noise, and by tenths of the way: shows where a model is bad."""
+    edges = {"t<.6": (0.0, 0.6), "t<.85": (0.6, 0.85), "t<1": (0.85, 1.1)}
+    edges |= {name: (k / 10, (k + 1) / 10) for k, name in enumerate(DECILES)}
     masks = {name: (t >= low) & (t < high) for name, (low, high) in edges.items()}
-    return {name: (error[m].sum() / count[m].sum()).item() for name, m in masks.items() if m.any()}
+    return {name: (error[m].sum().item(), count[m].sum().item()) for name, m in masks.items()}
+
+
+def add_statistics(a: dict[str, tuple[float, float]], b: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Those of two micro-batches together; the first may be empty."""
+    return {k: (v + a.get(k, (0.0, 0.0))[0], n + a.get(k, (0.0, 0.0))[1]) for k, (v, n) in b.items()}
 
 
 def part_folder(source: str, part: str) -> str:
     """A part given as a run (its newest checkpoint), as a folder that holds the part, or as the part's own folder or Hub id."""
     if whole(source):
-        return str(latest(source) / part)
+        return str(latest(source, part) / part)
     return str(Path(source) / part) if (Path(source) / part).is_dir() else source

@@ -32,3 +32,33 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist")
     return folder
+
+
+def make_parts(folder: Path) -> Path:
+    """mllm/, dit/ and vae/ folders of a system far smaller than the miniature."""
+    import sketchbook
+    from dit import DiT, DiTConfig
+    from model import MLLM, ImageProcessor
+    from model import PRESETS as MLLM_PRESETS
+    from tokenizer import train_bpe
+    from vae import PRESETS as VAE_PRESETS
+    from vae import VAE
+
+    torch.manual_seed(0)
+    texts = [p["text"] for s in range(60) for m in sketchbook.dialogue(s)["messages"] for p in m["content"] if "text" in p]
+    tokenizer = train_bpe(texts, 600)
+    config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
+    config.num_hidden_layers = 2
+    config.vision.depth, config.vision.fullatt_block_indexes = 2, [1]
+    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=4096)
+    for part in (MLLM.from_config(config), tokenizer, processor):
+        part.save_pretrained(folder / "mllm")
+    dit = DiTConfig(2, 2, 32, adaln_lora_dim=8, text_embed_dim=32, crossattn_proj_in_channels=2 * config.hidden_size)
+    DiT.from_config(dit).save_pretrained(folder / "dit")
+    VAE.from_config(VAE_PRESETS["tiny"]).save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("parts"))

@@ -1,0 +1,253 @@
+"""What a run survives: kills at any moment, a full disk, damaged checkpoints, lost and hung ranks, losses that are no numbers.
+
+    python tests/test_survival.py [KILLS]      the long form of the kill test, 50 kills by default, which no test run includes
+"""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_resume import assert_same
+
+import runs
+import training
+from checkpoint import InputError
+
+
+def newest(run: Path) -> int:
+    return max((int(f.name[5:]) for f in run.glob("step_*")), default=0)
+
+
+def announce_saves(rank: int, file: str) -> None:
+    """The file says whether rank 0 is in a save."""
+    from training import Run
+
+    save = Run._write, Run._drop
+
+    def write(self, *args):
+        Path(file).write_text("in")
+        save[0](self, *args)
+
+    def drop(self):
+        save[1](self)
+        Path(file).write_text("out")
+
+    Run._write, Run._drop = write, drop
+
+
+def kill_and_restart(parts: Path, folder: Path, kinds: list[str], kills: int, ranks=(1,), seed: int = 0) -> tuple[int, int]:
+    """Kill runs with SIGKILL, every second time during a save, until there have been so many; then compare the final weights.
+
+    Returns (kills, kills during a save).
+    """
+    chance, done, in_saves = random.Random(seed), 0, 0
+    for k, kind in enumerate(kinds):
+        c = runs.config(kind, parts, folder / f"{kind}_straight", steps=12)
+        runs.run(kind, c, folder / f"{kind}_straight.log")
+        c = runs.config(kind, parts, folder / kind, steps=12, save_every=1)
+        share, before, marker = kills * (k + 1) // len(kinds), 0, folder / f"{kind}_saving"
+        while True:
+            marker.write_text("out")
+            log = folder / f"{kind}_{done}.log"
+            log.write_text("")
+            size = 1 if newest(c_folder := Path(c.out)) == 0 else chance.choice(ranks)
+            processes = runs.start(kind, c, log, size, (announce_saves, str(marker)))
+            if done < share and before < 11:
+                target = before + 1 if done % 2 else before
+                while all(p.exitcode is None for p in processes):
+                    saving = marker.read_text() == "in"
+                    if done % 2 and saving and newest(c_folder) >= target - 1:
+                        time.sleep(chance.uniform(0, 0.08))
+                        break
+                    if not done % 2 and newest(c_folder) >= target and "x cpu" in log.read_text():
+                        time.sleep(chance.uniform(0, 0.6))
+                        break
+                    time.sleep(0.002)
+                for process in processes:
+                    process.kill()
+                runs.finish(processes)
+                done, in_saves = done + 1, in_saves + (marker.read_text() == "in")
+            else:
+                assert runs.finish(processes) == [0] * size, log.read_text()[-3000:]
+            printed = log.read_text()
+            if before and "x cpu" in printed:
+                assert f"resumed {c.out}/step_{before:06d}" in printed, printed[-3000:]
+            before = newest(c_folder)
+            if before == 12:
+                if done >= share:
+                    break
+                assert_same(folder / f"{kind}_straight", c_folder)
+                shutil.rmtree(c_folder)  # anew, until enough kills have fallen
+                before = 0
+        assert_same(folder / f"{kind}_straight", c_folder)
+        assert not list(c_folder.glob("damaged_*"))
+    return done, in_saves
+
+
+def test_kills_at_any_moment_cost_nothing(parts, tmp_path):
+    kills, in_saves = kill_and_restart(parts, tmp_path, ["stage1", "stage2"], 8)
+    assert kills == 8 and in_saves >= 2
+
+
+def saved_run(parts: Path, folder: Path, kind: str = "stage2", steps: int = 4, **options):
+    c = runs.config(kind, parts, folder, steps=steps, save_every=1, keep=3, **options)
+    runs.run(kind, c, folder.with_suffix(".log"))
+    return c
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(parts, tmp_path):
+    c = saved_run(parts, tmp_path / "run", keep_every=1)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    newest_file = tmp_path / "run" / "step_000004" / "trainer.safetensors"
+    with open(newest_file, "r+b") as f:
+        f.seek(newest_file.stat().st_size - 40)
+        f.write(b"\xff" * 8)
+    (tmp_path / "run" / "step_000003" / "dit" / "config.json").unlink()
+    printed = runs.run("stage2", c, tmp_path / "again.log")
+    assert f"{tmp_path}/run/step_000004: trainer.safetensors is damaged: its checksum differs" in printed
+    assert "step_000003: dit/config.json is missing" in printed and f"resumed {tmp_path}/run/step_000002" in printed
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert sorted(f.name for f in (tmp_path / "run").glob("damaged_*")) == ["damaged_step_000003", "damaged_step_000004"]
+    sums = subprocess.run(["sha256sum", "-c", "--quiet", training.SUMS], cwd=training.latest(tmp_path / "run"))
+    assert sums.returncode == 0
+    for folder in (tmp_path / "run").glob("step_*"):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="every checkpoint is damaged"):
+        training.latest(tmp_path / "run")
+
+
+def test_the_last_and_every_mth_checkpoint_are_kept(parts, tmp_path):
+    c = runs.config("stage2", parts, tmp_path / "run", steps=7, save_every=1, keep=2, keep_every=3)
+    runs.run("stage2", c, tmp_path / "log")
+    assert sorted(f.name for f in (tmp_path / "run").glob("step_*")) == [f"step_00000{n}" for n in (3, 6, 7)]
+    c.keep = 1
+    assert runs.finish(runs.start("stage2", c, tmp_path / "one.log")) == [2]
+    assert "--keep 1" in (tmp_path / "one.log").read_text()
+
+
+def small_files(rank: int, size: int) -> None:
+    """No file may grow beyond this: writing fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def no_space(rank: int) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "index")
+
+    training.sync = full
+
+
+@pytest.mark.parametrize("hook", [(small_files, 60_000), (no_space,)])
+def test_a_full_disk_is_said_and_keeps_the_last_good_checkpoint(hook, parts, tmp_path):
+    c = saved_run(parts, tmp_path / "run", steps=2)
+    c.steps = 4
+    assert runs.finish(runs.start("stage2", c, tmp_path / "full.log", 1, hook)) == [2]
+    printed = (tmp_path / "full.log").read_text()
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "the last good one is step_000002: make room" in last and "Traceback" not in printed
+    assert sorted(f.name for f in (tmp_path / "run").glob("s*")) == ["step_000001", "step_000002"]
+    assert f"resumed {tmp_path}/run/step_000002" in runs.run("stage2", c, tmp_path / "again.log")
+
+
+@pytest.mark.parametrize("kind", ["stage1", "stage2"])
+def test_a_step_that_is_no_number_is_skipped_by_all_ranks_and_named(kind, parts, tmp_path):
+    out = tmp_path / "run"
+    c = runs.config(kind, parts, out, steps=5, max_skipped=2, save_every=1)
+    log = tmp_path / "log"
+    assert runs.finish(runs.start(kind, c, log, 2, (runs.spoil, 1, [1, 3, 4]))) != [0, 0]
+    printed = log.read_text()
+    rows = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 5] and all(row["documents"] for row in rows)
+    names = rows[0]["documents"]
+    assert all(name.startswith("seed:") for name in names)
+    assert f"skipped step 2: loss nan, gradient norm nan: documents {names[0]}" in printed
+    assert "error: 2 steps in a row without a finite loss and gradient; step 5" in printed
+    weights = load_file(out / "step_000005" / "trainer.safetensors")
+    assert all(v.isfinite().all() for v in weights.values())
+    assert [json.loads(line)["skipped"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_a_signal_to_the_whole_group_saves_and_ends(parts, tmp_path):
+    """As batch systems send it: the data workers get it too, and the step still needs them."""
+    c = runs.config("stage1", parts, tmp_path / "run", steps=50)
+    printed = runs.run("stage1", c, tmp_path / "log", 1, (runs.signal_group_at, 3))
+    assert newest(tmp_path / "run") == 3 and "SIGTERM: rank 0 asks" in printed
+
+
+def die(rank: int, how: str) -> None:
+    from training import Run
+
+    update = Run.update
+
+    def wrapped(self, *args):
+        if rank == 1 and self.step == 1:
+            if how == "raise":
+                raise RuntimeError("the culprit")
+            culprit_sleeps()
+        return update(self, *args)
+
+    Run.update = wrapped
+
+
+def culprit_sleeps() -> None:
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(("how", "sign"), [("raise", "RuntimeError: the culprit"), ("hang", "in culprit_sleeps")])
+def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, parts, tmp_path):
+    c = runs.config("stage2", parts, tmp_path / "run", timeout=8.0)
+    log, began = tmp_path / "log", time.monotonic()
+    statuses = runs.finish(runs.start("stage2", c, log, 2, (die, how)))
+    assert statuses[0] not in (0, None) and statuses[1] == 1 and time.monotonic() - began < 60
+    printed = log.read_text()
+    first = min(printed.find(x) for x in ("Traceback (most", "most recent call first") if x in printed)
+    assert sign in printed and sign in printed[first:].split("all_reduce")[0]
+
+
+def test_torchrun_heals_a_lost_rank(parts, tmp_path):
+    """One rank is killed once; the run ends well without a hand, with the weights of a run that lost nobody."""
+    script = tmp_path / "loses_one.py"
+    script.write_text(f"""
+import os, sys
+sys.path[:0] = [{str(runs.ROOT)!r}]
+import train_stage2, training
+marker, update = {str(tmp_path / "killed")!r}, training.Run.update
+def wrapped(self, *args):
+    if self.world.rank == 1 and self.step == 2 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), 9)
+    return update(self, *args)
+training.Run.update = wrapped
+training.main(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
+""")
+    c = runs.config("stage2", parts, tmp_path / "run", save_every=1)
+    flags = [f"--{k}={v}" for k, v in vars(c).items() if not isinstance(v, bool)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(script), *flags], capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr[-3000:]
+    assert "resumed" in done.stdout
+    runs.run("stage2", runs.config("stage2", parts, tmp_path / "straight"), tmp_path / "log", 2)
+    assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+if __name__ == "__main__":
+    number = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    with tempfile.TemporaryDirectory() as name:
+        from conftest import make_parts
+
+        (Path(name) / "parts").mkdir()
+        result = kill_and_restart(make_parts(Path(name) / "parts"), Path(name), ["stage1", "stage2"], number)
+    print("{} kills, {} during saves: every restart resumed, the final weights are those without kills".format(*result))
