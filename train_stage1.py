@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from data import Document, loader, open_source, pack_documents
+from data import Document, loader, pack_documents
 from model import MLLM, ImageProcessor, mrope_positions
+from sources import open_source
 from tokenizer import Rendered, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, World, check_step0, main, parse_config, part_folder, print_trained
 

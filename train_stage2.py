@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Document, loader, open_source
+from data import Document, loader
 from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
+from sources import open_source
 from tokenizer import Tokenizer
 from training import FlowLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator, main
 from training import parse_config, part_folder, print_trained, read, sheet
