@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -668,6 +669,24 @@ def test_a_stream_continues_where_it_stopped(folder: Path, workers: int):
     again = make(workers=workers)
     again.resume([{}, state])
     assert answers(take(again, 37)) == whole[23:]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 3), (2, 3, 2), (5, 4, 3, 2, 1)])
+def test_another_number_of_ranks_reads_every_record_once(sizes: tuple[int, ...]):
+    """The ranks are apart when the run stops, as those of a token budget are; the order of what is left stays the same."""
+    chance, read, positions = random.Random(len(sizes)), [], None
+    for world_size in sizes:
+        streams = [Stream(lambda seed: seed, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for stream in streams:
+            if positions:
+                stream.resume(positions)
+            read += take(stream, chance.randrange(12))
+        positions = json.loads(json.dumps([stream.position for stream in streams]))
+    rest = Stream(lambda seed: seed)
+    rest.resume(positions)
+    coming = take(rest, 150 - len(read))
+    assert sorted(read + coming) == list(range(150)) and coming == sorted(coming)
+    assert rest.position["seen"] == 150
 
 
 def test_workers_leave_the_random_numbers_of_the_training_alone(folder: Path):
