@@ -73,7 +73,7 @@ class Document:
     grids: list[tuple[int, int]]  # patches (h, w) of every picture
     pictures: list[Tensor]  # (3, H, W) in [-1, 1] for the VAE; empty if they were not asked for
     name: str = ""  # where its record stands: FILE:LINE, SHARD:MEMBER or seed:NUMBER
-    drawn: list[int] | None = None  # the targets that stage 2 trains this time; None: all
+    drawn: list[int] | None = None  # some of the targets, in the order of their draw; None: no choice was made
 
     def __len__(self) -> int:
         return len(self.rendered.ids)
@@ -89,14 +89,19 @@ class Document:
         return [j for j, role in enumerate(self.roles) if role == "assistant"]
 
     @property
+    def trained(self) -> list[int]:
+        """The targets that stage 2 trains this time."""
+        return self.targets if self.drawn is None else self.drawn
+
+    @property
     def patches(self) -> int:
         """What the vision tower reads."""
         return sum(h * w for h, w in self.grids)
 
     @property
     def latents(self) -> int:
-        """Patches that the DiT reads to train the drawn targets, each with all pictures before it."""
-        return sum(map(self.latents_of, self.targets if self.drawn is None else self.drawn))
+        """Patches that the DiT reads to train `trained`, each with all pictures before it."""
+        return sum(map(self.latents_of, self.trained))
 
     def latents_of(self, target: int) -> int:
         """A patch is 2 x 2 latents, each of 8 x 8 pixels."""
@@ -284,7 +289,7 @@ def loader(
     patches: int | None = None,
     latents: int | None = None,
     documents: int | None = None,
-    lookahead: int = 64,
+    lookahead: int = 16,
     position: list[dict | int] | None = None,
     max_tokens: int | None = None,
     targets: int | None = None,

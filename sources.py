@@ -17,7 +17,6 @@ list. As many ranks continue exactly; another number of them shares out the open
 Nothing is repeated or lost.
 """
 
-import bisect
 import fcntl
 import itertools
 import json
@@ -33,6 +32,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -63,8 +63,8 @@ def permuted(k: int, n: int, *key: int) -> int:
             return k
 
 
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64: every bit of the result depends on every bit of x."""
+def _mix(x):
+    """The finaliser of splitmix64, of a number or an array of uint64: every bit of the result depends on every bit of x."""
     x = (x + 0x9E3779B97F4A7C15) & (2**64 - 1)
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     x = (x ^ x >> 27) * 0x94D049BB133111EB & (2**64 - 1)
@@ -80,21 +80,34 @@ def _fold(key: tuple[int, ...]) -> int:
 
 
 class Mix:
-    """Sources mixed by weights. In every period of the smallest whole numbers in their ratio each source has its number of
-    places, at random; item n is the k-th of its source, and k is computed, not counted."""
+    """Sources mixed by weights. A period is the smallest number of items that holds the weights exactly; in it each source has
+    its share of the places, at random, and its items in their order. Item n is the k-th of its source, and k is computed."""
 
     def __init__(self, sources: list, weights: list[Fraction]):
         whole = [int(w * math.lcm(*(x.denominator for x in weights))) for w in weights]
-        divisor = math.gcd(*whole)
-        self.sources, self.counts = sources, [w // divisor for w in whole]
-        self.ends = list(itertools.accumulate(self.counts))
+        self.sources, self.counts = sources, [w // math.gcd(*whole) for w in whole]
+        if sum(self.counts) > 2**16:
+            ratio = ":".join(map(str, self.counts))
+            raise InputError(f"weights in the ratio {ratio}: take rounder ones, with a sum of at most {2**16:,}")
 
     def locate(self, n: int, seed: int) -> tuple[int, int]:
         """Source of item n, and which of that source's items it is."""
-        period, place = divmod(n, self.ends[-1])
-        place = permuted(place, self.ends[-1], seed, 1, period)
-        s = bisect.bisect_right(self.ends, place)
-        return s, period * self.counts[s] + place - (self.ends[s] - self.counts[s])
+        period, place = divmod(n, sum(self.counts))
+        which, earlier = _period(tuple(self.counts), seed, period)
+        s = int(which[place])
+        return s, period * self.counts[s] + int(earlier[place])
+
+
+@lru_cache(maxsize=8)
+def _period(counts: tuple[int, ...], seed: int, period: int) -> tuple[np.ndarray, np.ndarray]:
+    """For every place of a period its source, and how many places before it are that source's."""
+    numbers = np.arange(sum(counts), dtype=np.uint64)
+    order = _mix(numbers ^ np.uint64(_fold((seed, 1, period)))).argsort(kind="stable")
+    which = np.repeat(np.arange(len(counts)), counts)[order]
+    earlier = np.empty_like(which)
+    for s, count in enumerate(counts):
+        earlier[which == s] = np.arange(count)
+    return which, earlier
 
 
 def open_source(data: str, kinds: str = "", split: str = "train") -> "Files | Mix | Callable[[int], dict]":
