@@ -36,7 +36,7 @@ import random
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -264,7 +264,8 @@ def prepare(
 ) -> Document | None:
     """`tokenize`, and the pictures that the document trains: at most `targets` of the assistant's, drawn by (seed, number).
 
-    max_latents: targets that are too large alone are not drawn, and only as many as fit together.
+    max_latents: targets that are too large alone are not drawn, and only as many as fit together. What stands behind the last
+    target is cut off, since nothing that is trained can see it.
     """
     document = tokenize(record, **options)
     if document is None or (targets is None and max_latents is None):
@@ -277,7 +278,17 @@ def prepare(
     if document.targets and not document.drawn:
         least = min(map(document.latents_of, document.targets))
         raise InputError(f"too large: {least:,} latent patches up to the smallest target, the limit is {max_latents:,}")
-    return document
+    return before(document, max(document.drawn)) if document.drawn else document
+
+
+def before(document: Document, j: int) -> Document:
+    """What conditions picture j: the text up to its BOV, the patches of earlier pictures, and the pictures up to j itself."""
+    whole, n = document.rendered, document.rendered.images[j].bov
+    rendered = replace(whole, ids=whole.ids[:n], loss=whole.loss[:n], images=whole.images[: j + 1])
+    grids, pixels = document.grids[:j], document.pixels
+    pixels = pixels[: sum(h * w for h, w in grids)].clone() if j else None  # not a view, which would be pickled as a whole
+    positions, pictures = document.positions[:, :n].clone(), document.pictures[: j + 1]
+    return replace(document, rendered=rendered, positions=positions, pixels=pixels, grids=grids, pictures=pictures)
 
 
 def loader(

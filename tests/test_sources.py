@@ -212,6 +212,10 @@ def test_budgets_of_one_document(parts):
         some = prepare(record, number, targets=2, max_latents=last + first, **options)
         assert 1 <= len(set(some.trained)) == len(some.trained) <= 2 and set(some.trained) <= set(whole.targets)
         assert some.latents <= last + first
+        j = max(some.trained)
+        assert len(some) == whole.rendered.images[j].bov and len(some.pictures) == j + 1 == len(some.grids) + 1
+        assert some.pixels is None or torch.equal(some.pixels, whole.pixels[: some.patches])
+        assert some.rendered.condition_lengths(j) == whole.rendered.condition_lengths(j)
     draws = {tuple(prepare(record, number, targets=1, **options).trained) for number in range(60)}
     assert draws == {(j,) for j in whole.targets}  # each is drawn, and the same again for the same number and seed
     assert prepare(record, 7, seed=1, targets=2, **options).drawn == prepare(record, 7, seed=1, targets=2, **options).drawn
