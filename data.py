@@ -1,4 +1,4 @@
-"""Records in, packs out: dialogues in JSON lines become the packed batches that both training stages read.
+"""Records in, packs out: dialogues in JSON lines or shards become the packed batches that both training stages read.
 
 One line of a file is one dialogue, in the chat form people already have. Spread over five lines:
 
@@ -22,36 +22,35 @@ A text-to-image pair, an edit, a video transition and a how-to are all this reco
     python data.py check train.jsonl --no-images         the same without opening the pictures
     python data.py check train.jsonl --tokenizer MLLM    counts tokens too; MLLM is a checkpoint's mllm/ folder or a Hub id
     python data.py convert --from llava in.json out.jsonl --images coco     also llama-factory, obelics (formats.py)
+    python data.py pack train.jsonl shards/train         records and pictures into shards/train-000000.tar, ... (files.py)
+    python data.py check shards/train-000000.tar         the same for a shard
 
 Exit status: 0 all is well, 1 some records are not, 2 there is nothing to work with.
 """
 
 import argparse
-import itertools
 import json
 import logging
 import os
-import pickle
-import signal
+import random
 import sys
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import sketchbook
 from checkpoint import InputError
+from files import Files, Shard, pack_shards
 from formats import CONVERTERS, convert
 from model import ImageProcessor, mrope_positions
-from records import BLANK, BadRecord, Problem, load_image, normalise, one_line, open_lines, parse, read_records, validate
+from records import Problem, load_image, normalise, one_line, open_lines, read_records, validate
+from sources import Mix, Stream
 from tokenizer import Rendered, Tokenizer, render
 from vae import to_tensor
 
@@ -73,7 +72,8 @@ class Document:
     pixels: Tensor | None  # (P, 3 * 2 * p * p), the patches of all pictures, None without pictures
     grids: list[tuple[int, int]]  # patches (h, w) of every picture
     pictures: list[Tensor]  # (3, H, W) in [-1, 1] for the VAE; empty if they were not asked for
-    name: str = ""  # where its record stands, as FILE:LINE or "seed:NUMBER"; set by `Stream`
+    name: str = ""  # where its record stands: FILE:LINE, SHARD:MEMBER or seed:NUMBER
+    drawn: list[int] | None = None  # some of the targets, in the order of their draw; None: no choice was made
 
     def __len__(self) -> int:
         return len(self.rendered.ids)
@@ -87,6 +87,25 @@ class Document:
     def targets(self) -> list[int]:
         """Numbers of the pictures that stage 2 may learn to paint: the assistant's."""
         return [j for j, role in enumerate(self.roles) if role == "assistant"]
+
+    @property
+    def trained(self) -> list[int]:
+        """The targets that stage 2 trains this time."""
+        return self.targets if self.drawn is None else self.drawn
+
+    @property
+    def patches(self) -> int:
+        """What the vision tower reads."""
+        return sum(h * w for h, w in self.grids)
+
+    @property
+    def latents(self) -> int:
+        """Patches that the DiT reads to train `trained`, each with all pictures before it."""
+        return sum(map(self.latents_of, self.trained))
+
+    def latents_of(self, target: int) -> int:
+        """A patch is 2 x 2 latents, each of 8 x 8 pixels."""
+        return sum(picture[0].numel() // 256 for picture in self.pictures[: target + 1])
 
     def __getstate__(self) -> dict:
         """Pickled as arrays, which travel between processes ten times faster than tensors."""
@@ -109,14 +128,15 @@ def tokenize(
     *,
     folder: str | Path = ".",
     max_tokens: int | None = None,
+    max_patches: int | None = None,
     pictures: bool = True,
     max_area: int | None = None,
     targets_only: bool = False,
 ) -> Document | None:
     """A valid record to a document. Its pictures are paths (relative to `folder`), data URLs, bytes or open images.
 
-    max_tokens: a longer dialogue loses its last messages until it fits and ends with the assistant's; when nothing is left of
-        it, it is refused. It is never cut inside a message: an answer that stops anywhere teaches to stop anywhere.
+    max_tokens, max_patches: a longer dialogue loses its last messages until it fits and ends with the assistant's; when nothing
+        is left of it, it is refused. It is never cut inside a message: an answer that stops anywhere teaches to stop anywhere.
     pictures: also prepare the pictures for the VAE, with at most max_area pixels each.
     targets_only: None for a document without a picture of the assistant's.
     """
@@ -135,14 +155,17 @@ def tokenize(
     while True:
         n = sum(p["type"] == "image" for m in messages for p in m["content"])
         rendered = render(tokenizer, messages, merged[:n])
-        if not max_tokens or len(rendered.ids) <= max_tokens:
+        whole, seen = len(rendered.ids), sum(h * w for h, w in grids[:n])
+        long = max_tokens and whole > max_tokens
+        if not long and not (max_patches and seen > max_patches):
             break
-        whole = len(rendered.ids)
         messages.pop()
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         if not messages:
-            raise InputError(f"too long: {whole:,} tokens up to the first answer, the limit is {max_tokens:,}")
+            size = f"{whole:,} tokens" if long else f"{seen:,} patches of pictures"
+            limit = max_tokens if long else max_patches
+            raise InputError(f"too long: {size} up to the first answer, the limit is {limit:,}")
     if not any(rendered.loss):
         raise InputError("nothing to learn from: no assistant message")
     if targets_only and not any(span.role == "assistant" for span in rendered.images):
@@ -185,272 +208,131 @@ def pack_documents(documents: list[Document]) -> MLLMBatch:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ streams
-
-
-class Lines:
-    """The records of JSONL files by number. Opening reads the files once and keeps where each line starts."""
-
-    def __init__(self, files: list[str | Path]):
-        self.files = [Path(f) for f in files]
-        places = array("q")
-        for n, path in enumerate(self.files):
-            with open_lines(path) as file:
-                start = 0
-                for number, line in enumerate(file, 1):
-                    if line.strip(BLANK):
-                        places.extend((n, start, number))
-                    start += len(line)
-        if not places:
-            raise InputError(f"{', '.join(map(str, self.files)) or 'no file given'}: no record in it")
-        self.places = np.array(places).reshape(-1, 3)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def where(self, i: int) -> tuple[str, int]:
-        """File and line of record i."""
-        return str(self.files[self.places[i][0]]), int(self.places[i][2])
-
-    def __getitem__(self, i: int) -> dict:
-        """A valid record with absolute paths, or BadRecord."""
-        n, start, number = self.places[i].tolist()
-        path = self.files[n]
-        with open_lines(path) as file:  # opened anew: processes that share an open file share its position too
-            file.seek(start)
-            record = parse(file.readline(), str(path), number)
-        for problem in validate(record, path.parent, str(path), number, pictures=False):
-            if not problem.warning:
-                raise BadRecord(problem)
-        return {"messages": normalise(record, path.parent)}
-
-
-class Quarantine:
-    """Counts records that cannot be used, by kind, and stops a run in which they are more than `share` of at least `after`."""
-
-    def __init__(self, share: float = 0.05, after: int = 200):
-        self.share, self.after = share, after
-        self.seen, self.kinds, self.first = 0, Counter(), {}
-
-    def good(self) -> None:
-        self.seen += 1
-
-    def bad(self, problem: Problem) -> None:
-        self.seen += 1
-        self.kinds[problem.kind] += 1
-        if problem.kind not in self.first:
-            self.first[problem.kind] = problem
-            print(f"skipped: {problem}", file=sys.stderr)  # once a kind; the others are counted
-        bad = self.kinds.total()
-        if self.seen >= self.after and bad > self.share * self.seen:
-            raise InputError(
-                f"{bad} of {self.seen} records cannot be used, more than {self.share:.0%}: {self.summary()}; "
-                f"`python data.py check` tells which, the first is {next(iter(self.first.values()))}"
-            )
-
-    def summary(self) -> str:
-        """For example "no such picture (12), not valid JSON (1)"; empty when all is well."""
-        return ", ".join(f"{kind} ({count})" for kind, count in self.kinds.most_common(3))
-
-
-class Stream:
-    """An endless, reproducible sequence of records that continues where it stopped.
-
-    source: `Lines`, shuffled anew in every epoch, or a function seed -> record, such as sketchbook.dialogue.
-    prepare: applied to every record, for example partial(tokenize, ...). It may raise InputError (the record is skipped and
-        counted) or return None (passed over).
-    workers: background processes that read and prepare, `ahead` items before they are due; the sequence is the same.
-    epochs: only with `Lines`; None goes on for ever.
-
-    Item number n of the whole sequence belongs to rank n % world_size. `position` counts the items of this rank that are
-    done, bad ones included. It is the whole state, unless the run has gone on with another number of ranks: then what the old
-    ranks had left open between them, `late`, takes the places up to `until`, and those before stand for what is done.
-    """
-
-    def __init__(
-        self,
-        source: Lines | Callable[[int], dict],
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        prepare: Callable[[dict], object] | None = None,
-        workers: int = 0,
-        ahead: int = 16,
-        epochs: int | None = None,
-        quarantine: Quarantine | None = None,
-    ):
-        self.source, self.seed, self.rank, self.world_size = source, seed, rank, world_size
-        self.prepare, self.workers, self.ahead = prepare, workers, ahead
-        self.end = 2**62 if epochs is None else epochs * len(source)
-        self.quarantine = quarantine or Quarantine()
-        self.position, self.late, self.until = 0, [], 0
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-
-    def state_dict(self) -> dict:
-        more = {"late": self.late, "until": self.until} if self.position * self.world_size + self.rank < self.until else {}
-        return {"position": self.position, **more}
-
-    @property
-    def place(self) -> int | dict:
-        """`state_dict` as short as it can be: mostly the position alone."""
-        state = self.state_dict()
-        return state if "late" in state else self.position
-
-    def load_state_dict(self, state: dict) -> None:
-        self.position, self.late, self.until = state["position"], state.get("late", []), state.get("until", 0)
-
-    def resume(self, states: list[dict]) -> None:
-        """Continue where a run stood, given the state of each of its ranks. Costs what its ranks were apart, no more."""
-        if len(states) == self.world_size:
-            return self.load_state_dict(states[self.rank])
-        self.load_state_dict(max(states, key=lambda state: state.get("until", 0)))
-        ranks, done = len(states), [state["position"] for state in states]
-        until = max(self.until, *(p * ranks for p in done))
-        late = [self._number(k) for k in range(min(done) * ranks, until) if k // ranks >= done[k % ranks]]
-        self.position = -((self.rank - sum(done)) // self.world_size)  # the first place of this rank behind sum(done) places
-        self.late, self.until = late, until
-
-    def _number(self, place: int) -> int:
-        before = place - self.until  # negative within `late`, which ends at `until`
-        return self.late[before] if -len(self.late) <= before < 0 else place
-
-    def __getitem__(self, number: int) -> object:
-        """Item `number` of the whole sequence; a Problem stands for a record that cannot be used."""
-        where = ("seed", (self.seed << 32) + number)
-        try:
-            if isinstance(self.source, Lines):
-                epoch, k = divmod(number, len(self.source))
-                if self._order[0] != epoch:
-                    self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.source))
-                i = int(self._order[1][k])
-                where = self.source.where(i)
-                record = self.source[i]
-            else:
-                record = self.source(where[1])
-            item = self.prepare(record) if self.prepare else record
-            if isinstance(item, Document):
-                item.name = "{}:{}".format(*where)
-            return item
-        except BadRecord as e:
-            return e.args[0]
-        except InputError as e:
-            return Problem(*where, "", one_line(e))
-
-    def __iter__(self) -> Iterator[object]:
-        places = itertools.count(self.position * self.world_size + self.rank, self.world_size)
-        numbers = itertools.takewhile(lambda number: number < self.end, map(self._number, places))
-        if self.workers:
-            # Items travel pickled: as tensors each would hold a file descriptor, and a pack has thousands. The generator keeps
-            # the loader from drawing from, and so moving on, the training's own random numbers.
-            items = DataLoader(
-                self,
-                batch_size=None,
-                sampler=numbers,
-                num_workers=self.workers,
-                prefetch_factor=max(2, self.ahead // self.workers),
-                collate_fn=pickle.dumps,
-                worker_init_fn=outlive_one_signal,
-                generator=torch.Generator(),
-            )
-            items = map(pickle.loads, items)
-        else:
-            items = map(self.__getitem__, numbers)
-        idle = 0
-        for item in items:
-            self.position += 1
-            if isinstance(item, Problem):
-                self.quarantine.bad(item)
-                continue
-            self.quarantine.good()
-            idle = idle + 1 if item is None else 0
-            if idle == 10_000:
-                raise InputError("10,000 records in a row have nothing to train on (no picture in an answer?)")
-            if item is not None:
-                yield item
-
-
-def outlive_one_signal(worker: int) -> None:
-    """A SIGTERM to the whole process group asks the training to finish its step, for which it needs its workers.
-
-    The second one, which the loader sends to a worker that is left over, ends it.
-    """
-    signals = itertools.count()
-    signal.signal(signal.SIGTERM, lambda *_: next(signals) and os._exit(0))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+# -------------------------------------------------------------------------------------------------------------- packs
 
 
 def batches(
-    stream: Stream, *, tokens: int | None = None, documents: int | None = None
-) -> Iterator[tuple[list[Document], int | dict]]:
-    """Lists of documents within a budget of tokens, of documents or both, and the place that continues behind each.
+    stream: Stream, *, documents: int | None = None, lookahead: int = 1, **budget: int | None
+) -> Iterator[tuple[list[Document], dict]]:
+    """Lists of documents within a budget, and the position that continues behind each.
 
-    A document that does not fit opens the next list; one that is over the budget alone is a list of its own.
+    budget: the most that the documents of a list may hold together, by names of `sizes`: tokens, patches, latents. documents:
+    the most of them. One that is over the budget alone is a list of its own.
+
+    First fit: a list takes the waiting documents that still fit, the oldest first, then new ones, until `lookahead` wait. The
+    oldest always fits into an empty list, so none waits for ever. The position names those that wait; they are read again.
     """
-    batch, size, position = [], 0, stream.place
-    for document in stream:
-        if batch and tokens and size + len(document) > tokens:
-            yield batch, position
-            batch, size = [], 0
-        batch.append(document)
-        size += len(document)
-        position = stream.place
-        if len(batch) == documents:
-            yield batch, position
-            batch, size = [], 0
-    if batch:
-        yield batch, position
+    budget = {name: most for name, most in budget.items() if most}
+    items, waiting, more = iter(stream), deque(), True
+    while True:
+        left, batch, misfits = dict(budget), [], []
+        while len(batch) != documents and (waiting or (more and len(misfits) < lookahead)):
+            if waiting:
+                number, document = waiting.popleft()
+            elif (document := next(items, None)) is None:
+                more = False
+                break
+            else:
+                number = stream.item
+                if isinstance(document, Document):
+                    document.name = stream.where
+            size = sizes(document, budget)
+            if batch and any(size[name] > left[name] for name in left):
+                misfits.append((number, document))
+                continue
+            batch.append(document)
+            left = {name: left[name] - size[name] for name in left}
+        if not batch:
+            return
+        waiting.extendleft(reversed(misfits))
+        yield batch, stream.position_with([number for number, _ in waiting])
 
 
-def open_source(data: str, kinds: str = "", split: str = "train") -> Lines | Callable[[int], dict]:
-    """JSONL files "a.jsonl,b.jsonl" (a file named twice counts double), or "sketchbook" with kinds of dialogue and their
-    weights "lesson=2,one=1" (empty: the corpus' own)."""
-    if data != "sketchbook":
-        return Lines([name for name in data.split(",") if name])
-    try:
-        weights = {kind: float(weight or 1) for kind, _, weight in (item.partition("=") for item in kinds.split(",") if item)}
-        if not all(0 < weight < float("inf") for weight in weights.values()):
-            raise ValueError
-    except ValueError:
-        raise InputError(f"kinds {kinds!r}: write kinds and positive weights like lesson=2,one=1") from None
-    source = partial(sketchbook.dialogue, split=split, kinds=weights or None)
-    source(0)  # an unknown kind or split shows here, before a run starts
-    return source
+def sizes(document: Document, names: Iterable[str] = ("tokens", "patches", "latents")) -> dict[str, int]:
+    """What a document costs each tower: "tokens" of the MLLM, "patches" of its vision tower, "latents" of the DiT."""
+    return {name: len(document) if name == "tokens" else getattr(document, name) for name in names}
+
+
+def fill(documents: list[Document], **budget: int | None) -> dict[str, float]:
+    """How full a list of `batches` is, as a share of each budget. The largest is the one that bounds the list."""
+    budget = {name: most for name, most in budget.items() if most}
+    return {name: sum(sizes(d, [name])[name] for d in documents) / most for name, most in budget.items()}
+
+
+def prepare(
+    record: dict, number: int, *, seed: int = 0, targets: int | None = None, max_latents: int | None = None, **options
+) -> Document | None:
+    """`tokenize`, and the pictures that the document trains: at most `targets` of the assistant's, drawn by (seed, number).
+
+    max_latents: targets that are too large alone are not drawn, and only as many as fit together. What stands behind the last
+    target is cut off, since nothing that is trained can see it.
+    """
+    document = tokenize(record, **options)
+    if document is None or (targets is None and max_latents is None):
+        return document
+    order = random.Random(f"targets {seed} {number}").sample(document.targets, len(document.targets))
+    document.drawn = []
+    for j in order:
+        if len(document.drawn) != targets and not (max_latents and document.latents + document.latents_of(j) > max_latents):
+            document.drawn.append(j)
+    if document.targets and not document.drawn:
+        least = min(map(document.latents_of, document.targets))
+        raise InputError(f"too large: {least:,} latent patches up to the smallest target, the limit is {max_latents:,}")
+    return before(document, max(document.drawn)) if document.drawn else document
+
+
+def before(document: Document, j: int) -> Document:
+    """What conditions picture j: the text up to its BOV, the patches of earlier pictures, and the pictures up to j itself."""
+    whole, n = document.rendered, document.rendered.images[j].bov
+    rendered = replace(whole, ids=whole.ids[:n], loss=whole.loss[:n], images=whole.images[: j + 1])
+    grids, pixels = document.grids[:j], document.pixels
+    pixels = pixels[: sum(h * w for h, w in grids)].clone() if j else None  # not a view, which would be pickled as a whole
+    positions, pictures = document.positions[:, :n].clone(), document.pictures[: j + 1]
+    return replace(document, rendered=rendered, positions=positions, pixels=pixels, grids=grids, pictures=pictures)
 
 
 def loader(
-    source: Lines | Callable[[int], dict],
+    source: Files | Mix | Callable[[int], dict],
     tokenizer: Tokenizer,
     processor: ImageProcessor,
     *,
     tokens: int | None = None,
+    patches: int | None = None,
+    latents: int | None = None,
     documents: int | None = None,
-    position: list[int | dict] | None = None,
+    lookahead: int = 16,
+    position: list[dict | int] | None = None,
     max_tokens: int | None = None,
+    targets: int | None = None,
+    seed: int = 0,
     pictures: bool = True,
     max_area: int | None = None,
     targets_only: bool = False,
     **options,
-) -> Iterator[tuple[list[Document], int | dict]]:
+) -> Iterator[tuple[list[Document], dict]]:
     """What the stages read: `batches` of tokenised documents from a `Stream`, with the position to save beside a checkpoint.
 
-    position: every rank's last one. Another number of ranks reads the same documents on, none twice and none left out.
-    max_tokens defaults to `tokens`; it, pictures, max_area and targets_only are those of `tokenize`, other options those of
-    `Stream`.
+    tokens, patches, latents, documents, lookahead: those of `batches`; no document alone is over the budget. position: the last
+    one of every rank, in a list. max_tokens defaults to `tokens`; it, pictures, max_area and targets_only are those of
+    `tokenize`, targets that of `prepare`, other options those of `Stream`.
     """
-    prepare = partial(
-        tokenize,
+    ready = partial(
+        prepare,
+        seed=seed,
+        targets=targets,
+        max_latents=latents,
         tokenizer=tokenizer,
         processor=processor,
         max_tokens=max_tokens or tokens,
+        max_patches=patches,
         pictures=pictures,
         max_area=max_area,
         targets_only=targets_only,
     )
-    stream = Stream(source, prepare=prepare, ahead=max(16, documents or 0), **options)
-    if position:
-        stream.resume([{"position": p} if isinstance(p, int) else p for p in position])
-    listed = batches(stream, tokens=tokens, documents=documents)
+    stream = Stream(source, seed, prepare=ready, ahead=max(16, documents or 0), **options)
+    if position is not None:
+        stream.resume(position)
+    listed = batches(stream, documents=documents, lookahead=lookahead, tokens=tokens, patches=patches, latents=latents)
     return ((sorted(batch, key=len), at) for batch, at in listed)  # like lengths side by side: attention pads least
 
 
@@ -459,12 +341,17 @@ def loader(
 
 def check(path: str, pictures: bool = True, tokenizer: Tokenizer | None = None, processor: ImageProcessor | None = None) -> int:
     """Print every problem of a file and a summary; the number of records that cannot be used."""
-    with open_lines(path) as file:
-        lines = sum(1 for _ in file)
+    if path.endswith(".tar"):
+        shard = Shard(path)
+        lines, unit = len(shard), " records"
+        records = ((shard.where(i)[1], *shard.raw(i)) for i in range(lines))
+    else:
+        with open_lines(path) as file:
+            lines, unit = sum(1 for _ in file), " lines"
+        records = ((line, record, Path(path).parent) for line, record in read_records(path))
     bad, images, painted, tokens, supervised = 0, 0, 0, 0, 0
     kinds, warned, n = Counter(), Counter(), 0
-    folder = Path(path).parent
-    for line, record in tqdm(read_records(path), total=lines, unit=" lines", disable=None, leave=False):
+    for line, record, folder in tqdm(records, total=lines, unit=unit, disable=None, leave=False):
         n += 1
         problems = validate(record, folder, path, line, pictures=pictures)
         warned.update(f"{p.field}: {p.message}" if "[" not in p.field else p.message for p in problems if p.warning)
@@ -481,7 +368,7 @@ def check(path: str, pictures: bool = True, tokenizer: Tokenizer | None = None, 
         kinds.update(p.kind for p in problems)
         bad += bool(problems)
         if not problems:
-            roles = [m["role"] for m in normalise(record) for part in m["content"] if part["type"] == "image"]
+            roles = [m["role"] for m in normalise(record, folder) for part in m["content"] if part["type"] == "image"]
             images += len(roles)
             painted += roles.count("assistant")
     if not n:
@@ -496,7 +383,7 @@ def check(path: str, pictures: bool = True, tokenizer: Tokenizer | None = None, 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("check", help="report every problem of JSONL files")
+    one = commands.add_parser("check", help="report every problem of JSONL files and shards")
     one.add_argument("files", nargs="+", metavar="FILE")
     one.add_argument("--images", action=argparse.BooleanOptionalAction, default=True, help="open every picture, or none")
     one.add_argument("--tokenizer", metavar="MLLM", help="an mllm/ folder or Hub id: counts tokens")
@@ -505,6 +392,10 @@ def arguments() -> argparse.ArgumentParser:
     two.add_argument("source", metavar="IN", help="JSON lines, or a file with one JSON array")
     two.add_argument("target", metavar="OUT.jsonl", help="in a folder above the pictures, since records point downwards")
     two.add_argument("--images", metavar="FOLDER", help="where IN's picture paths start (default: IN's folder)")
+    three = commands.add_parser("pack", help="write the records of a JSONL file, with their pictures, as tar shards")
+    three.add_argument("source", metavar="IN.jsonl")
+    three.add_argument("target", metavar="OUT", help="shards are called OUT-000000.tar, OUT-000001.tar, ...")
+    three.add_argument("--megabytes", type=float, default=1000, help="size of a shard (default %(default)s)")
     return parser
 
 
@@ -514,6 +405,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "convert":
             return int(convert(args.kind, args.source, args.target, args.images) > 0)
+        if args.command == "pack":
+            return int(pack_shards(args.source, args.target, args.megabytes) > 0)
         if args.tokenizer and not args.images:
             raise InputError("--tokenizer counts the pictures' tokens, so it needs --images")
         parts = [cls.from_pretrained(args.tokenizer) for cls in (Tokenizer, ImageProcessor)] if args.tokenizer else []

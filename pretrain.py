@@ -25,12 +25,13 @@ from torch import Tensor, nn
 import sketchbook
 from checker import judge
 from checkpoint import InputError
-from data import Document, Stream, batches, pack_documents, tokenize
+from data import Document, batches, pack_documents, tokenize
 from dit import PRESETS as DIT_PRESETS
 from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from model import PRESETS as MLLM_PRESETS
 from pipeline import Settings, write_manifest
+from sources import Stream
 from tokenizer import Tokenizer, render, train_bpe
 from training import (FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator,
                       main, parse_config, part_folder, print_trained, read, sheet)
@@ -38,12 +39,11 @@ from vae import PRESETS as VAE_PRESETS
 from vae import VAE, to_image, to_tensor
 
 
-def stream(item, c: TrainConfig, world: World, position: list | int | None, documents: int) -> Iterator[tuple[list, int]]:
+def stream(item, c: TrainConfig, world: World, position: list | int | None, documents: int) -> Iterator[tuple[list, dict]]:
     """Lists of procedural items, item(seed), prepared by a background process, from where the run stopped."""
     source = Stream(item, seed=c.seed, rank=world.rank, world_size=world.size, workers=1)
-    if position:
-        places = position if isinstance(position, list) else [position]
-        source.resume([{"position": p} if isinstance(p, int) else p for p in places])
+    if position is not None:
+        source.resume(position if isinstance(position, list) else [position])
     return batches(source, documents=documents)
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ NOT_LINES = {
     LFS: "a Git LFS pointer: run `git lfs pull`",
     b"[": "one JSON array: write one record a line, for example with jq -c '.[]'",
 }
+# What picture paths are relative to: a folder, or a function that gives the bytes of a picture by its name, or an InputError.
+Folder = str | Path | Callable[[str], bytes]
 NOT_RECORD = 'not an object: a record is {{"messages": [...]}}, this is {}'
 
 
@@ -89,10 +91,11 @@ def one_line(value: object) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a record, and where: line from 1, field like messages[1].content[3].image. A warning stops nothing."""
+    """What is wrong with a record, and where: line from 1, or the member of a shard, field like messages[1].content[3].image.
+    A warning stops nothing."""
 
     file: str
-    line: int
+    line: int | str
     field: str
     message: str  # "kind" or "kind: details"
     warning: bool = False
@@ -161,7 +164,7 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict | Problem]]:
 
 
 def validate(
-    record: object, folder: str | Path = ".", file: str = "record", line: int = 1, *, pictures: bool = True
+    record: object, folder: Folder = ".", file: str = "record", line: int | str = 1, *, pictures: bool = True
 ) -> list[Problem]:
     """Everything that is wrong with a record, warnings included. Picture paths are relative to `folder`.
 
@@ -169,10 +172,11 @@ def validate(
     """
     if isinstance(record, Problem):
         return [record]
-    return [Problem(file, line, *found) for found in _problems(record, os.path.abspath(folder), pictures)]
+    folder = folder if callable(folder) else os.path.abspath(folder)
+    return [Problem(file, line, *found) for found in _problems(record, folder, pictures)]
 
 
-def _problems(record: object, folder: str, decode: bool) -> Iterator[tuple]:
+def _problems(record: object, folder: Folder, decode: bool) -> Iterator[tuple]:
     if not isinstance(record, dict):
         yield "", NOT_RECORD.format(_kind(record))
         return
@@ -201,7 +205,7 @@ def hint(record: dict) -> str:
     return f"convert the file with `python data.py convert --from {name}`"
 
 
-def _message_problems(message: object, at: str, first: bool, folder: str, decode: bool) -> Iterator[tuple]:
+def _message_problems(message: object, at: str, first: bool, folder: Folder, decode: bool) -> Iterator[tuple]:
     if not isinstance(message, dict):
         yield at, f'not an object: a message is {{"role": ..., "content": ...}}, this is {_kind(message)}'
         return
@@ -224,7 +228,7 @@ def _message_problems(message: object, at: str, first: bool, folder: str, decode
         yield f"{at}.content", "empty message: write something or drop it"
 
 
-def _part_problems(part: object, role: object, at: str, folder: str, decode: bool) -> Iterator[tuple]:
+def _part_problems(part: object, role: object, at: str, folder: Folder, decode: bool) -> Iterator[tuple]:
     if not isinstance(part, dict):
         yield at, f'not an object: a part is {{"type": ..., ...}}, this is {_kind(part)}'
         return
@@ -264,10 +268,19 @@ def _text_problems(text: str, at: str) -> Iterator[tuple]:
         yield at, f"not Unicode text: half a surrogate pair at character {e.start}"
 
 
-def _picture_problems(value: str | Path | bytes | Image.Image, at: str, folder: str, decode: bool) -> Iterator[tuple]:
+def _picture_problems(value: str | Path | bytes | Image.Image, at: str, folder: Folder, decode: bool) -> Iterator[tuple]:
     if isinstance(value, str) and not value.startswith("data:"):
         if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
             yield at, f"a URL: {value!r:.80}; download the picture and give its path"
+            return
+        if callable(folder):
+            try:
+                value = folder(value)
+            except InputError as e:
+                yield at, str(e)
+                return
+            if decode:
+                yield from _picture_problems(value, at, folder, decode)
             return
         path = picture_path(folder, value)
         if not path.is_relative_to(folder):
@@ -295,8 +308,9 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def normalise(record: dict, folder: str | Path = ".") -> list[dict]:
-    """The messages of a valid record in one form: content is a list of text and image parts, paths are absolute `Path`s."""
+def normalise(record: dict, folder: Folder = ".") -> list[dict]:
+    """The messages of a valid record in one form: content is a list of text and image parts, paths are absolute `Path`s, or
+    the bytes that `folder` found."""
     messages = []
     for message in record["messages"]:
         content = message["content"]
@@ -309,6 +323,6 @@ def normalise(record: dict, folder: str | Path = ".") -> list[dict]:
                 continue
             value = value["url"] if isinstance(value, dict) else value
             if isinstance(value, str) and not value.startswith("data:"):
-                value = picture_path(folder, value)
+                value = folder(value) if callable(folder) else picture_path(folder, value)
             messages[-1]["content"].append({"type": "image", "image": value})
     return messages

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from data import Document, loader, open_source, pack_documents
+from data import Document, fill, loader, pack_documents
 from model import MLLM, ImageProcessor, mrope_positions
+from sources import Quarantine, open_source
 from tokenizer import Rendered, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, World, check_step0, main, parse_config, part_folder, print_trained
 
@@ -26,12 +27,14 @@ from training import LanguageLoss, Run, TrainConfig, World, check_step0, main, p
 @dataclass
 class Stage1Config(TrainConfig):
     mllm: str = "runs/tiny/mllm"  # run, folder or Hub id of the language model to start from
-    data: str = "sketchbook"  # or JSONL files of records, separated by commas
+    data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
     out: str = "runs/tiny/stage1"
     steps: int = 4000
     tokens: int = 4096  # budget of a micro-batch of one rank
+    patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens
     documents: int = 0  # at most so many in a micro-batch; 0: as many as fit
+    lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     lr: float = 1e-3  # the miniature's; 1e-5 suits a 7B
     weight_decay: float = 0.01
     beta2: float = 0.98
@@ -56,8 +59,10 @@ def train(c: Stage1Config) -> None:
     loss_of = world.wrap(LanguageLoss(mllm), compile=c.compile, find_unused=True)  # a batch may have no picture
     shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1}
     source = open_source(c.data, c.kinds)
-    budget = {"tokens": c.tokens, "documents": c.documents or None}
-    data = loader(source, tokenizer, processor, **budget, pictures=False, position=run.position, **shard)
+    budget = {"tokens": c.tokens, "patches": c.patches}
+    options = {"documents": c.documents or None, "lookahead": c.lookahead, "pictures": False, "position": run.position}
+    options["quarantine"] = Quarantine(file=run.folder / "quarantine.jsonl")
+    data = loader(source, tokenizer, processor, **budget, **options, **shard)
     for step in run.loop():
         micro = [next(data) for _ in range(c.accumulate)]
         packs = [pack_documents(documents).to(world.device) for documents, _ in micro]
@@ -70,7 +75,8 @@ def train(c: Stage1Config) -> None:
                 (share * world.size).backward()  # DDP takes the mean over ranks
             loss += share.item()
         names = [d.name for documents, _ in micro for d in documents]
-        stats = {"loss": loss, "tokens": sum(len(pack.ids) for pack in packs), "documents": len(names)}
+        full = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro)
+        stats = {"loss": loss, "fill": (full, 1.0), "tokens": sum(len(pack.ids) for pack in packs), "documents": len(names)}
         stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("cross-entropy", stats["loss"], 0.0, math.log(tokenizer.vocab_size))  # less than a guess

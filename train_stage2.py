@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Document, loader, open_source
+from checkpoint import InputError
+from data import Document, fill, loader
 from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
+from sources import Quarantine, open_source
 from tokenizer import Tokenizer
 from training import FlowLoss, Run, Samples, TrainConfig, World, add_statistics, check_step0, encode, flow_statistics
 from training import generator, main, parse_config, part_folder, print_trained, read, sheet
@@ -29,11 +31,15 @@ class Stage2Config(TrainConfig):
     mllm: str = "runs/tiny/stage1"  # run, folder or Hub id; frozen
     dit: str = "runs/tiny/dit"  # run, folder or Hub id; trained, and with it the connector that it holds
     vae: str = "runs/tiny/vae"  # run, folder or Hub id; frozen
-    data: str = "sketchbook"  # or JSONL files of records, separated by commas
+    data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
     out: str = "runs/tiny/stage2"
     steps: int = 60_000
-    documents: int = 32  # per micro-batch and rank
+    documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
+    tokens: int = 0  # budgets of a micro-batch: of the MLLM, ...
+    patches: int = 0  # ... of its vision tower, ...
+    latents: int = 0  # ... of the DiT, whose patches are 16 x 16 pixels and count once for each target that sees them
+    lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     targets: int = 2  # pictures trained per document, at most
     lr: float = 1e-3  # the miniature's; 3e-5, Cosmos' own, for the 2B
     beta2: float = 0.99
@@ -45,13 +51,12 @@ class Stage2Config(TrainConfig):
 
 
 def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Config, device, g: torch.Generator) -> Samples:
-    """Targets at random: for each sample the tokens it reads, the pictures up to and with it, how many of them are given."""
+    """The targets drawn: for each sample the tokens it reads, the pictures up to and with it, how many of them are given."""
     states, first = read(documents, mllm, device)
     pictures = encode(documents, vae, device)
     samples = []
     for d, document in enumerate(documents):
-        for i in torch.randperm(len(document.targets), generator=g)[: c.targets].tolist():
-            j = document.targets[i]
+        for j in document.trained:
             positive, negative = document.rendered.condition_lengths(j)
             length = negative if torch.rand((), generator=g).item() < c.drop else positive
             samples.append((range(first[d], first[d] + length), pictures[d][: j + 1], j))
@@ -75,7 +80,12 @@ def train(c: Stage2Config) -> None:
     loss_of = world.wrap(FlowLoss(dit, c.condition_time), compile=c.compile)
     shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1, "targets_only": True}
     source = open_source(c.data, c.kinds)
-    data = loader(source, tokenizer, processor, documents=c.documents, position=run.position, **shard)
+    budget = {"tokens": c.tokens, "patches": c.patches, "latents": c.latents}
+    if not c.documents and not any(budget.values()):
+        raise InputError("--documents 0 needs a budget: --tokens, --patches or --latents")
+    options = {"documents": c.documents or None, "targets": c.targets, "lookahead": c.lookahead, "position": run.position}
+    options["quarantine"] = Quarantine(file=run.folder / "quarantine.jsonl")
+    data = loader(source, tokenizer, processor, **budget, **options, **shard)
     autocast = world.autocast(c.dtype)
     for step in run.loop():
         micro = [next(data) for _ in range(c.accumulate)]
@@ -96,6 +106,8 @@ def train(c: Stage2Config) -> None:
             parts = add_statistics(parts, flow_statistics(t, error.detach().cpu(), count.cpu()))
         names = [d.name for documents, _ in micro for d in documents]
         stats = {"loss": loss, **parts, "images": sum(len(s.rows) for s in samples)}
+        if any(budget.values()):
+            stats["fill"] = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro), 1.0
         stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size

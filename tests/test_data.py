@@ -4,8 +4,8 @@ import base64
 import copy
 import io
 import json
-import random
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -26,9 +26,11 @@ import formats
 import records
 import sketchbook
 from checkpoint import InputError
-from data import Document, Lines, Problem, Quarantine, Stream, batches, loader, main, pack_documents, tokenize
+from data import Document, batches, loader, main, pack_documents, tokenize
+from files import Files
 from model import MLLM, PRESETS, ImageProcessor
-from records import load_image, read_records, validate
+from records import Problem, load_image, read_records, validate
+from sources import Quarantine, Stream, open_source
 from tokenizer import Rendered, Tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -629,10 +631,10 @@ def take(stream, n: int) -> list:
     return list(islice(stream, n))
 
 
-def test_lines_finds_records_by_number(folder: Path):
+def test_files_find_records_by_number(folder: Path):
     first = folder / "a.jsonl"
     first.write_bytes(b"\xef\xbb\xbf\n\r\n" + json.dumps(chat("q", "ä")).encode() + b"\n\n{\n" + json.dumps(EXAMPLE).encode())
-    lines = Lines([first, numbered(folder, 2)])
+    lines = Files([first, numbered(folder, 2)])
     assert len(lines) == 5 and [lines.where(i)[1] for i in range(5)] == [3, 5, 6, 1, 2]
     assert answers([lines[0], lines[4]]) == ["ä", "n.jsonl 1"]
     assert lines[2]["messages"][1]["content"][1]["image"] == (folder / "h1.png").absolute()
@@ -640,11 +642,11 @@ def test_lines_finds_records_by_number(folder: Path):
         lines[1]
     for none in ([], [write(folder / "empty.jsonl", ["", " "])]):
         with pytest.raises(InputError, match="no record"):
-            Lines(none)
+            Files(none)
 
 
 def test_ranks_split_every_epoch_and_together_see_all(folder: Path):
-    lines = Lines([numbered(folder, 25, "a.jsonl"), numbered(folder, 12, "b.jsonl")])
+    lines = Files([numbered(folder, 25, "a.jsonl"), numbered(folder, 12, "b.jsonl")])
     everything = Counter(f"{f}.jsonl {i}" for f, n in (("a", 25), ("b", 12)) for i in range(n))
     one = answers(Stream(lines, seed=3, epochs=2))
     assert Counter(one[:37]) == Counter(one[37:]) == everything and one[:37] != one[37:] and one[:37] != sorted(one[:37])
@@ -658,38 +660,37 @@ def test_ranks_split_every_epoch_and_together_see_all(folder: Path):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_stream_continues_where_it_stopped(folder: Path, workers: int):
     """Also with background workers, which run ahead of what has been used, and in a shuffle that another epoch interrupts."""
-    lines = Lines([numbered(folder, 30, bad=(4,))])
+    lines = Files([numbered(folder, 30, bad=(4,))])
     make = partial(Stream, lines, seed=1, rank=1, world_size=2)
     whole = answers(take(make(), 60))
     stream = make(workers=workers)
     assert answers(take(stream, 23)) == whole[:23]
-    state = json.loads(json.dumps(stream.state_dict()))
-    assert list(state) == ["position"]
+    state = json.loads(json.dumps(stream.position))
     again = make(workers=workers)
-    again.load_state_dict(state)
+    again.resume([{}, state])
     assert answers(take(again, 37)) == whole[23:]
 
 
 @pytest.mark.parametrize("sizes", [(4, 1), (1, 3), (2, 3, 2), (5, 4, 3, 2, 1)])
 def test_another_number_of_ranks_reads_every_record_once(sizes: tuple[int, ...]):
     """The ranks are apart when the run stops, as those of a token budget are; the order of what is left stays the same."""
-    chance, read, states = random.Random(len(sizes)), [], None
+    chance, read, positions = random.Random(len(sizes)), [], None
     for world_size in sizes:
         streams = [Stream(lambda seed: seed, rank=rank, world_size=world_size) for rank in range(world_size)]
         for stream in streams:
-            if states:
-                stream.resume(states)
-            stream.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+            if positions:
+                stream.resume(positions)
             read += take(stream, chance.randrange(12))
-        states = [stream.state_dict() for stream in streams]
+        positions = json.loads(json.dumps([stream.position for stream in streams]))
     rest = Stream(lambda seed: seed)
-    rest.resume(states)
+    rest.resume(positions)
     coming = take(rest, 150 - len(read))
     assert sorted(read + coming) == list(range(150)) and coming == sorted(coming)
+    assert rest.position["seen"] == 150
 
 
 def test_workers_leave_the_random_numbers_of_the_training_alone(folder: Path):
-    lines = Lines([numbered(folder, 30)])
+    lines = Files([numbered(folder, 30)])
     torch.manual_seed(5)
     take(Stream(lines, workers=1), 3)
     after = torch.rand(())
@@ -702,13 +703,13 @@ def test_a_procedural_source(folder: Path):
     assert answers(take(make(seed=0), 3)) == ["0", "1", "2"]
     assert answers(take(make(seed=2, rank=1, world_size=4), 2)) == [str((2 << 32) + 1), str((2 << 32) + 5)]
     path = sketchbook.write(folder / "corpus", 6)  # the same records as files
-    assert main(["check", str(path)]) == 0 and len(list(Stream(Lines([path]), epochs=1))) == 6
+    assert main(["check", str(path)]) == 0 and len(list(Stream(Files([path]), epochs=1))) == 6
 
 
 def test_bad_records_are_skipped_counted_and_named_once(folder: Path, capsys):
     path = numbered(folder, 100, bad=(3, 50, 97))
-    stream = Stream(Lines([path]), epochs=1)
-    assert len(list(stream)) == 97 and stream.position == 100
+    stream = Stream(Files([path]), epochs=1)
+    assert len(list(stream)) == 97 and stream.position == {"next": 100, "open": [], "seen": 100, "bad": {"empty message": 3}}
     assert stream.quarantine.seen == 100 and stream.quarantine.summary() == "empty message (3)"
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith(f"skipped: {path}:") and "messages[1].content: empty message" in err
@@ -716,13 +717,13 @@ def test_bad_records_are_skipped_counted_and_named_once(folder: Path, capsys):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_records_stop_the_run(folder: Path, workers: int):
-    few = Stream(Lines([numbered(folder, 300, "few.jsonl", bad=tuple(range(0, 270, 30)))]), epochs=1, workers=workers)
+    few = Stream(Files([numbered(folder, 300, "few.jsonl", bad=tuple(range(0, 270, 30)))]), epochs=1, workers=workers)
     assert len(list(few)) == 291
-    many = Stream(Lines([numbered(folder, 300, "many.jsonl", bad=tuple(range(0, 300, 14)))]), epochs=1, workers=workers)
+    many = Stream(Files([numbered(folder, 300, "many.jsonl", bad=tuple(range(0, 300, 14)))]), epochs=1, workers=workers)
     with pytest.raises(InputError, match=r"\d+ of 2\d\d records cannot be used, more than 5%: empty message \(\d+\)") as e:
         list(many)
     assert "many.jsonl:" in str(e.value) and "\n" not in str(e.value)
-    none = Stream(Lines([numbered(folder, 3, "none.jsonl", bad=(0, 1, 2))]), workers=workers)
+    none = Stream(Files([numbered(folder, 3, "none.jsonl", bad=(0, 1, 2))]), workers=workers)
     with pytest.raises(InputError, match="200 of 200 records"):
         next(iter(none))
     patient = Stream(many.source, epochs=1, quarantine=Quarantine(share=0.2))
@@ -730,16 +731,16 @@ def test_too_many_bad_records_stop_the_run(folder: Path, workers: int):
 
 
 def test_what_preparing_refuses_is_counted_too(folder: Path, capsys):
-    def prepare(record: dict):
+    def prepare(record: dict, number: int):
         if "7" in str(record):
             raise InputError("too long: 900 tokens up to the first answer, the limit is 100")
         return None if "8" in str(record) else record
 
-    stream = Stream(Lines([numbered(folder, 30)]), prepare=prepare, epochs=1)
+    stream = Stream(Files([numbered(folder, 30)]), prepare=prepare, epochs=1)
     assert len(list(stream)) == 24 and stream.quarantine.summary() == "too long (3)"
     path = folder / "n.jsonl"
     assert f"skipped: {path}:" in capsys.readouterr().err
-    nothing = Stream(Lines([str(path)]), prepare=lambda record: None)
+    nothing = Stream(Files([str(path)]), prepare=lambda record, number: None)
     with pytest.raises(InputError, match="nothing to train on"):
         next(iter(nothing))
 
@@ -747,7 +748,7 @@ def test_what_preparing_refuses_is_counted_too(folder: Path, capsys):
 def test_a_broken_picture_is_a_bad_record(folder: Path, tokenizer, processor, capsys):
     (folder / "cut.png").write_bytes((folder / "h1.png").read_bytes()[:60])
     path = write(folder / "a.jsonl", [EXAMPLE, chat("a", [image("cut.png")])])
-    got = list(loader(Lines([path]), tokenizer, processor, documents=1, epochs=2))
+    got = list(loader(Files([path]), tokenizer, processor, documents=1, epochs=2))
     assert len(got) == 2
     assert f"skipped: {path}:2: picture cannot be used: {folder / 'cut.png'}: broken picture" in capsys.readouterr().err
 
@@ -758,7 +759,7 @@ def test_batches_keep_the_budget_and_tell_where_to_continue(folder: Path):
 
     lengths = [30, 50, 10, 10, 120, 5, 60, 41, 60, 1]
     source = write(folder / "a.jsonl", [chat("q", "x" * n) for n in lengths] + [chat("q", "")])
-    make = partial(Stream, Lines([source]), seed=2, prepare=lambda r: Text(answers([r])[0]))
+    make = partial(Stream, Files([source]), seed=2, prepare=lambda r, number: Text(answers([r])[0]))
     order = [len(x) for x in make(epochs=1)]
     assert sorted(order) == sorted(lengths)
     got = list(batches(make(epochs=3), tokens=100))
@@ -771,7 +772,7 @@ def test_batches_keep_the_budget_and_tell_where_to_continue(folder: Path):
     assert not coming
     for n, (_, position) in enumerate(got):
         again = make(epochs=3)
-        again.position = position
+        again.resume([position])
         assert list(batches(again, tokens=100)) == got[n + 1 :]
     pairs = list(batches(make(epochs=1), documents=4))
     assert [len(batch) for batch, _ in pairs] == [4, 4, 2]
@@ -781,11 +782,11 @@ def test_batches_keep_the_budget_and_tell_where_to_continue(folder: Path):
 
 def test_the_loader_of_the_stages(folder: Path, tokenizer, processor):
     """Workers change nothing, positions continue exactly, and a list of positions serves every rank."""
-    source = data.open_source("sketchbook")
+    source = open_source("sketchbook")
     make = partial(loader, source, tokenizer, processor, documents=3, seed=1)
     want = take(make(rank=1, world_size=2), 4)
     got = take(make(rank=1, world_size=2, workers=1), 2)
-    got += take(make(rank=1, world_size=2, workers=1, position=[17, got[-1][1]]), 2)
+    got += take(make(rank=1, world_size=2, workers=1, position=[{}, got[-1][1]]), 2)
     for (a, p), (b, q) in zip(want, got, strict=True):
         assert p == q and len(a) == len(b) == 3
         for x, y in zip(a, b, strict=True):
@@ -793,7 +794,7 @@ def test_the_loader_of_the_stages(folder: Path, tokenizer, processor):
             assert (x.pixels is None) == (y.pixels is None) and (x.pixels is None or torch.equal(x.pixels, y.pixels))
             assert all(torch.equal(s, t) for s, t in zip(x.pictures, y.pictures, strict=True))
     one = take(make(position=[6, 8, 10, 12]), 1)  # from four ranks to one: 36 documents are done
-    assert one[0][1]["position"] == 39 and one[0][1]["until"] == 48
+    assert one[0][1]["next"] - len(one[0][1]["open"]) == 39
     targets = take(make(targets_only=True, pictures=False), 5)
     assert all(d.targets and not d.pictures for batch, _ in targets for d in batch)
     packed = next(loader(source, tokenizer, processor, tokens=1500))[0]
@@ -804,14 +805,14 @@ def test_the_loader_of_the_stages(folder: Path, tokenizer, processor):
 
 def test_open_source(folder: Path):
     path = numbered(folder, 3)
-    assert len(data.open_source(f"{path},{path}")) == 6
-    lesson = data.open_source("sketchbook", "lesson=1")
+    assert len(open_source(f"{path},{path}")) == 6
+    lesson = open_source("sketchbook", "lesson=1")
     assert lesson(5)["messages"][0]["role"] == "user" and lesson(5)["kind"] == "lesson"
     for kinds in ("lesson=many", "lesson=0", "lesson=nan", "no such kind=1"):
         with pytest.raises(InputError):
-            data.open_source("sketchbook", kinds)
+            open_source("sketchbook", kinds)
     with pytest.raises(InputError, match="no such file"):
-        data.open_source("sketchbok")
+        open_source("sketchbok")
 
 
 def test_problem_kinds_group_messages():
