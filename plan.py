@@ -250,12 +250,14 @@ class Plan:
     """One stage with its models on the meta device. c: the stage's own flags and those of PlanConfig."""
 
     def __init__(self, c):
+        if c.dtype == "auto":  # what a GPU takes
+            c = replace(c, dtype="bf16")
         self.c, self.stage = c, 2 if hasattr(c, "dit") else 1
         sizes = "world mfu gpu_memory link picture pictures epochs accumulate".split()
         if wrong := [name for name in sizes if getattr(c, name) <= 0]:
             raise InputError(f"--{wrong[0]} must be positive")
         if c.gpu not in DEVICES or not {c.frozen, c.dtype} <= BYTES.keys():
-            raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen are bf16 or fp32")
+            raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen are bf16 or fp32, --dtype auto too")
         self.e, mllm = BYTES[c.dtype], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
         with torch.device("meta"):
             self.mllm, self.dit, self.vae = MLLM(mllm), None, None

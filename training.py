@@ -133,7 +133,7 @@ class World:
 
     def alive(self) -> None:
         """A rank that does not get here again in time prints the stack of every thread and ends; its peers then end too."""
-        faulthandler.dump_traceback_later(self.timeout, exit=True)
+        faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__)
 
     def pick_dtype(self, name: str) -> str:
         """"bf16" or "fp32"; "auto" is bf16 on a GPU and on a CPU that computes in it. Others emulate it, ten times slower."""

@@ -72,7 +72,7 @@ def test_two_ranks_hand_over_to_one_and_one_to_three(parts, tmp_path):
     from sources import Stream, open_source
 
     stream = Stream(open_source(str(lines)), seed=c.seed)
-    order = ["{}:{}".format(*stream.source.where(stream[n] and int(stream._order[1][n]))) for n in range(60)]
+    order = ["{}:{}".format(*stream[n][0]) for n in range(60)]
     done = sum(read, [])
     assert len(done) == len(set(done)) and set(read[1]) and set(read[2])
     last = max(order.index(name) for name in done)
