@@ -177,7 +177,7 @@ class Bench:
                 row[key] = amount / row["ms"]
                 if what.startswith("ceiling"):
                     self.ceilings[key] = amount / 1e3 / min(times["ours"])
-                elif key in self.ceilings and self.cuda:  # on a CPU others share the machine, and the ceiling moves
+                elif key in self.ceilings and self.cuda:
                     row["share"] = row[key] / self.ceilings[key]  # of what a copy or one large product reaches here
         self.write(row)
 
@@ -235,7 +235,11 @@ def environment(device: torch.device) -> dict:
 # ------------------------------------------------------------------------------------------------------------------- tables
 
 
-def milliseconds(ms: float) -> str:
+def value(entry: dict) -> str:
+    """What a table says of ours or of a peer: why there is no time, bytes, or the time."""
+    if "failed" in entry or "ms" not in entry:
+        return entry.get("failed") or (f"{entry['bytes'] / 1e9:.3g} GB" if "bytes" in entry else entry.get("text", ""))
+    ms = entry["ms"]
     return f"{ms / 1e3:.3g} s" if ms >= 1e3 else f"{ms:.3g} ms" if ms >= 0.1 else f"{1e3 * ms:.3g} us"
 
 
@@ -245,12 +249,11 @@ def lines(row: dict) -> list[tuple[str, ...]]:
     if "tflops" in row:
         rates = [f", {row['tflops']:.3g} TFLOP/s" if row["tflops"] >= 1 else f", {1e3 * row['tflops']:.3g} GFLOP/s"]
     share = f" ({row['share']:.0%})" if "share" in row else ""
-    own = row.get("failed") or row.get("text") or milliseconds(row["ms"]) + "".join(rates) + share
+    own = value(row) + "".join(rates) + share
     head = row["what"], row["shape"], own, f"{row['error']:.0e}" if "error" in row else ""
     out = []
     for name, peer in row["peers"].items():
-        time = peer.get("failed") or peer.get("text") or (milliseconds(peer["ms"]) if "ms" in peer else "")
-        out.append((*head, name, time, f"{peer['ratio']:.2f}" if "ratio" in peer else ""))
+        out.append((*head, name, value(peer), f"{peer['ratio']:.2f}" if "ratio" in peer else ""))
         head = ("", "", "", "")
     return out or [(*head, "", "", "")]
 
@@ -272,6 +275,9 @@ def markdown(file: Path) -> str:
     e = records[0]
     dtypes = " and ".join(sorted({r["dtype"] for r in records[1:] if "dtype" in r}))
     caption = f"{e['device']}; torch {e['torch']}, transformers {e['transformers']}, diffusers {e['diffusers']}; {dtypes}:"
+    if "threads" in e["device"]:  # on a CPU others share the machine, and the ceiling moves
+        for row in records:
+            row.pop("share", None)
     rows = sorted((r for r in records[1:] if r["suite"] != "check"), key=lambda r: SUITES[::-1].index(r["suite"]))
     table = [COLUMNS, ("---",) * len(COLUMNS)] + [line for row in rows for line in lines(row)]
     return caption + "\n\n" + "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in table)
@@ -571,8 +577,7 @@ def cross_entropy(b: Bench) -> None:
     try:
         gradients = hidden.nbytes + weight.nbytes
         ours, unfused = (max(1, peak(b, call(f)()) - gradients) for f in (loss, plain))
-        row |= {"text": f"{ours / 1e9:.3g} GB", "bytes": ours}
-        row["peers"] = {"unfused": {"text": f"{unfused / 1e9:.3g} GB", "bytes": unfused, "ratio": unfused / ours}}
+        row |= {"bytes": ours, "peers": {"unfused": {"bytes": unfused, "ratio": unfused / ours}}}
     except Exception as e:
         row["failed"] = reason(e)
     b.write(row)
