@@ -18,6 +18,7 @@ Nothing is repeated or lost.
 """
 
 import fcntl
+import ctypes
 import itertools
 import json
 import math
@@ -345,8 +346,10 @@ class Stream:
 def outlive_one_signal(worker: int) -> None:
     """A SIGTERM to the whole process group asks the training to finish its step, for which it needs its workers.
 
-    The second one, which the loader sends to a worker that is left over, ends it.
+    The second one, which the loader sends to a worker that is left over, ends it, and so does the end of the training.
     """
+    if sys.platform == "linux":  # a killed training cannot end its workers, and they wait for ever on their own full pipe
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signals = itertools.count()
     signal.signal(signal.SIGTERM, lambda *_: next(signals) and os._exit(0))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
