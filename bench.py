@@ -495,7 +495,7 @@ def fused_rows(b: Bench) -> None:
     angles = torch.rand(n, 1, d // 2, device=b.device) * 6
     cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
     qkv, wide = b.randn(n, 3 * w, seed=4), b.randn(n // 4, 2 * f, seed=9)
-    stream, tables = x.view(chunks, -1, w), [b.randn(chunks, 1, w, seed=s).float() for s in (6, 7, 8)]
+    stream, (gate, *tables) = x.view(chunks, -1, w), [b.randn(chunks, 1, w, seed=s).float() for s in (6, 7, 8)]
 
     def add(x, delta, weight):
         return fused.add_rms_norm(x, delta, weight, 1e-6)
@@ -510,7 +510,7 @@ def fused_rows(b: Bench) -> None:
     steps = [
         ("add, RMSNorm", add, theirs.add_rms_norm, (x, y, gain), 3, 4 * x.nbytes),
         ("norm of heads, rotation", turn, turn_eager, (qkv, head_gain, cos, sin), 2, 2 * x.nbytes),
-        ("gate, add, modulate", fused.gate_add_modulate, theirs.gate_add_modulate, (stream, y, *tables), 5, 4 * x.nbytes),
+        ("gate, add, modulate", fused.gate_add_modulate, theirs.gate_add_modulate, (stream, gate, y, *tables), 5, 4 * x.nbytes),
         ("SwiGLU", fused.swiglu, theirs.swiglu, (wide,), 1, wide.nbytes * 3 // 2),
     ]  # fmt: skip
     for step in steps:

@@ -139,10 +139,10 @@ def norm_rope(x, weight, cos, sin):
     return (n * cos + torch.cat((b, a), -1) * sin).to(x.dtype)  # the sign of the rotation is in sin
 
 
-def gate_add_modulate(x, y, gate, shift, scale):
+def gate_add_modulate(x, gate, y, shift, scale):
     x = x + gate.to(x.dtype) * y.view_as(x)
     h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return x, (h * (1 + scale.to(x.dtype)) + shift.to(x.dtype)).flatten(0, 1)
+    return x, (h * scale.to(x.dtype) + shift.to(x.dtype)).flatten(0, 1)
 
 
 def swiglu(x):
