@@ -216,33 +216,6 @@ def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, 
     assert sign in printed and sign in printed[first:].split("all_reduce")[0]
 
 
-def test_torchrun_heals_a_lost_rank(parts, tmp_path):
-    """One rank is killed once; the run ends well without a hand, with the weights of a run that lost nobody."""
-    script = tmp_path / "loses_one.py"
-    script.write_text(f"""
-import os, sys
-sys.path[:0] = [{str(runs.ROOT)!r}]
-import train_stage2, training
-marker, update = {str(tmp_path / "killed")!r}, training.Run.update
-def wrapped(self, *args):
-    if self.world.rank == 1 and self.step == 2 and not os.path.exists(marker):
-        open(marker, "w").close()
-        os.kill(os.getpid(), 9)
-    return update(self, *args)
-training.Run.update = wrapped
-training.main(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
-""")
-    c = runs.config("stage2", parts, tmp_path / "run", save_every=1)
-    flags = [f"--{k}={v}" for k, v in vars(c).items() if not isinstance(v, bool)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script), *flags], capture_output=True, text=True, env=env, timeout=200)
-    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr[-3000:]
-    assert "resumed" in done.stdout
-    runs.run("stage2", runs.config("stage2", parts, tmp_path / "straight"), tmp_path / "log", 2)
-    assert_same(tmp_path / "straight", tmp_path / "run")
-
-
 if __name__ == "__main__":
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     with tempfile.TemporaryDirectory() as name:
