@@ -126,6 +126,10 @@ class World:
         # Numbers near 1e-40 are as good as 0 and cost a CPU a hundred times as much. numpy must have looked at them before.
         np.finfo(np.float32), np.finfo(np.float64)
         torch.set_flush_denormal(True)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            # torchrun's own store outlives a restart, and in it the new ranks find the addresses of the dead ones.
+            raise InputError("torchrun --max-restarts heals only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, "
+                             "and with --standalone or --rdzv-backend=c10d")  # fmt: skip
         if self.size > 1 and not dist.is_initialized():
             limit = datetime.timedelta(seconds=timeout)
             dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)

@@ -35,6 +35,11 @@ def config(kind: str, parts: Path, out: Path, **options):
     return classes[kind](**{**common, **own, **options})
 
 
+def flags(c) -> list[str]:
+    """The command line of that run."""
+    return [f"--{'' if v is not False else 'no-'}{k}" + ("" if isinstance(v, bool) else f"={v}") for k, v in vars(c).items()]
+
+
 def shrink() -> None:
     """What only the miniature's size needs: a large tokenizer, a DiT of full depth, the gate after the VAE."""
     from dataclasses import replace

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import make_parts  # its import puts the repository on the path, also where this file is a script
 from safetensors.torch import load_file
 from test_resume import assert_same
 
@@ -216,11 +217,40 @@ def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, 
     assert sign in printed and sign in printed[first:].split("all_reduce")[0]
 
 
+def torchrun(script: Path, c, *options: str, **env: str) -> subprocess.CompletedProcess:
+    """Two ranks on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([*command, str(script), *runs.flags(c)], capture_output=True, text=True, env=env, timeout=200)
+
+
+def test_torchrun_heals_a_lost_rank(parts, tmp_path):
+    """One rank is killed once; the run ends well without a hand, with the weights of a run that lost nobody."""
+    script = tmp_path / "loses_one.py"
+    script.write_text(f"""
+import os, sys
+sys.path[:0] = [{str(runs.ROOT)!r}]
+import train_stage2, training
+marker, update = {str(tmp_path / "killed")!r}, training.Run.update
+def wrapped(self, *args):
+    if self.world.rank == 1 and self.step == 2 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), 9)
+    return update(self, *args)
+training.Run.update = wrapped
+training.main(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
+""")
+    c = runs.config("stage2", parts, tmp_path / "run", save_every=1)
+    done = torchrun(script, c, "--max-restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr[-3000:]
+    assert f"resumed {c.out}/step_000002" in done.stdout
+    runs.run("stage2", runs.config("stage2", parts, tmp_path / "straight"), tmp_path / "log", 2)
+    assert_same(tmp_path / "straight", tmp_path / "run")
+
+
 if __name__ == "__main__":
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     with tempfile.TemporaryDirectory() as name:
-        from conftest import make_parts
-
         (Path(name) / "parts").mkdir()
         result = kill_and_restart(make_parts(Path(name) / "parts"), Path(name), ["stage1", "stage2"], number)
     print("{} kills, {} during saves: every restart resumed, the final weights are those without kills".format(*result))
