@@ -40,6 +40,15 @@ def flags(c) -> list[str]:
     return [f"--{'' if v is not False else 'no-'}{k}" + ("" if isinstance(v, bool) else f"={v}") for k, v in vars(c).items()]
 
 
+def torchrun(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *arguments]
+
+
+def healing() -> dict[str, str]:
+    """The environment of a torchrun that restarts lost ranks."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 def shrink() -> None:
     """What only the miniature's size needs: a large tokenizer, a DiT of full depth, the gate after the VAE."""
     from dataclasses import replace

@@ -217,11 +217,11 @@ def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, 
     assert sign in printed and sign in printed[first:].split("all_reduce")[0]
 
 
-def torchrun(script: Path, c, *options: str, **env: str) -> subprocess.CompletedProcess:
-    """Two ranks on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([*command, str(script), *runs.flags(c)], capture_output=True, text=True, env=env, timeout=200)
+def test_restarts_without_the_switch_they_need_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        training.World("cpu")
 
 
 def test_torchrun_heals_a_lost_rank(parts, tmp_path):
@@ -241,7 +241,8 @@ training.Run.update = wrapped
 training.main(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
 """)
     c = runs.config("stage2", parts, tmp_path / "run", save_every=1)
-    done = torchrun(script, c, "--max-restarts=1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    command = runs.torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script), *runs.flags(c))
+    done = subprocess.run(command, capture_output=True, text=True, env=runs.healing(), timeout=200)
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr[-3000:]
     assert f"resumed {c.out}/step_000002" in done.stdout
     runs.run("stage2", runs.config("stage2", parts, tmp_path / "straight"), tmp_path / "log", 2)
