@@ -65,10 +65,10 @@ class Launches(TorchDispatchMode):
         self._patch.stop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.partition("::")[2]
-        if not (function.is_view or name in FREE or name == "_local_scalar_dense"):
+        name, result = function._schema.name.partition("::")[2], function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple | list) and not function.is_view and name not in FREE:
             self.by_name[name] += 1
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 class _Reads(TorchFunctionMode):
