@@ -33,6 +33,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import InputError, parse_dtype, pick_device
+from kernels import set_backend
 from page import fresh, overview, prompt_of, save, write_text
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, override
 from records import Problem, load_image, normalise, read_records, validate
@@ -60,6 +61,7 @@ def parser() -> Parser:
         p.add_argument(f"--{part}", help="take this part from another folder or Hub name")
     p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
     group = p.add_argument_group("settings (defaults: the checkpoint's)")
@@ -227,6 +229,7 @@ def run(argv: list[str]) -> int:
     jobs = read_jobs(args, values)
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype, device)
+    set_backend(args.attention, device)
     out = make_out(Path(args.out))
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer

@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import BOV, END, PLAIN, TWO, make_duo, picture
+from test_pipeline import BOV, END, PLAIN, TWO, make_duo, picture, same
 
+import evaluate
+import kernels
 import page
 import sample
+import training
+from checkpoint import InputError
 from page import escape_markdown
 from pipeline import STOPS, derive
 from sample import main, printable, slug
@@ -53,6 +57,13 @@ def duo(parts, monkeypatch):
     monkeypatch.setattr(parts, "loaded", loaded, raising=False)
     monkeypatch.setattr(parts, "sources", {"ckpt": "here", "dit": "nvidia/x@abc"})
     return parts
+
+
+@pytest.fixture(autouse=True)
+def attention():
+    """--attention is a choice for the whole process: undone here."""
+    yield
+    kernels.set_backend("auto")
 
 
 @pytest.fixture
@@ -252,6 +263,36 @@ def test_flags_reach_the_settings(duo, here):
     assert Image.open(here / "out/x/image_01.png").size == (64, 32)
 
 
+def test_the_choice_of_attention_changes_no_result(duo, here, monkeypatch):
+    """--attention reaches every call of it, and logits and picture stay what they were."""
+    seen, ran = [], {"triton": 0, "sdpa": 0}
+    for name, module, function in (("triton", kernels, "_triton_packed"), ("sdpa", kernels.sdpa, "attention")):
+        real = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *a, n=name, f=real: ran.update({n: ran[n] + 1}) or f(*a))
+    choose = duo.choose
+    monkeypatch.setattr(duo, "choose", lambda logits, *rest: seen.append(logits) or choose(logits, *rest))
+    small = "--steps 1 --height 16 --width 16 --guidance 1".split()
+    for name in ("sdpa", "triton"):
+        duo.say(["a", BOV, END])
+        assert main(["--prompt", "x", "--name", name, "--system", "", "--attention", name, *small]) == 0
+        assert kernels.get_backend() == name
+    assert ran["triton"] > 10 and ran["sdpa"] == ran["triton"] + 2  # the VAE has one of its own, and always PyTorch's
+    one, other = torch.stack(seen[: len(seen) // 2]), torch.stack(seen[len(seen) // 2 :])
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    images = [Image.open(here / "out" / name / "image_01.png") for name in ("sdpa", "triton")]
+    assert same(*images, levels=1)
+
+
+def test_an_attention_that_cannot_be_is_told_before_anything_is_loaded(here, monkeypatch, capsys):
+    monkeypatch.setattr(sample.DuoGen, "from_pretrained", None)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)  # as it is outside the tests
+    check_one_line(main(["--prompt", "x", "--attention", "triton", "--device", "cpu"]), capsys, "need an NVIDIA GPU")
+    with pytest.raises(InputError, match="'flash' is none of"):
+        evaluate.main(["sketchbook", "--attention", "flash"])
+    with pytest.raises(InputError, match="'flash' is none of"):
+        training.Run(training.TrainConfig(attention="flash"), training.World("cpu"), torch.nn.Linear(2, 2), None)
+
+
 def test_without_a_prompt_there_is_a_house(duo, here):
     duo.say(PLAIN)
     assert main([]) == 0 and (here / "out" / slug(sample.PROMPT)).is_dir()
@@ -356,6 +397,7 @@ BAD = [
     (["--prompt", "x", "--device", "tpu"], "device tpu: unknown"),
     (["--prompt", "x", "--device", "cuda:99"], "device cuda:99"),
     (["--prompt", "x", "--dtype", "int3"], "dtype int3: unknown"),
+    (["--prompt", "x", "--attention", "flash"], "attention 'flash' is none of auto, triton, sdpa"),
     (["--prompt", "x", "--prompts", "p.jsonl"], "--prompt and --prompts exclude each other"),
     (["--image", "a.png", "--prompts", "p.jsonl"], "--image and --prompts exclude each other"),
     (["--prompts", "none.jsonl"], "none.jsonl: no such file"),
