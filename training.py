@@ -55,7 +55,7 @@ from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
 from fused import linear_cross_entropy
-from kernels import Segments
+from kernels import Segments, set_backend
 from model import MLLM
 from plan import Plan, PlanConfig
 from vae import VAE
@@ -79,6 +79,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
+    attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see kernels.set_backend
     compile: bool = False  # torch.compile of the loss
     zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
     timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
@@ -233,6 +234,7 @@ class Run:
             raise InputError(f"--keep {config.keep}: keep 2 checkpoints at least, for the newest may turn out damaged")
         self.folder, self.code = Path(config.out), code_hash()
         config.dtype = world.pick_dtype(config.dtype)
+        set_backend(config.attention, world.device)
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.params = [p for p in module.parameters() if p.requires_grad]
         if not self.params:

@@ -278,7 +278,6 @@ def test_decoding_several_documents_at_once_equals_each_full_pass(backend, joine
         positions.append(mrope_positions(ids[n], merged, PAD)[0])
         pixels.append(pixels_for(mllm.config, grids) if grids else None)
         full.append(run_ours(mllm, ids[n], grids, pixels[n]))
-    monkeypatch.setattr(kernels, "_backend", backend)
     cache, got, place = KVCache(mllm.config, 30, documents=2), [[] for _ in documents], {0: 0, 1: 1}  # document -> buffer
     cache.k.fill_(math.nan), cache.v.fill_(math.nan)
 
@@ -292,7 +291,8 @@ def test_decoding_several_documents_at_once_equals_each_full_pass(backend, joine
         at = {place[d]: (sum(len(h[0]) for h in got[d]), d) for d in growing}
         cache.advance(list(at))
         rows = [(ids[at[b][1]][at[b][0]], positions[at[b][1]][0, at[b][0]]) if b in at else (0, 0) for b in range(2)]
-        with Launches() as count:
+        with Launches() as count, monkeypatch.context() as patch:
+            patch.setattr(kernels, "_backend", backend)
             hidden = mllm.decode(*(torch.tensor(x) for x in zip(*rows, strict=True)), cache)
         assert count.reads == 0
         for b, (_, d) in at.items():
