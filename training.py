@@ -641,10 +641,16 @@ def check_step0(name: str, value: float, low: float, high: float) -> None:
 def main(function: Callable[[], None]) -> None:
     """Run a script's main function: a user's mistake is one line and exit status 2, not a traceback."""
     try:
-        function()
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
     except InputError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not write to the pipe again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

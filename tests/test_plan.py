@@ -270,6 +270,14 @@ def test_plan_reads_a_folder_and_refuses_what_is_none(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: --mllm 8B") and done.stderr.count("\n") == 1
 
 
+def test_a_plan_whose_reader_has_seen_enough_ends_in_silence():
+    """As under `| head -2`: no traceback, neither at once nor when the buffer is emptied at the end."""
+    command = [sys.executable, ROOT / "train_stage1.py", "--plan", "--mllm", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 1)
+
+
 def test_mfu_is_known_for_known_devices_only():
     assert plan.peak_flops("NVIDIA H200") == plan.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert plan.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
