@@ -35,6 +35,7 @@ class Stage2Config(TrainConfig):
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
     out: str = "runs/tiny/stage2"
     steps: int = 60_000
+    frozen_dtype: str = "auto"  # of the MLLM's weights: bf16 on a GPU, else fp32. The VAE stays fp32: it is small
     documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
     tokens: int = 0  # budgets of a micro-batch: of the MLLM, ...
     patches: int = 0  # ... of its vision tower, ...
@@ -69,7 +70,8 @@ def train(c: Stage2Config) -> None:
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=world.device).requires_grad_(False)
+    frozen = world.pick_frozen_dtype(c.frozen_dtype, c.dtype)
+    mllm = MLLM.from_pretrained(folder, dtype=frozen, device=world.device).requires_grad_(False)
     vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
     dit = DiT.from_pretrained(part_folder(c.dit, "dit"), device=world.device)
     dit.gradient_checkpointing = c.checkpointing

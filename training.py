@@ -144,6 +144,14 @@ class World:
             raise InputError(f"--dtype {name}: training runs in auto, bf16 or fp32")
         return name
 
+    def pick_frozen_dtype(self, name: str, dtype: str) -> torch.dtype:
+        """Of frozen weights. "auto" is bf16 on a GPU whose forward pass computes in it: half the memory, and no casts."""
+        if name == "auto":
+            name = self.pick_dtype(dtype) if self.device.type == "cuda" else "fp32"
+        if name not in ("bf16", "fp32"):
+            raise InputError(f"--frozen-dtype {name}: frozen weights are held in auto, bf16 or fp32")
+        return torch.bfloat16 if name == "bf16" else torch.float32
+
     def autocast(self, dtype: str) -> torch.autocast:
         """Forward passes in bf16, or as the weights are (fp32)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.pick_dtype(dtype) == "bf16")
@@ -207,13 +215,14 @@ def generator(*key: int) -> torch.Generator:
 
 def print_trained(trained: dict[str, nn.Module], frozen: dict[str, nn.Module]) -> None:
     """The table that shows at a glance whether the right thing is about to be trained."""
-    print(f"{'part':<24}{'state':<10}{'tensors':>8}{'parameters':>16}")
+    print(f"{'part':<24}{'state':<10}{'tensors':>8}{'parameters':>16}{'GB':>9}")
     for state, parts in (("trained", trained), ("frozen", frozen)):
         for name, module in parts.items():
             parameters = list(module.parameters())
             if any(p.requires_grad != (state == "trained") for p in parameters):
                 raise RuntimeError(f"{name} is listed as {state}, but requires_grad disagrees")
-            print(f"{name:<24}{state:<10}{len(parameters):>8}{sum(p.numel() for p in parameters):>16,}")
+            size, gb = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters) / 1e9
+            print(f"{name:<24}{state:<10}{len(parameters):>8}{size:>16,}{gb:>9.2f}")
 
 
 class Run:
@@ -723,8 +732,9 @@ class FlowLoss(nn.Module):
 def read(documents: list[Document], mllm: MLLM, device: torch.device) -> tuple[Tensor, list[int]]:
     """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row."""
     batch = pack_documents(documents).to(device)
-    hidden = mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids)
-    return features(hidden), batch.cu_seqlens.tolist()
+    states = features(mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids))
+    # Without autocast the connector, whose weights are fp32, does not take those of an MLLM in bf16.
+    return states if torch.is_autocast_enabled(device.type) else states.float(), batch.cu_seqlens.tolist()
 
 
 @torch.no_grad()

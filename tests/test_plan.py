@@ -229,6 +229,8 @@ def test_what_does_not_fit_is_said_with_its_remedy():
     assert totals[0] > 141 > totals[1]
     assert "not at all under DDP" in plan.example(plan.STAGE1, mllm="32B", world=64, zero=True).advice()
     assert plan.example(plan.STAGE1, mllm="3B").advice().startswith("fits")
+    held = {d: plan.example(plan.STAGE2, frozen_dtype=d).memory()["frozen weights"] for d in ("fp32", "bf16", "auto")}
+    assert held["auto"] == held["bf16"] == held["fp32"] - 2 * plan.count(one.mllm)  # the VAE stays fp32
     wide = plan.example(plan.STAGE2, documents=4)
     assert "does not fit" in wide.advice() and wide.advice().endswith("--checkpointing")
     assert plan.example(plan.STAGE2, documents=4, checkpointing=True).advice().startswith("fits")

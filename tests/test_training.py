@@ -85,7 +85,9 @@ def test_two_processes_take_the_step_of_one(stage, parts, tmp_path):
     assert all((a[k] - b[k]).abs().max() < 2e-5 for k in a if k.startswith("live."))
 
 
-def test_frozen_parts_stay_bit_identical(parts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_frozen_parts_stay_bit_identical(dtype, parts, tmp_path, monkeypatch):
+    """Also where the MLLM is held in bf16: what is learnt stays fp32, and the loss is the same but for rounding."""
     loaded = {}
     for cls in (MLLM, VAE):
         original = cls.from_pretrained.__func__
@@ -95,12 +97,18 @@ def test_frozen_parts_stay_bit_identical(parts, tmp_path, monkeypatch):
             return loaded[c.__name__]
 
         monkeypatch.setattr(cls, "from_pretrained", classmethod(keep))
-    STAGES[2](config(2, parts, tmp_path / "run", steps=2, weight_decay=0.5, warmup=1))
+    options = {"steps": 2, "weight_decay": 0.5, "warmup": 1}
+    STAGES[2](config(2, parts, tmp_path / "run", frozen_dtype=dtype, **options))
+    held = {"mllm": torch.bfloat16 if dtype == "bf16" else torch.float32, "vae": torch.float32}
     for cls, part in ((MLLM, "mllm"), (VAE, "vae")):
-        before = cls.from_pretrained(parts / part).state_dict()
         now = loaded[cls.__name__]
-        assert loaded[cls.__name__] is not before
-        assert all(torch.equal(v, before[k]) for k, v in now.state_dict().items())
+        before = cls.from_pretrained(parts / part, dtype=held[part])
+        assert now is not before and not any(p.requires_grad for p in now.parameters())
+        now, before = now.state_dict(), before.state_dict()
+        assert all(now[k].dtype == v.dtype and torch.equal(now[k], v) for k, v in before.items())
+    assert {v.dtype for k, v in weights(tmp_path / "run").items() if k.startswith("live.")} == {torch.float32}
+    STAGES[2](config(2, parts, tmp_path / "plain", **options))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=0 if dtype == "fp32" else 0.01)
 
 
 def test_loss_positions_of_a_document(parts):
