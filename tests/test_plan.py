@@ -57,7 +57,7 @@ def stage1(documents, text, grid, checkpointing=False, dtype="fp32"):
 
     def step():
         with autocast(dtype):
-            loss = loss_of(batch) / supervised
+            loss = loss_of(batch)[0] / supervised
         loss.backward()
 
     return mllm, step, Batch.of(TINY, [n] * documents, [grid] * documents, supervised)
