@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import InputError
 from kernels import INTERPRETED, get_backend
@@ -500,6 +500,44 @@ def _rope_append_kernel(
             out = k + slot * k_row + (head - heads) * 2 * HALF + c
         tl.store(out, turned, inside)
         tl.store(out + HALF, b, inside)
+
+
+# -------------------------------------------------------------------------------------------------- joint projections
+
+
+def join(*layers: nn.Linear) -> None:
+    """Lay the weights and biases of layers with one input behind each other in memory, so that `joint` takes them as one.
+
+    They become views of one tensor and keep name, shape and value: state dicts and files stay as they are, and nothing is
+    stored twice. Whatever gives a module new memory, such as `.to`, parts them again.
+    """
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        if parts[0] is not None:
+            whole = torch.cat([p.detach() for p in parts])
+            for p, part in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+                p.data = part
+
+
+def joint(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """The outputs of linear layers for x (N, in): [all side by side], from one product, if `join` has made them neighbours and
+    no gradient is asked for, else one of each layer."""
+    if not torch.is_grad_enabled():
+        weight = _neighbours([layer.weight for layer in layers])
+        if weight is not None:
+            return [F.linear(x, weight, None if layers[0].bias is None else _neighbours([layer.bias for layer in layers]))]
+    return [layer(x) for layer in layers]
+
+
+def _neighbours(parts: list[Tensor]) -> Tensor | None:
+    """Tensors that lie behind each other in one storage, as one tensor."""
+    first, storage = parts[0], parts[0].untyped_storage().data_ptr()
+    end = first.data_ptr()
+    for p in parts:
+        if p.data_ptr() != end or p.untyped_storage().data_ptr() != storage:
+            return None
+        end += p.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 # -------------------------------------------------------------------------------------------------------------- SwiGLU

@@ -10,9 +10,10 @@ connector's output is kept, a thousand numbers instead of the hundred thousand o
 paints under the condition of all tokens before it and of all earlier pictures; the new picture is appended to the cache, and
 the model goes on. Nothing is ever read twice.
 
-`write` is a coroutine: it yields what happens, and where a picture is due it yields a `Paint` and waits to be sent the picture.
-So one driver shows a document as it grows (`stream`), another keeps many documents in lockstep and paints what they wait for in
-one packed batch (`generate_many`), with the same results up to rounding.
+`write` is a coroutine: it yields what happens. Where tokens are to be read it yields a `Read` and waits to be sent the token
+that follows; where a picture is due it yields a `Paint` and waits for the picture. So one driver shows a document as it grows
+(`stream`), and another works on many (`write_many`): what several wait for is one packed pass, with the same results up to
+rounding.
 
 A checkpoint is a folder (or a Hub repository) with mllm/, dit/, vae/ and duogen.json:
 
@@ -134,13 +135,25 @@ class Text:
 
 
 @dataclass
+class Read:
+    """Tokens continue a document. Whoever drives `Answer.write` sends the token in reply that the model puts behind them."""
+
+    answer: "Answer"
+    ids: list[int]
+    pixels: Tensor | None  # patches of the pictures among them, (P, C * T * p * p)
+    grids: list[tuple[int, int]]  # and their sizes in patches
+    seconds: float = 0.0  # what the reading took; a batch's time is shared evenly
+
+
+@dataclass
 class Paint:
     """A picture is due. Whoever drives `Answer.write` sends it in reply."""
 
     number: int  # of the picture in the answer, from 0
     size: tuple[int, int]  # (H, W) in pixels
     seed: int  # of its noise
-    conditions: list[Tensor]  # clean latents (C, h, w) of the earlier pictures
+    conditions: list[Tensor]  # clean latents (C, h, w) of the earlier pictures; when it is painted, of all
+    unseen: list[Tensor]  # earlier pictures (3, H, W) that are yet to be encoded
     positive: Tensor  # (n, text_dim) connector rows of all tokens before BOV
     negative: Tensor | None  # (m, text_dim), m < n; None where guidance is off
     settings: Settings
@@ -164,7 +177,8 @@ class Stop:
     reason: str
 
 
-Event = Text | Paint | Picture | Stop
+Event = Text | Read | Paint | Picture | Stop
+Reply = int | Image.Image | None  # to a Read, to a Paint, to the others
 
 
 # ----------------------------------------------------------------------------------------------------------------- answer
@@ -182,18 +196,12 @@ class Answer:
         self.tokens = 0  # written by the language model, control tokens included
         self.text_seconds = self.paint_seconds = 0.0
 
-        patches = [duo.processor(image) for image in self.images]
-        self._grids = [grid for _, grid in patches]
-        self._pixels = torch.cat([p for p, _ in patches]) if patches else None
-        grids = [duo.processor.merged(grid) for grid in self._grids]
+        grids = [self._merged(image.height, image.width) for image in self.images]
         rendered = render(duo.tokenizer, self.messages, grids, generation_prompt=True, default_system=settings.system)
         self._ids = rendered.ids
         self.prompt_tokens = len(rendered.ids)
         self._chunk = rendered.images[-1].end + 1 if rendered.images else rendered.system_end
-        # What the DiT is shown of every picture so far, and the latents of those that it has been shown already.
-        self._pictures = [to_tensor(image, SIDE, settings.max_area) for image in self.images]
-        self._latents: list[Tensor] = []
-        self.size = tuple(self._pictures[-1].shape[1:]) if self.images else duo.size
+        self.size = to_tensor(self.images[-1], SIDE, settings.max_area).shape[1:] if self.images else duo.size
         self.size = settings.height or self.size[0], settings.width or self.size[1]
         if self.prompt_tokens >= duo.context:
             raise InputError(f"the prompt has {self.prompt_tokens:,} tokens, the limit is {duo.context - 1:,}: shorten it")
@@ -213,21 +221,26 @@ class Answer:
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p.image} for p in self.parts]
         return {"role": "assistant", "content": parts}
 
-    def write(self) -> Generator[Event, Image.Image | None, None]:
-        """The loop. Yields Text, Picture, at the end one Stop, and Paint, to which the reply must be the picture."""
+    def write(self) -> Generator[Event, Reply, None]:
+        """The loop. Yields Text, Picture, at the end one Stop; Read, to be answered by a token, and Paint, by a picture."""
         duo, s, tokenizer = self.duo, self.settings, self.duo.tokenizer
-        decoder = StreamDecoder(tokenizer)
-        choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
-        self._cache, self._rows, self._position = duo.cache(self._capacity()), [], 0
-        unread, pixels, grids = self._ids, self._pixels, self._grids
-        reason, painted, began = "max_tokens", 0, time.perf_counter()
+        decoder, capacity = StreamDecoder(tokenizer), self.capacity
+        self.choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
+        self.cache, self.rows, self.position = duo.cache(capacity), [], 0
+        # What the DiT has not been shown yet, and the latents of what it has.
+        unseen, latents = [to_tensor(image, SIDE, s.max_area) for image in self.images], []
+        patches = [duo.processor(image) for image in self.images]
+        unread, pixels, grids = self._ids, torch.cat([p for p, _ in patches]) if patches else None, [g for _, g in patches]
+        reason, painted, length = "max_tokens", 0, 0
         while self.tokens < s.max_tokens:
-            if self._cache.length + len(unread) > self._cache.capacity:
+            if length + len(unread) > capacity:
                 reason = "context"
                 break
-            logits = self._read(unread, pixels, grids)
-            token = duo.choose(logits, s, choices)
+            reading = Read(self, unread, pixels, grids)
+            token = yield reading
+            self.text_seconds += reading.seconds
             self.tokens += 1
+            length += len(unread)
             if token in (tokenizer.im_end, tokenizer.endoftext):
                 reason = "end"
                 break
@@ -236,37 +249,46 @@ class Answer:
                     reason = "max_images"
                     break
                 yield from self._write(decoder.flush())
-                self.text_seconds += time.perf_counter() - began
-                request = self._request(painted)
-                image = yield request
-                self.paint_seconds += request.seconds
-                began = time.perf_counter()
-                context = len(request.positive), 0 if request.negative is None else len(request.negative)
-                self.parts.append(Picture(image, request.seed, context, request.seconds))
+                rows = torch.cat(self.rows)                                            # (n, text_dim)
+                self.rows = [rows]
+                # The negative branch is a slice: causal states before the last chunk of text know nothing of it.
+                negative = None if s.scale == 1 else rows[: self._chunk if s.negative == "chunk" else 0]
+                shown = (latents, unseen) if s.use_condition_images else ([], [])
+                paint = Paint(painted, self.size, derive(s.seed, self.index, painted), *shown, rows, negative, s)
+                image = yield paint
+                self.paint_seconds += paint.seconds
+                context = len(rows), 0 if negative is None else len(negative)
+                self.parts.append(Picture(image, paint.seed, context, paint.seconds))
                 yield self.parts[-1]
                 painted += 1
-                self._pictures.append(to_tensor(image, SIDE, s.max_area))
+                # A generated picture conditions the later ones by what it is as a file: decoded, rounded to 8 bits and encoded
+                # again. Its own latent, fresh from the sampler, would be another distribution than the encoded pictures of the
+                # training, and an answer that is continued from its saved pages would differ from one continued at once.
+                latents, unseen = paint.conditions, [to_tensor(image, SIDE, s.max_area)]
                 pixels, grid = duo.processor(image)
                 grids, (h, w) = [grid], duo.processor.merged(grid)
                 unread = [token, *[tokenizer.image_pad] * (h * w), tokenizer.vision_end]
-                self._chunk = self._cache.length + len(unread)
+                self._chunk = length + len(unread)
                 continue
             yield from self._write(decoder.push(token))
             unread, pixels, grids = [token], None, []
         yield from self._write(decoder.flush())
-        self.text_seconds += time.perf_counter() - began
-        self.stop = reason
-        self._cache = self._rows = self._pixels = None  # a list of finished answers is light
-        self._latents, self._pictures = [], []
+        self.stop, self.cache, self.rows = reason, None, []  # a list of finished answers is light
         yield Stop(reason)
 
-    def _capacity(self) -> int:
-        """Tokens that this answer can reach, so that the cache is allocated once."""
+    @property
+    def capacity(self) -> int:
+        """Tokens that this answer can reach, so that its cache is allocated once."""
+        h, w = self._merged(*self.size)
+        most = self.prompt_tokens + self.settings.max_tokens + self.settings.max_images * (h * w + 2)
+        return min(self.duo.context, most)
+
+    def _merged(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens (rows, columns) of a picture of that size in pixels."""
         p = self.duo.processor
         unit = p.patch_size * p.merge_size
-        h, w = smart_resize(*self.size, unit, p.min_pixels, p.max_pixels)
-        picture = (h // unit) * (w // unit) + 2
-        return min(self.duo.context, self.prompt_tokens + self.settings.max_tokens + self.settings.max_images * picture)
+        h, w = smart_resize(height, width, unit, p.min_pixels, p.max_pixels)
+        return h // unit, w // unit
 
     def _write(self, text: str) -> Iterator[Text]:
         if not text:
@@ -276,40 +298,6 @@ class Answer:
         else:
             self.parts.append(text)
         yield Text(text)
-
-    @torch.no_grad()
-    def _read(self, ids: list[int], pixels: Tensor | None, grids: list[tuple[int, int]]) -> Tensor:
-        """Append ids to the cache and their connector rows to the context -> logits (vocab,) of what comes next."""
-        duo = self.duo
-        positions, after = mrope_positions(ids, [duo.processor.merged(grid) for grid in grids], duo.tokenizer.image_pad)
-        hidden = duo.mllm(
-            torch.tensor(ids, device=duo.device),
-            (positions + self._position).to(duo.device),
-            torch.tensor([0, len(ids)], dtype=torch.int32, device=duo.device),
-            None if pixels is None else pixels.to(duo.device),
-            grids or None,
-            cache=self._cache,
-        )
-        self._position += after
-        self._rows.append(duo.connect(hidden))
-        return duo.mllm.logits(hidden[-1][-1:])[0]
-
-    def _request(self, number: int) -> Paint:
-        """What the DiT needs for the picture that is due now.
-
-        A generated picture conditions the later ones by what it is as a file: decoded, rounded to 8 bits and encoded again. Its
-        own latent, fresh from the sampler, would be another distribution than the encoded pictures of the training, and an
-        answer that is continued from its saved pages would differ from one continued at once.
-        """
-        s, began = self.settings, time.perf_counter()
-        if s.use_condition_images:
-            self._latents += self.duo.encode(self._pictures[len(self._latents) :])
-        rows = torch.cat(self._rows)                                                   # (n, text_dim)
-        self._rows = [rows]
-        # The negative branch is a slice: causal states before the last chunk of text know nothing of it.
-        negative = None if s.scale == 1 else rows[: self._chunk if s.negative == "chunk" else 0]
-        self.paint_seconds += time.perf_counter() - began
-        return Paint(number, self.size, derive(s.seed, self.index, number), [*self._latents], rows, negative, s)
 
 
 def read_dialogue(messages: str | list[dict]) -> list[dict]:
@@ -449,6 +437,9 @@ class DuoGen:
                 event = writer.send(reply)
             except StopIteration:
                 return
+            if isinstance(event, Read):
+                reply = self.read([event])[0]
+                continue
             yield event
             reply = self.paint([event], progress)[0] if isinstance(event, Paint) else None
 
@@ -467,30 +458,50 @@ class DuoGen:
         first: int = 0,
         done: Callable[[Answer], None] | None = None,
     ) -> list[Answer]:
-        """One answer for each dialogue, up to `batch` of them in lockstep: all write until each needs a picture or has ended,
-        then all pictures are painted together. Answer i is that of generate(dialogues[i], settings, first + i), up to rounding.
+        """One answer for each dialogue by `write_many`: answer i is that of generate(dialogues[i], settings, first + i).
 
-        settings: one for all, or one each. done(answer) is called as soon as an answer is finished. Memory: `batch` KV caches.
+        settings: one for all, or one each.
         """
         each = settings if isinstance(settings, list) else [settings] * len(dialogues)
         answers = [self.answer(m, s, first + i) for i, (m, s) in enumerate(zip(dialogues, each, strict=True))]
-        queue, active = deque(answers), {}  # answer -> (its coroutine, the picture it waits for)
+        self.write_many(answers, batch=batch, done=done)
+        return answers
+
+    def write_many(
+        self,
+        answers: list[Answer],
+        *,
+        batch: int = 64,
+        done: Callable[[Answer], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write answers, up to `batch` of them at a time, each as it would be alone, up to rounding.
+
+        All that have something to read take part in one pass for the next token of each. One that ends makes room for the next
+        in the queue, one that needs a picture waits; when all wait, their pictures are painted together. done(answer) is called
+        as soon as one is finished, progress(done, steps) while pictures are painted. Memory: `batch` KV caches.
+        """
+        queue, active = deque(answers), {}  # answer -> (its coroutine, what it waits for)
+
+        def go_on(answer: Answer, writer: Generator, reply: Reply) -> None:
+            event = until_waiting(writer, reply)
+            if event is not None:
+                active[answer] = writer, event
+                return
+            active.pop(answer, None)
+            if done is not None:
+                done(answer)
+
         while queue or active:
             while queue and len(active) < batch:
                 answer = queue.popleft()
-                active[answer] = answer.write(), None
-            requests = {}
-            for answer, (writer, reply) in list(active.items()):
-                request = until_paint(writer, reply)
-                if request is not None:
-                    requests[answer] = request
-                    continue
-                del active[answer]
-                if done is not None:
-                    done(answer)
-            for answer, image in zip(requests, self.paint(list(requests.values())), strict=True):
-                active[answer] = active[answer][0], image
-        return answers
+                go_on(answer, answer.write(), None)
+            reading = [a for a, (_, event) in active.items() if isinstance(event, Read)]
+            waiting = reading or list(active)
+            requests = [active[a][1] for a in waiting]
+            replies = self.read(requests) if reading else self.paint(requests, progress)
+            for answer, reply in zip(waiting, replies, strict=True):
+                go_on(answer, active[answer][0], reply)
 
     # --------------------------------------------------------------------------------------------------------- the parts
 
@@ -523,8 +534,37 @@ class DuoGen:
         return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
 
     @torch.no_grad()
+    def read(self, requests: list[Read]) -> list[int]:
+        """Append what is to be read to each document -> the token that follows it."""
+        tokens = {}
+        for r in requests:
+            began, a = time.perf_counter(), r.answer
+            merged = [self.processor.merged(grid) for grid in r.grids]
+            positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
+            hidden = self.mllm(
+                torch.tensor(r.ids, device=self.device),
+                (positions + a.position).to(self.device),
+                torch.tensor([0, len(r.ids)], dtype=torch.int32, device=self.device),
+                None if r.pixels is None else r.pixels.to(self.device),
+                r.grids or None,
+                cache=a.cache,
+            )
+            a.position += after
+            a.rows.append(self.connect(hidden))
+            tokens[id(r)] = self.choose(self.mllm.logits(hidden[-1][-1:])[0], a.settings, a.choices)
+            r.seconds = time.perf_counter() - began
+        return [tokens[id(r)] for r in requests]
+
+    @torch.no_grad()
     def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
-        """The pictures of all requests, in packed batches: one for all with the same settings that fit into PACK patches."""
+        """The pictures of all requests, in packed batches: one for all with the same settings that fit into PACK patches.
+
+        One part of the system after the other: all encoding, then all painting, then all decoding.
+        """
+        for r in requests:
+            began = time.perf_counter()
+            r.conditions, r.unseen = r.conditions + self.encode(r.unseen), []
+            r.seconds += time.perf_counter() - began
         batches: dict[tuple, list[list[Paint]]] = {}
         room: dict[tuple, int] = {}
         for r in requests:
@@ -535,10 +575,10 @@ class DuoGen:
                 room[r.settings.painting] = PACK
             batches[r.settings.painting][-1].append(r)
             room[r.settings.painting] -= patches
-        images = {}
+        latents, images = {}, []
         for batch in (b for group in batches.values() for b in group):
             began, s, factor = time.perf_counter(), batch[0].settings, self.vae.config.factor
-            latents = denoise(
+            painted = denoise(
                 self.dit,
                 [r.conditions for r in batch],
                 [(r.size[0] // factor, r.size[1] // factor) for r in batch],
@@ -551,21 +591,24 @@ class DuoGen:
                 condition_time=s.condition_time,
                 progress=progress,
             )
-            for r, z in zip(batch, latents, strict=True):
-                images[id(r)] = to_image(self.vae.decode_latents(z[None])[0])
-            for r in batch:
-                r.seconds = (time.perf_counter() - began) / len(batch)
-        return [images[id(r)] for r in requests]
+            for r, z in zip(batch, painted, strict=True):
+                latents[id(r)] = z
+                r.seconds += (time.perf_counter() - began) / len(batch)
+        for r in requests:
+            began = time.perf_counter()
+            images.append(to_image(self.vae.decode_latents(latents[id(r)][None])[0]))
+            r.seconds += time.perf_counter() - began
+        return images
 
 
-def until_paint(writer: Generator[Event, Image.Image | None, None], reply: Image.Image | None) -> Paint | None:
-    """Let a coroutine go on to its next picture; None: it has ended."""
+def until_waiting(writer: Generator[Event, Reply, None], reply: Reply) -> Read | Paint | None:
+    """Let a coroutine go on to where it needs something again; None: it has ended."""
     while True:
         try:
             event = writer.send(reply)
         except StopIteration:
             return None
-        if isinstance(event, Paint):
+        if isinstance(event, Read | Paint):
             return event
         reply = None
 

@@ -18,7 +18,7 @@ from checkpoint import InputError
 from connector import features
 from dit import DiT, DiTConfig
 from model import MLLM, ImageProcessor, MLLMConfig, VisionConfig, mrope_positions
-from pipeline import Answer, DuoGen, Paint, Picture, Settings, Stop, Text, derive, override, until_paint
+from pipeline import Answer, DuoGen, Paint, Picture, Settings, Stop, Text, derive, override
 from tokenizer import render, train_bpe
 from vae import VAE, VAEConfig, to_image, to_tensor
 
@@ -382,8 +382,7 @@ def test_pictures_with_other_settings_are_other_batches(duo, monkeypatch):
 def test_an_interrupted_answer_keeps_what_is_there(duo):
     duo.say(TWO)
     answer = duo.answer("x")
-    writer = answer.write()
-    assert isinstance(until_paint(writer, None), Paint)
+    assert any(isinstance(event, Paint) for event in duo.stream(answer))
     assert answer.stop == "interrupted" and answer.text == TWO[0]
 
 
