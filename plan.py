@@ -54,7 +54,6 @@ class PlanConfig:
     pairs: int = 5_000_000  # video clips (two pictures, a caption) that stage 2 reads as well, by the same sources
     caption: int = 128  # tokens of a clip's dialogue; assumed
     epochs: float = 1.0  # passes over the data; assumed
-    frozen: str = "fp32"  # type of the frozen weights, as stage 2 loads them
     zero: bool = False  # AdamW's moments sharded over the GPUs (ZeroRedundancyOptimizer)
     logit_chunk: int = 0  # supervised tokens whose logits exist at a time; 0: all of them
 
@@ -253,12 +252,13 @@ class Plan:
         if c.dtype == "auto":  # what a GPU takes
             c = replace(c, dtype="bf16")
         self.c, self.stage = c, 2 if hasattr(c, "dit") else 1
+        frozen = getattr(c, "frozen_dtype", "auto").replace("auto", c.dtype)
         sizes = "world mfu gpu_memory link picture pictures epochs accumulate".split()
         if wrong := [name for name in sizes if getattr(c, name) <= 0]:
             raise InputError(f"--{wrong[0]} must be positive")
-        if c.gpu not in DEVICES or not {c.frozen, c.dtype} <= BYTES.keys():
-            raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen are bf16 or fp32, --dtype auto too")
-        self.e, mllm = BYTES[c.dtype], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
+        if c.gpu not in DEVICES or not {frozen, c.dtype} <= BYTES.keys():
+            raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen-dtype are auto, bf16 or fp32")
+        self.e, self.frozen, mllm = BYTES[c.dtype], BYTES[frozen], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
         with torch.device("meta"):
             self.mllm, self.dit, self.vae = MLLM(mllm), None, None
             if self.stage == 2:
@@ -295,20 +295,21 @@ class Plan:
 
     def memory(self) -> dict[str, int]:
         """Bytes of one GPU at the highest moment of a step, by what they are. Whole but for the moments under --zero."""
-        c, p, (b, _), frozen, held, f = self.c, self.trained, self.batch(worst=True), 0, 0, BYTES[self.c.frozen]
+        c, p, (b, _), frozen, held = self.c, self.trained, self.batch(worst=True), 0, 0
+        f = self.frozen if self.e == 2 else 4  # bytes of the states that the connector reads
         stay = c.world > 1 or c.accumulate > 1  # DDP's buckets are the gradients and never go
         if self.stage == 1:
             segments = stage1_segments(self.mllm, b, self.e, c.logit_chunk)
         else:
             segments = stage2_segments(self.dit, b, self.e, f)
             features = b.tokens * self.dit.config.crossattn_proj_in_channels * f
-            m, e = self.mllm.config, min(f, self.e)  # a layer beside the states, or all of these beside their features, or
+            m, e = self.mllm.config, min(self.frozen, self.e)  # a layer beside the states, or these beside their features, or
             layer, norm = b.tokens * (3 * m.intermediate_size * e + 8 * m.hidden_size), b.tokens * 12 * m.hidden_size
             encode = sum(h * w for h, w in b.pictures) * self.vae.config.base_dim * 17  # the VAE's 4 1/4 fp32 maps: measured
             frozen, held = features + max(layer, features + norm, encode) + 4 * p * stay, features * (c.accumulate - 1)
         step = max(peak(segments, c.checkpointing, stay), frozen, 4 * p) + held
         rows = {"weights": 4 * p, "gradients": 4 * p, "AdamW": 8 * p // (c.world if c.zero else 1), "EMA": 4 * p}
-        rows["frozen weights"] = f * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
+        rows["frozen weights"] = self.frozen * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
         return rows | {"activations, casts": step - 4 * p}
 
     @property
@@ -376,7 +377,7 @@ class Plan:
 
 
 STAGE1 = {"mllm": "7B", "tokens": 4096, "documents": 0, "accumulate": 1, "dtype": "bf16", "checkpointing": True}
-STAGE2 = STAGE1 | {"dit": "2B", "vae": "wan2.1", "documents": 1, "targets": 2, "checkpointing": False}
+STAGE2 = STAGE1 | {"dit": "2B", "vae": "wan2.1", "documents": 1, "targets": 2, "checkpointing": False, "frozen_dtype": "auto"}
 
 
 def example(flags: dict, **changes) -> Plan:

@@ -51,7 +51,7 @@ def stage1(documents, text, grid, checkpointing=False, dtype="fp32"):
 
     def step():
         with autocast(dtype):
-            loss = loss_of(batch) / supervised
+            loss = loss_of(batch)[0] / supervised
         loss.backward()
 
     return mllm, step, Batch.of(TINY, [n] * documents, [grid] * documents, supervised)
@@ -238,6 +238,8 @@ def test_what_does_not_fit_is_said_with_its_remedy():
     assert totals[0] > 141 > totals[1]
     assert "not at all under DDP" in plan.example(plan.STAGE1, mllm="32B", world=64, zero=True).advice()
     assert plan.example(plan.STAGE1, mllm="3B").advice().startswith("fits")
+    held = {d: plan.example(plan.STAGE2, frozen_dtype=d).memory()["frozen weights"] for d in ("fp32", "bf16", "auto")}
+    assert held["auto"] == held["bf16"] == held["fp32"] - 2 * plan.count(one.mllm)  # the VAE stays fp32
     wide = plan.example(plan.STAGE2, documents=4)
     assert "does not fit" in wide.advice() and wide.advice().endswith("--checkpointing")
     assert plan.example(plan.STAGE2, documents=4, checkpointing=True).advice().startswith("fits")
@@ -277,6 +279,14 @@ def test_plan_reads_a_folder_and_refuses_what_is_none(tmp_path):
     command = [sys.executable, ROOT / "train_stage1.py", "--plan", "--mllm", "8B"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: --mllm 8B") and done.stderr.count("\n") == 1
+
+
+def test_a_plan_whose_reader_has_seen_enough_ends_in_silence():
+    """As under `| head -2`: no traceback, neither at once nor when the buffer is emptied at the end."""
+    command = [sys.executable, ROOT / "train_stage1.py", "--plan", "--mllm", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 1)
 
 
 def test_mfu_is_known_for_known_devices_only():
