@@ -39,6 +39,7 @@ from torch import Tensor
 from checkpoint import InputError, config_from_json, read_json, resolve, write_json
 from connector import features
 from dit import CONDITION_TIME, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
+from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from records import load_image
 from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
@@ -134,7 +135,7 @@ class Text:
     text: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Read:
     """Tokens continue a document. Whoever drives `Answer.write` sends the token in reply that the model puts behind them."""
 
@@ -194,6 +195,8 @@ class Answer:
         self.parts: list[str | Picture] = []
         self.stop = "interrupted"  # until it ends otherwise
         self.tokens = 0  # written by the language model, control tokens included
+        self.cache: KVCache | None = None  # of it alone, unless a driver gives it a place in one that several share
+        self.document = 0  # its place there
         self.text_seconds = self.paint_seconds = 0.0
 
         grids = [self._merged(image.height, image.width) for image in self.images]
@@ -226,7 +229,8 @@ class Answer:
         duo, s, tokenizer = self.duo, self.settings, self.duo.tokenizer
         decoder, capacity = StreamDecoder(tokenizer), self.capacity
         self.choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
-        self.cache, self.rows, self.position = duo.cache(capacity), [], 0
+        self.cache = self.cache or duo.cache(capacity)
+        self.rows, self.position = [], 0
         # What the DiT has not been shown yet, and the latents of what it has.
         unseen, latents = [to_tensor(image, SIDE, s.max_area) for image in self.images], []
         patches = [duo.processor(image) for image in self.images]
@@ -482,20 +486,26 @@ class DuoGen:
         as soon as one is finished, progress(done, steps) while pictures are painted. Memory: `batch` KV caches.
         """
         queue, active = deque(answers), {}  # answer -> (its coroutine, what it waits for)
+        places = [*range(min(batch, len(queue)))]
+        cache = self.cache(max((a.capacity for a in answers), default=0), len(places))
 
         def go_on(answer: Answer, writer: Generator, reply: Reply) -> None:
             event = until_waiting(writer, reply)
             if event is not None:
                 active[answer] = writer, event
                 return
-            active.pop(answer, None)
+            del active[answer]
+            places.append(answer.document)
             if done is not None:
                 done(answer)
 
         while queue or active:
-            while queue and len(active) < batch:
+            while queue and places:
                 answer = queue.popleft()
-                go_on(answer, answer.write(), None)
+                answer.cache, answer.document = cache, places.pop()
+                cache.truncate(answer.document, 0)
+                active[answer] = answer.write(), None
+                go_on(answer, active[answer][0], None)
             reading = [a for a, (_, event) in active.items() if isinstance(event, Read)]
             waiting = reading or list(active)
             requests = [active[a][1] for a in waiting]
@@ -505,8 +515,8 @@ class DuoGen:
 
     # --------------------------------------------------------------------------------------------------------- the parts
 
-    def cache(self, capacity: int) -> KVCache:
-        return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device)
+    def cache(self, capacity: int, documents: int = 1) -> KVCache:
+        return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device, documents)
 
     def connect(self, hidden: list[Tensor]) -> Tensor:
         """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
@@ -535,25 +545,50 @@ class DuoGen:
 
     @torch.no_grad()
     def read(self, requests: list[Read]) -> list[int]:
-        """Append what is to be read to each document -> the token that follows it."""
-        tokens = {}
-        for r in requests:
-            began, a = time.perf_counter(), r.answer
-            merged = [self.processor.merged(grid) for grid in r.grids]
-            positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
-            hidden = self.mllm(
-                torch.tensor(r.ids, device=self.device),
-                (positions + a.position).to(self.device),
-                torch.tensor([0, len(r.ids)], dtype=torch.int32, device=self.device),
-                None if r.pixels is None else r.pixels.to(self.device),
-                r.grids or None,
-                cache=a.cache,
-            )
-            a.position += after
-            a.rows.append(self.connect(hidden))
-            tokens[id(r)] = self.choose(self.mllm.logits(hidden[-1][-1:])[0], a.settings, a.choices)
-            r.seconds = time.perf_counter() - began
+        """Append what is to be read to each document -> the token that follows it.
+
+        Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
+        """
+        tokens, step = {}, [r for r in requests if len(r.ids) == 1]
+        # A step costs a CPU as much for a place where nobody reads.
+        if self.device.type == "cpu" and step and len(step) <= max(1, len(step[0].answer.cache.counts) // 8):
+            step = []
+        for batch in [*([r] for r in requests if r not in step), *([step] if step else [])]:
+            began = time.perf_counter()
+            hidden = self._step(batch) if batch is step else self._append(batch[0])
+            rows, logits = self.connect(hidden), self.mllm.logits(hidden[-1][-len(batch) :])
+            for r, own, row in zip(batch, rows.chunk(len(batch)), logits, strict=True):
+                r.answer.rows.append(own)
+                tokens[id(r)] = self.choose(row, r.answer.settings, r.answer.choices)
+            for r in batch:
+                r.seconds = (time.perf_counter() - began) / len(batch)
         return [tokens[id(r)] for r in requests]
+
+    def _append(self, r: Read) -> list[Tensor]:
+        """Hidden states (N, H) of what one document is to read."""
+        merged = [self.processor.merged(grid) for grid in r.grids]
+        positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
+        positions, r.answer.position = positions + r.answer.position, r.answer.position + after
+        return self.mllm(
+            torch.tensor(r.ids, device=self.device),
+            positions.to(self.device),
+            Segments([len(r.ids)], self.device),
+            None if r.pixels is None else r.pixels.to(self.device),
+            r.grids or None,
+            cache=r.answer.cache,
+            document=r.answer.document,
+        )
+
+    def _step(self, batch: list[Read]) -> list[Tensor]:
+        """Hidden states (S, H) of a token more in each of S documents of one cache."""
+        cache, places = batch[0].answer.cache, [r.answer.document for r in batch]
+        ids, positions = torch.zeros(2, len(cache.counts), dtype=torch.long)               # of those that wait: anything
+        for r in batch:
+            ids[r.answer.document], positions[r.answer.document] = r.ids[0], r.answer.position
+            r.answer.position += 1
+        cache.advance(places)
+        hidden = self.mllm.decode(ids.to(self.device), positions.to(self.device), cache)
+        return [h[places] for h in hidden]
 
     @torch.no_grad()
     def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:

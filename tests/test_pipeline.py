@@ -119,8 +119,8 @@ def test_cache_with_appended_pictures_equals_the_full_pass(duo, monkeypatch):
     fed, seen, rows = [], [], []
     forward = duo.mllm.forward
 
-    def spy(ids, positions, cu, pixels=None, grids=None, cache=None):
-        hidden = forward(ids, positions, cu, pixels, grids, cache=cache)
+    def spy(ids, positions, cu, pixels=None, grids=None, cache=None, document=0):
+        hidden = forward(ids, positions, cu, pixels, grids, cache=cache, document=document)
         fed.append((ids, positions, pixels, grids))
         seen.append(hidden)
         return hidden
