@@ -55,7 +55,7 @@ from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
 from fused import linear_cross_entropy
-from kernels import set_backend
+from kernels import Segments, set_backend
 from model import MLLM
 from plan import Plan, PlanConfig
 from vae import VAE
@@ -707,8 +707,7 @@ class FlowLoss(nn.Module):
         x = torch.where(given_token, x0, interpolate(x0, eps, t_token))                # (N, C4)
         rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows]).to(device)
         context = self.dit.crossattn_proj(samples.features).index_select(0, rows)      # (M', D_text)
-        cu_context = torch.tensor([0, *map(len, samples.rows)]).cumsum(0).int().to(device)
-        v = self.dit(x, times, given, pack, context, cu_context)                       # (N, C4)
+        v = self.dit(x, times, given, pack, context, Segments([*map(len, samples.rows)], device))      # (N, C4)
         error = (v.float() - velocity_target(x0, eps)).square().mean(1)                # (N,)
 
         target = (~given_token[:, 0]).float()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoint import InputError, read_json
 from connector import Connector, features
-from dit import PRESETS, DiT, DiTConfig, HeadNorm, pack_images, patchify, rotate, unpatchify
+from dit import PRESETS, DiT, DiTConfig, pack_images, patchify, unpatchify
 
 SMALL = DiTConfig(2, 3, 32, adaln_lora_dim=8, text_embed_dim=24, crossattn_proj_in_channels=40, qk_norm_eps=1e-5)
 
@@ -216,8 +216,8 @@ def test_patchify_is_channel_major_and_invertible():
 def test_positions_restart_in_every_image_and_count_images_per_sample():
     pack = pack_images([[(1, 2), (2, 1)], [(2, 2)]])
     assert pack.positions.tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
-    assert pack.image_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 2] and pack.cu_seqlens.tolist() == [0, 4, 8]
-    assert pack.cu_seqlens.dtype == torch.int32 and pack.shapes == [(1, 2), (2, 1), (2, 2)]
+    assert pack.image_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 2] and pack.segments.cu.tolist() == [0, 4, 8]
+    assert pack.segments.cu.dtype == torch.int32 and pack.shapes == [(1, 2), (2, 1), (2, 2)]
     assert pack.chunk == 2
     for sizes in ([], [[]], [[(0, 3)]]):
         with pytest.raises(InputError, match="at least"):
@@ -232,10 +232,10 @@ def test_a_sample_in_a_pack_equals_it_alone(small, sizes):
     lengths = [5, 9, 1]
     x, t, condition, pack, context, cu = inputs(small, sizes, lengths)
     with torch.no_grad():
-        together = small(x, t, condition, pack, context, cu).split(pack.cu_seqlens.diff().tolist())
+        together = small(x, t, condition, pack, context, cu).split(pack.segments.cu.diff().tolist())
         image = 0
         for s, sample in enumerate(sizes):
-            own = slice(pack.cu_seqlens[s], pack.cu_seqlens[s + 1])
+            own = slice(pack.segments.cu[s], pack.segments.cu[s + 1])
             images = slice(image, image := image + len(sample))
             text = context[cu[s] : cu[s + 1]]
             ends = torch.tensor([0, lengths[s]], dtype=torch.int32)
@@ -248,7 +248,7 @@ def test_samples_never_influence_each_other(small):
     x, t, condition, pack, context, cu = inputs(small, MIXED, [5, 9, 4])
     with torch.no_grad():
         before = small(x, t, condition, pack, context, cu)
-        a, b = pack.cu_seqlens[1:3].tolist()
+        a, b = pack.segments.cu[1:3].tolist()
         x, t, condition, context = x.clone(), t.clone(), condition.clone(), context.clone()
         x[a:b], t[3], condition[3], context[5:14] = 7.0, 0.9, True, -3.0
         after = small(x, t, condition, pack, context, cu)
@@ -315,7 +315,10 @@ def test_fresh_weights_predict_zero_and_blocks_are_the_identity():
     dit = DiT.from_config(SMALL)
     batch = inputs(dit, MIXED, [5, 9, 4])
     assert torch.equal(dit(*batch), torch.zeros_like(batch[0]))
-    assert all(torch.equal(m, torch.zeros_like(m)) for m in dit.modulations(torch.rand(4)))
+    *blocks, out = dit.modulations(torch.rand(4))
+    for m, parts in ((out, 2), *((block, 9) for block in blocks)):
+        for k, part in enumerate(m.chunk(parts, 1)):
+            assert torch.equal(part, torch.full_like(part, float(k % 3 == 1)))  # shift 0, 1 + scale 1, gate 0
     for name, p in dit.named_parameters():
         if p.ndim == 2 and p.any():
             assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.2), name
@@ -346,22 +349,6 @@ def test_gradient_checkpointing_changes_no_gradient(small):
         dit(*batch).square().mean().backward()
         gradients.append({n: p.grad for n, p in dit.named_parameters() if "crossattn_proj" not in n})
     assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items()) and all(g.any() for g in gradients[0].values())
-
-
-@pytest.mark.parametrize("turned", [True, False])
-def test_head_norm_and_its_gradient_equal_autograd(turned):
-    x, w = torch.randn(7, 3, 8, requires_grad=True), torch.rand(8, requires_grad=True)
-    angles = torch.rand(7, 1, 4)
-    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
-    cos, sin = (cos, sin) if turned else (None, None)
-    y = F.rms_norm(x, (8,), w, 1e-6)
-    y = rotate(y, cos, sin) if turned else y
-    weights = torch.randn_like(y)
-    expected = torch.autograd.grad((y * weights).sum(), (x, w))
-    ours = HeadNorm.apply(x, w, 1e-6, cos, sin)
-    assert torch.allclose(ours, y, atol=1e-6)
-    for a, b in zip(torch.autograd.grad((ours * weights).sum(), (x, w)), expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_bf16_is_close_to_fp32_in_weights_and_in_autocast(small):
