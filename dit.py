@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
-from fused import gate_add, gate_add_modulate, joint, modulate, norm_rope, on_triton
+from fused import gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
 from kernels import Segments, attention
 
 STEM = "diffusion_pytorch_model"
@@ -328,6 +328,14 @@ class DiT(nn.Module):
         closed = [m.linear_2 for m in self.modules() if isinstance(m, Modulation)]
         for linear in (*closed, self.time_embed.t_embedder.linear_2, self.proj_out):
             nn.init.zeros_(linear.weight)
+        return self
+
+    def fuse_for_inference(self) -> "DiT":
+        """Projections that read the same input become one product where no gradient is asked for. Repeat it after `.to`."""
+        for block in self.transformer_blocks:
+            own, context = block.attn1, block.attn2
+            join(own.to_q, own.to_k, own.to_v)
+            join(context.to_k, context.to_v)
         return self
 
     def modulations(self, t: Tensor) -> list[Tensor]:
