@@ -355,6 +355,7 @@ class DuoGen:
     ):
         check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
         self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
+        self.mllm.fuse_for_inference(), self.dit.fuse_for_inference()
         self.tokenizer, self.processor = tokenizer, processor
         self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
         self.device = mllm.model.embed_tokens.weight.device
