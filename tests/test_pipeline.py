@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,6 +360,36 @@ def test_many_in_lockstep_equal_each_alone(duo, monkeypatch):
             assert (a.text, a.stop, a.tokens) == (b.text, b.stop, b.tokens) and len(a.pictures) == len(b.pictures)
             for x, y in zip(a.pictures, b.pictures, strict=True):
                 assert x.seed == y.seed and x.context == y.context and same(x.image, y.image, 1)
+
+
+def test_text_is_written_in_one_batch_that_answers_enter_and_leave(parts, monkeypatch):
+    """Five that draw their tokens, three at a time: those of each alone, from a generator of its own, in far fewer passes."""
+    dialogues = ["Draw.", question(picture(3)), "Two", "Three more words", "x"]
+    settings = [parts.settings(temperature=1.0, seed=s, max_tokens=12 + 6 * s, max_images=1, steps=1) for s in range(5)]
+    draw, drawn = parts.choose, Counter()
+
+    def choose(logits, settings, generator):  # every second asks for a picture after the fifth token
+        drawn[generator] += 1
+        token = draw(logits, settings, generator)
+        return parts.tokenizer.vision_start if settings.seed % 2 and drawn[generator] == 6 else token
+
+    monkeypatch.setattr(parts, "choose", choose)
+    alone = [parts.generate(m, s, i) for i, (m, s) in enumerate(zip(dialogues, settings, strict=True))]
+    decode, passes = parts.mllm.decode, []
+
+    def spy(ids, positions, cache):
+        before = cache.lengths.clone()
+        hidden = decode(ids, positions, cache)
+        passes.append(int((cache.lengths - before).sum()))
+        return hidden
+
+    monkeypatch.setattr(parts.mllm, "decode", spy)
+    together = parts.generate_many(dialogues, settings, batch=3)
+    assert len({a.text for a in alone}) == 5 and [len(a.pictures) for a in alone] == [0, 1, 0, 1, 0]
+    for a, b in zip(alone, together, strict=True):
+        assert (a.text, a.stop, a.tokens) == (b.text, b.stop, b.tokens) and len(a.pictures) == len(b.pictures)
+        assert all(same(x.image, y.image, 1) for x, y in zip(a.pictures, b.pictures, strict=True))
+    assert max(passes) == 3 and min(passes) >= 2 and len(passes) < 0.5 * sum(a.tokens for a in alone)
 
 
 def test_pictures_with_other_settings_are_other_batches(duo, monkeypatch):
