@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import InputError, config_from_json, read_json, resolve, write_json
 from connector import features
@@ -332,6 +332,55 @@ def derive(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
+# ---------------------------------------------------------------------------------------------------------------- offload
+
+
+class Offload:
+    """Weights in host memory, of which only those of the parts at work are on the device too: for a GPU too small for all.
+
+    Here no weight ever changes: a part comes by a copy out of pinned memory and goes by being forgotten. It comes whole, each
+    storage at once, so what `fused.join` laid side by side stays so.
+    """
+
+    def __init__(self, parts: dict[str, list[nn.Module]], device: torch.device):
+        self.device, self.present = device, set()
+        self.home: dict[str, list[tuple[Tensor, list]]] = {}  # storages as bytes, and the tensors in each with their layouts
+        for name, modules in parts.items():
+            storages = {}
+            for t in (t for m in modules for t in (*m.parameters(), *m.buffers())):
+                storage = t.untyped_storage()
+                _, views = storages.setdefault(storage.data_ptr(), (storage, []))
+                views.append((t, t.dtype, t.storage_offset(), t.shape, t.stride()))
+            self.home[name] = []
+            for storage, views in storages.values():
+                flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.home[name].append((flat.pin_memory() if device.type == "cuda" else flat, views))
+            self.leave(name)
+
+    def bring(self, *names: str) -> None:
+        """Only these parts are at work now."""
+        for name in self.present - {*names}:
+            self.leave(name)
+        for name in names:
+            if name not in self.present:
+                self.arrive(name)
+        self.present = {*names}
+
+    def leave(self, name: str) -> None:
+        for flat, views in self.home[name]:
+            point(views, flat)
+
+    def arrive(self, name: str) -> None:
+        for flat, views in self.home[name]:
+            point(views, flat.to(self.device, non_blocking=True, copy=True))
+
+
+def point(views: list, flat: Tensor) -> None:
+    """Let tensors see the bytes in `flat`."""
+    for t, dtype, offset, shape, stride in views:
+        t.data = torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
+
+
 # ----------------------------------------------------------------------------------------------------------------- system
 
 
@@ -339,7 +388,7 @@ class DuoGen:
     """The parts of the system, checked to fit together.
 
     defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
-    from, for the record.
+    from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
     """
 
     def __init__(
@@ -352,13 +401,19 @@ class DuoGen:
         defaults: Settings | None = None,
         size: tuple[int, int] = (704, 1280),
         sources: dict[str, str] | None = None,
+        offload: torch.device | None = None,
     ):
         check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
         self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
         self.mllm.fuse_for_inference(), self.dit.fuse_for_inference()
         self.tokenizer, self.processor = tokenizer, processor
         self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
-        self.device = mllm.model.embed_tokens.weight.device
+        self.device, self.offload = offload or mllm.model.embed_tokens.weight.device, None
+        if offload:
+            connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
+            decoder = [mllm.model, mllm.lm_head, connector]
+            painter = [m for m in dit.children() if m is not connector]
+            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
         self.context = mllm.config.max_position_embeddings
         # The model may write ordinary tokens, ask for a picture, and end. Everything else is for others to write.
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
@@ -376,13 +431,18 @@ class DuoGen:
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        offload: bool = False,
     ) -> "DuoGen":
         """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
 
         mllm, dit, vae: take this part from elsewhere: a folder that holds it, a folder with a subfolder of the part's name, or
         a Hub name as in the module's docstring. With all three given and no ckpt, the sampling defaults are those of Cosmos.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
+        offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
         """
+        if offload and torch.device(device).type != "cuda":
+            raise InputError(f"offload: it spares a GPU's memory, and the device is {device}: leave it out")
+        home = "cpu" if offload else device
         named = {"mllm": mllm, "dit": dit, "vae": vae}
         sources, sampling, base = dict(named), {}, None
         if ckpt is not None or not all(named.values()):
@@ -405,14 +465,15 @@ class DuoGen:
         check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])  # before gigabytes are read
         size = sampling.pop("height", None) or 704, sampling.pop("width", None) or 1280
         return cls(
-            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=device),
+            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
             tokenizer,
             processor,
-            DiT.from_pretrained(folders["dit"], dtype=dtype, device=device),
-            VAE.from_pretrained(folders["vae"], device=device),
+            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
+            VAE.from_pretrained(folders["vae"], device=home),
             override(Settings(), sampling, "sampling of duogen.json"),
             size,
             {part: origin(f) for part, f in [*folders.items(), *([("ckpt", base)] if base else [])]},
+            torch.device(device) if offload else None,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -516,6 +577,11 @@ class DuoGen:
 
     # --------------------------------------------------------------------------------------------------------- the parts
 
+    def at_work(self, *parts: str) -> None:
+        """These parts are needed next, and no others: "decoder" (with the connector), "vision", "dit", "vae"."""
+        if self.offload:
+            self.offload.bring(*parts)
+
     def cache(self, capacity: int, documents: int = 1) -> KVCache:
         return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device, documents)
 
@@ -550,6 +616,7 @@ class DuoGen:
 
         Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
         """
+        self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
         tokens, step = {}, [r for r in requests if len(r.ids) == 1]
         # A step costs a CPU as much for a place where nobody reads.
         if self.device.type == "cpu" and step and len(step) <= max(1, len(step[0].answer.cache.counts) // 8):
@@ -597,10 +664,13 @@ class DuoGen:
 
         One part of the system after the other: all encoding, then all painting, then all decoding.
         """
+        if any(r.unseen for r in requests):
+            self.at_work("vae")
         for r in requests:
             began = time.perf_counter()
             r.conditions, r.unseen = r.conditions + self.encode(r.unseen), []
             r.seconds += time.perf_counter() - began
+        self.at_work("dit")
         batches: dict[tuple, list[list[Paint]]] = {}
         room: dict[tuple, int] = {}
         for r in requests:
@@ -630,6 +700,7 @@ class DuoGen:
             for r, z in zip(batch, painted, strict=True):
                 latents[id(r)] = z
                 r.seconds += (time.perf_counter() - began) / len(batch)
+        self.at_work("vae")
         for r in requests:
             began = time.perf_counter()
             images.append(to_image(self.vae.decode_latents(latents[id(r)][None])[0]))

@@ -1,5 +1,6 @@
 """The loop on small random parts, the language model's choices written by hand: what is read, painted, kept and said."""
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -415,6 +416,57 @@ def test_an_interrupted_answer_keeps_what_is_there(duo):
     answer = duo.answer("x")
     assert any(isinstance(event, Paint) for event in duo.stream(answer))
     assert answer.stop == "interrupted" and answer.text == TWO[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- offload
+
+
+class Strict(pipeline.Offload):
+    """The CPU in place of a GPU. Weights that are away are NaN: who uses them without a call gets nonsense. Notes who comes."""
+
+    def __init__(self, *args):
+        self.came = []
+        super().__init__(*args)
+
+    def leave(self, name):
+        super().leave(name)
+        for _, views in self.home[name]:
+            for t, *_ in views:
+                t.data = torch.full_like(t, torch.nan)
+
+    def arrive(self, name):
+        super().arrive(name)
+        self.came.append(name)
+
+
+def test_offload_moves_each_part_once_a_turn_and_changes_nothing(duo, monkeypatch):
+    """Each part comes whole before it is used, and never inside a loop over tokens or steps."""
+    monkeypatch.setattr(pipeline, "Offload", Strict)
+    asked = [question(picture(3)), "Draw a house"]
+    duo.say(TWO, TWO)
+    alone = [duo.generate(m, index=i) for i, m in enumerate(asked)]
+    mllm, dit, vae = (copy.deepcopy(part) for part in (duo.mllm, duo.dit, duo.vae))
+    other = DuoGen(mllm, duo.tokenizer, duo.processor, dit, vae, duo.defaults, duo.size, offload=torch.device("cpu"))
+    monkeypatch.setattr(other, "choose", duo.choose)
+    tensors = [t for part in (mllm, dit, vae) for t in (*part.parameters(), *part.buffers())]
+    assert all(t.isnan().all() for t in tensors)
+    turn = ["vae", "dit", "vae", "decoder", "vision"]
+    # The decoder is still there when the second begins, and with no picture before its first one there is nothing to encode.
+    for i, (m, expected) in enumerate(zip(asked, (["decoder", "vision", *turn, *turn], [*turn[1:], *turn]), strict=True)):
+        duo.say(TWO, TWO)
+        other.offload.came.clear()
+        answer = other.generate(m, index=i)
+        assert other.offload.came == expected
+        assert answer.text == alone[i].text
+        assert all(same(x.image, y.image) for x, y in zip(answer.pictures, alone[i].pictures, strict=True))
+    duo.say(TWO, TWO)
+    other.offload.came.clear()
+    together = other.generate_many(asked)
+    assert other.offload.came == ["vision", *turn, *turn]
+    for a, b in zip(alone, together, strict=True):
+        assert all(same(x.image, y.image, 1) for x, y in zip(a.pictures, b.pictures, strict=True))
+    storages = [layer.self_attn.q_proj.weight.untyped_storage().data_ptr() for layer in mllm.model.layers]
+    assert storages == [layer.self_attn.v_proj.weight.untyped_storage().data_ptr() for layer in mllm.model.layers]
 
 
 # ------------------------------------------------------------------------------------------------------------------- size
