@@ -64,6 +64,7 @@ def parser() -> Parser:
         p.add_argument(f"--{part}", help="take this part from another folder or Hub name")
     p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
     p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
@@ -235,11 +236,13 @@ def run(argv: list[str]) -> int:
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype, device)
     set_backend(args.attention, device)
+    if args.offload and device.type != "cuda":
+        raise InputError(f"--offload spares a GPU's memory, and the device is {device}: leave it out")
     out = make_out(Path(args.out))
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
-        parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
-        duo = DuoGen.from_pretrained(args.ckpt, **parts, revision=args.revision, dtype=dtype, device=device)
+        options = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae, "revision": args.revision, "offload": args.offload}
+        duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
     answers = []
