@@ -123,6 +123,10 @@ class World:
     """This process among its peers: one plain process, or one rank under torchrun (NCCL on GPUs, gloo on CPUs)."""
 
     def __init__(self, device: str = "auto", timeout: float = 900.0):
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            # torchrun's own store outlives a restart, and in it the new ranks find the addresses of the dead ones.
+            raise InputError("torchrun --max-restarts heals only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, "
+                             "and with --standalone or --rdzv-backend=c10d")  # fmt: skip
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = pick_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -132,10 +136,6 @@ class World:
         # Numbers near 1e-40 are as good as 0 and cost a CPU a hundred times as much. numpy must have looked at them before.
         np.finfo(np.float32), np.finfo(np.float64)
         torch.set_flush_denormal(True)
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            # torchrun's own store outlives a restart, and in it the new ranks find the addresses of the dead ones.
-            raise InputError("torchrun --max-restarts heals only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, "
-                             "and with --standalone or --rdzv-backend=c10d")  # fmt: skip
         if self.size > 1 and not dist.is_initialized():
             limit = datetime.timedelta(seconds=timeout + 5)  # later than `_watch`, which knows where the rank is
             dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)

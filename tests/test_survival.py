@@ -1,6 +1,6 @@
 """What a run survives: kills at any moment, a full disk, damaged checkpoints, lost and hung ranks, losses that are no numbers.
 
-    python tests/test_survival.py [KILLS]      the long form of the kill test, 50 kills by default, which no test run includes
+    python tests/test_survival.py [KILLS [RANKS]]     the kill test's long form: 50 kills, 1 rank if not told otherwise
 """
 
 import errno
@@ -47,23 +47,23 @@ def announce_saves(rank: int, file: str) -> None:
     Run._write, Run._drop = write, drop
 
 
-def kill_and_restart(parts: Path, folder: Path, kinds: list[str], kills: int, ranks=(1,), seed: int = 0) -> tuple[int, int]:
+def kill_and_restart(parts: Path, folder: Path, kinds: list[str], kills: int, ranks: int = 1) -> tuple[int, int]:
     """Kill runs with SIGKILL, every second time during a save, until there have been so many; then compare the final weights.
 
-    Returns (kills, kills during a save).
+    Of several ranks all are killed or one of them, at random. Returns (kills, kills during a save).
     """
-    chance, done, in_saves = random.Random(seed), 0, 0
+    chance, done, in_saves = random.Random(0), 0, 0
     for k, kind in enumerate(kinds):
         c = runs.config(kind, parts, folder / f"{kind}_straight", steps=12)
-        runs.run(kind, c, folder / f"{kind}_straight.log")
+        runs.run(kind, c, folder / f"{kind}_straight.log", ranks)
         c = runs.config(kind, parts, folder / kind, steps=12, save_every=1)
         share, before, marker = kills * (k + 1) // len(kinds), 0, folder / f"{kind}_saving"
         while True:
             marker.write_text("out")
             log = folder / f"{kind}_{done}.log"
             log.write_text("")
-            size = 1 if newest(c_folder := Path(c.out)) == 0 else chance.choice(ranks)
-            processes = runs.start(kind, c, log, size, (announce_saves, str(marker)))
+            c_folder = Path(c.out)
+            processes = runs.start(kind, c, log, ranks, (announce_saves, str(marker)))
             if done < share and before < 11:
                 target = before + 1 if done % 2 else before
                 while all(p.exitcode is None for p in processes):
@@ -75,12 +75,13 @@ def kill_and_restart(parts: Path, folder: Path, kinds: list[str], kills: int, ra
                         time.sleep(chance.uniform(0, 0.6))
                         break
                     time.sleep(0.002)
-                for process in processes:
+                for process in chance.choice((processes, [chance.choice(processes)])):
                     process.kill()
-                runs.finish(processes)
-                done, in_saves = done + 1, in_saves + (marker.read_text() == "in")
+                saving = marker.read_text() == "in"
+                if -signal.SIGKILL in runs.finish(processes):  # else the run was over before
+                    done, in_saves = done + 1, in_saves + saving
             else:
-                assert runs.finish(processes) == [0] * size, log.read_text()[-3000:]
+                assert runs.finish(processes) == [0] * ranks, log.read_text()[-3000:]
             printed = log.read_text()
             if before and "x cpu" in printed:
                 assert f"resumed {c.out}/step_{before:06d}" in printed, printed[-3000:]
@@ -215,6 +216,8 @@ def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, 
     printed = log.read_text()
     first = min(printed.find(x) for x in ("Traceback (most", "most recent call first") if x in printed)
     assert sign in printed and sign in printed[first:].split("all_reduce")[0]
+    line = {"raise": "error: rank 0 has lost another rank", "hang": "error: rank 1 did not come on for 8 s"}[how]
+    assert line in printed
 
 
 def test_restarts_without_the_switch_they_need_are_refused(monkeypatch):
@@ -250,8 +253,8 @@ training.main(lambda: train_stage2.train(training.parse_config(train_stage2.Stag
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    number, ranks = [*map(int, sys.argv[1:]), *(50, 1)[len(sys.argv) - 1 :]]
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "parts").mkdir()
-        result = kill_and_restart(make_parts(Path(name) / "parts"), Path(name), ["stage1", "stage2"], number)
+        result = kill_and_restart(make_parts(Path(name) / "parts"), Path(name), ["stage1", "stage2"], number, ranks)
     print("{} kills, {} during saves: every restart resumed, the final weights are those without kills".format(*result))
