@@ -248,10 +248,10 @@ def _add_norm_backward_kernel(
     if ROWS:
         m = tl.load(rows + chunk)
     c = tl.arange(0, BLOCK)
+    inside = c < width
     to_gate, to_shift, to_scale = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, TOKENS):
-        k = split * TOKENS + i
-        inside, at = (c < width) & (k < n), (chunk * n + k) * width + c
+    for k in range(split * TOKENS, tl.minimum(split * TOKENS + TOKENS, n)):
+        at = (chunk * n + k) * width + c
         g = tl.zeros((BLOCK,), tl.float32)
         if NORM:
             v = tl.load(s + at, inside, 0.0).to(tl.float32)
@@ -275,11 +275,11 @@ def _add_norm_backward_kernel(
     programs = tl.num_programs(0) * tl.num_programs(1)
     out = parts + (chunk * tl.num_programs(1) + split) * width + c
     if GATE:
-        tl.store(out, to_gate, c < width)
+        tl.store(out, to_gate, inside)
     if CENTRE:
-        tl.store(out + programs * width, to_shift, c < width)
+        tl.store(out + programs * width, to_shift, inside)
     if NORM:
-        tl.store(out + 2 * programs * width, to_scale, c < width)
+        tl.store(out + 2 * programs * width, to_scale, inside)
 
 
 # ------------------------------------------------------------------------------------------ norm of heads and rotation
@@ -414,18 +414,17 @@ def _norm_rope_backward_kernel(
     first, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     row = c < HALF
+    inside = (h < heads) & row
     head = group * heads + h
     total_a, total_b = tl.zeros((1, BLOCK_D), tl.float32), tl.zeros((1, BLOCK_D), tl.float32)
-    for i in range(0, TOKENS):
-        token = first * TOKENS + i
-        inside = (h < heads) & row & (token < tokens)
+    for token in range(first * TOKENS, tl.minimum(first * TOKENS + TOKENS, tokens)):
         at = (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
         ga = tl.load(dy + at, inside, 0.0).to(tl.float32)
         gb = tl.load(dy + at + HALF, inside, 0.0).to(tl.float32)
         if ROPE:
-            t, live = token * 2 * HALF + c, row & (token < tokens)
-            turned = ga * tl.load(cos + t, live, 0.0).to(tl.float32) + gb * tl.load(sin + t + HALF, live, 0.0).to(tl.float32)
-            gb = gb * tl.load(cos + t + HALF, live, 0.0).to(tl.float32) + ga * tl.load(sin + t, live, 0.0).to(tl.float32)
+            t = token * 2 * HALF + c
+            turned = ga * tl.load(cos + t, row, 0.0).to(tl.float32) + gb * tl.load(sin + t + HALF, row, 0.0).to(tl.float32)
+            gb = gb * tl.load(cos + t + HALF, row, 0.0).to(tl.float32) + ga * tl.load(sin + t, row, 0.0).to(tl.float32)
             ga = turned
         if NORM:
             a = tl.load(x + token * x_row + head * x_head + c, inside, 0.0).to(tl.float32)
