@@ -520,8 +520,8 @@ def join(*layers: nn.Linear) -> None:
 
 def joint(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     """The outputs of linear layers for x (N, in): [all side by side], from one product, if `join` has made them neighbours and
-    no gradient is asked for, else one of each layer."""
-    if not torch.is_grad_enabled():
+    no gradient is asked for, else one of each layer. So too for many tokens on a CPU, which reads slices of rows slower."""
+    if not torch.is_grad_enabled() and (len(x) == 1 or on_triton(x)):
         weight = _neighbours([layer.weight for layer in layers])
         if weight is not None:
             return [F.linear(x, weight, None if layers[0].bias is None else _neighbours([layer.bias for layer in layers]))]
@@ -530,13 +530,15 @@ def joint(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
 
 def _neighbours(parts: list[Tensor]) -> Tensor | None:
     """Tensors that lie behind each other in one storage, as one tensor."""
-    first, storage = parts[0], parts[0].untyped_storage().data_ptr()
-    end = first.data_ptr()
+    first, end, rows = parts[0], parts[0].data_ptr(), 0
     for p in parts:
-        if p.data_ptr() != end or p.untyped_storage().data_ptr() != storage:
+        if p.data_ptr() != end:
             return None
-        end += p.nbytes
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+        end, rows = end + p.nbytes, rows + p.shape[0]
+    try:
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    except RuntimeError:  # neighbours by chance, in storages of their own
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------------- SwiGLU

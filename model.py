@@ -196,8 +196,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(*joint(x, self.gate_proj, self.up_proj)))
+    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
+        """The stream, which may be overwritten, with what the layer adds for x."""
+        x, down = swiglu(*joint(x, self.gate_proj, self.up_proj)), self.down_proj
+        if torch.is_grad_enabled() or down.bias is not None or x.dtype != stream.dtype:
+            return stream + down(x)
+        return stream.addmm_(x, down.weight.T)  # the product adds by itself
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower
@@ -268,7 +272,7 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor, *where) -> Tensor:
         h = rms_norm(x, self.norm1.weight, self.norm1.eps)
         x, h = add_rms_norm(x, self.attn(h, *where), self.norm2.weight, self.norm2.eps)
-        return x + self.mlp(h)
+        return self.mlp(h, x)
 
 
 class PatchEmbed(nn.Module):
@@ -437,7 +441,7 @@ class Layer(nn.Module):
         before, after = self.input_layernorm, self.post_attention_layernorm
         h = rms_norm(x, before.weight, before.eps)
         x, h = add_rms_norm(x, self.self_attn(h, *where), after.weight, after.eps)
-        return x + self.mlp(h)
+        return self.mlp(h, x)
 
 
 def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs) -> Tensor:
