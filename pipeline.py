@@ -48,6 +48,7 @@ from vae import VAE, VAEConfig, to_image, to_tensor
 FORMAT = 1  # of duogen.json
 BUNDLED = "checkpoints/tiny"
 PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
+SIZE = 704, 1280  # (H, W) of a picture where neither dialogue nor checkpoint says anything
 SIDE = 16  # a picture's sides are multiples of it: 8 pixels a latent, 2 latents a patch
 PACK = 65536  # patches painted in one batch at most; an activation of the 2B network is then 0.5 GB in bf16
 STOPS = {
@@ -399,7 +400,7 @@ class DuoGen:
         dit: DiT,
         vae: VAE,
         defaults: Settings | None = None,
-        size: tuple[int, int] = (704, 1280),
+        size: tuple[int, int] = SIZE,
         sources: dict[str, str] | None = None,
         offload: torch.device | None = None,
     ):
@@ -463,7 +464,7 @@ class DuoGen:
         tokenizer = Tokenizer.from_pretrained(folders["mllm"])
         processor = ImageProcessor.from_pretrained(folders["mllm"])
         check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])  # before gigabytes are read
-        size = sampling.pop("height", None) or 704, sampling.pop("width", None) or 1280
+        size = sampling.pop("height", None) or SIZE[0], sampling.pop("width", None) or SIZE[1]
         return cls(
             MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
             tokenizer,
