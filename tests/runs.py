@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["runs", "train_stage1", "train_stage2", "pretrain"])
+# A first optimizer step imports torch._dynamo, which takes as long as torch itself.
+context.set_forkserver_preload(["runs", "train_stage1", "train_stage2", "pretrain", "torch._dynamo"])
 KINDS = ("stage1", "stage2", "vae", "mllm", "dit")
 
 
