@@ -53,13 +53,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import dit
+import model
 import runpage
 from checkpoint import InputError, pick_device, write_json
 from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
 from fused import linear_cross_entropy
-from kernels import Segments, set_backend
+from kernels import Segments, attention, set_backend
 from model import MLLM
 from plan import Batch, Plan, PlanConfig, flops, peak_flops
 from vae import VAE
@@ -84,7 +86,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
     attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see kernels.set_backend
-    compile: bool = False  # torch.compile of the loss
+    compile: bool = False  # torch.compile of each transformer block
     zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
     timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
     max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
@@ -191,7 +193,7 @@ class World:
     def wrap(self, module: nn.Module, *, compile: bool = False, find_unused: bool = False) -> nn.Module:
         """Compiled if wanted, in DDP when there are peers. find_unused: some parameters may have no part in a loss."""
         if compile:
-            module.compile(dynamic=True)  # no two packs have the same shape
+            compile_blocks(module)
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -232,6 +234,19 @@ class World:
         self.unwatched()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """torch.compile of each transformer block, once for all of a kind, or of the whole where there is none.
+
+    What is around the blocks plans a pack in Python, and would be compiled anew for every pack; so would attention, which
+    reads the lengths of the sequences.
+    """
+    for home in (model, dit):
+        home.attention = torch.compiler.disable(attention)
+    blocks = [m for m in module.modules() if isinstance(m, (model.Layer, model.VisionBlock, dit.Block))]
+    for block in blocks or [module]:
+        block.compile(dynamic=True)  # no two packs have the same shape
 
 
 def generator(*key: int) -> torch.Generator:

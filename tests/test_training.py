@@ -1,7 +1,9 @@
 """The training scripts on small random parts: what is trained, resuming, two processes, loss positions, overfitting."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dit
+import model
 import sketchbook
 import train_stage1
 import train_stage2
@@ -91,8 +95,7 @@ def test_two_processes_take_the_step_of_one(stage, parts, tmp_path):
     assert all((a[k] - b[k]).abs().max() < 2e-5 for k in a if k.startswith("live."))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_frozen_parts_stay_bit_identical(dtype, parts, tmp_path, monkeypatch):
+def test_frozen_parts_stay_bit_identical(parts, tmp_path, monkeypatch):
     """Also where the MLLM is held in bf16: what is learnt stays fp32, and the loss is the same but for rounding."""
     loaded = {}
     for cls in (MLLM, VAE):
@@ -103,18 +106,16 @@ def test_frozen_parts_stay_bit_identical(dtype, parts, tmp_path, monkeypatch):
             return loaded[c.__name__]
 
         monkeypatch.setattr(cls, "from_pretrained", classmethod(keep))
-    options = {"steps": 2, "weight_decay": 0.5, "warmup": 1}
-    STAGES[2](config(2, parts, tmp_path / "run", frozen_dtype=dtype, **options))
-    held = {"mllm": torch.bfloat16 if dtype == "bf16" else torch.float32, "vae": torch.float32}
-    for cls, part in ((MLLM, "mllm"), (VAE, "vae")):
-        now = loaded[cls.__name__]
-        before = cls.from_pretrained(parts / part, dtype=held[part])
-        assert now is not before and not any(p.requires_grad for p in now.parameters())
-        now, before = now.state_dict(), before.state_dict()
-        assert all(now[k].dtype == v.dtype and torch.equal(now[k], v) for k, v in before.items())
-    assert {v.dtype for k, v in weights(tmp_path / "run").items() if k.startswith("live.")} == {torch.float32}
-    STAGES[2](config(2, parts, tmp_path / "plain", **options))
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=0 if dtype == "fp32" else 0.01)
+    for name, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+        STAGES[2](config(2, parts, tmp_path / name, steps=2, weight_decay=0.5, warmup=1, frozen_dtype=name))
+        for cls, part, held in ((MLLM, "mllm", dtype), (VAE, "vae", torch.float32)):
+            now = loaded[cls.__name__]
+            before = cls.from_pretrained(parts / part, dtype=held)
+            assert now is not before and not any(p.requires_grad for p in now.parameters())
+            now, before = now.state_dict(), before.state_dict()
+            assert all(now[k].dtype == v.dtype and torch.equal(now[k], v) for k, v in before.items())
+        assert {v.dtype for k, v in weights(tmp_path / name).items() if k.startswith("live.")} == {torch.float32}
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "auto"), rel=0.01)
 
 
 def test_loss_positions_of_a_document(parts):
@@ -255,6 +256,50 @@ def test_the_log_has_parts_and_rates_in_aligned_columns(stage, parts, tmp_path, 
         assert row["flops_per_s"] > 0 and row["tokens_per_s" if stage == 1 else "images_per_s"] > 0
 
 
+def steps_of(stage, parts, folder, monkeypatch, **options) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and gradients of two steps."""
+    gradients, update = [], Run.update
+
+    def keep(self, *args):
+        gradients.extend(p.new_zeros(p.shape) if p.grad is None else p.grad.clone() for p in self.params)
+        return update(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", keep)
+        STAGES[stage](config(stage, parts, folder, steps=2, **options))
+    return losses(folder), gradients
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_neither_checkpointing_nor_compilation_changes_a_step(stage, parts, tmp_path, monkeypatch):
+    """Recomputed activations are the same bits. Compiled are the blocks; AOTAutograd stands in for Inductor, whose C++ compiler
+    would take minutes."""
+    small = tmp_path / "parts"
+    shutil.copytree(parts, small)
+    c = DiT.from_pretrained(parts / "dit").config
+    DiT.from_config(dataclasses.replace(c, num_layers=1)).save_pretrained(small / "dit")
+    plain_losses, plain = steps_of(stage, small, tmp_path / "plain", monkeypatch)
+    again_losses, again = steps_of(stage, small, tmp_path / "again", monkeypatch, checkpointing=True)
+    assert len(plain) == len(again) > 50 and max(g.abs().max().item() for g in plain) > 1e-2
+    assert again_losses == plain_losses and all(map(torch.equal, again, plain))
+
+    compiled, original = [], torch.nn.Module.compile
+
+    def compile(self, **options):
+        compiled.append(type(self).__name__)
+        original(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    for home in (model, dit):
+        monkeypatch.setattr(home, "attention", home.attention)  # so that it is as before afterwards
+    fast_losses, fast = steps_of(stage, small, tmp_path / "fast", monkeypatch, compile=True, checkpointing=stage == 1)
+    torch._dynamo.reset()
+    assert compiled == (["VisionBlock"] * 2 + ["Layer"] * 2 if stage == 1 else ["Block"])
+    assert fast_losses == pytest.approx(plain_losses, rel=1e-6)
+    for a, b in zip(fast, plain, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "peak_flops", lambda device: 1e12)
     module = torch.nn.Linear(2, 2)
@@ -265,6 +310,7 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
             module(torch.ones(1, 2)).sum().backward()
             run.update({"loss": 1.0, "flops": 2e9}, 0, [])
         row, = logged(tmp_path / dtype)
+        assert run.optimizer.defaults["fused"]
         assert row.get("mfu") == (pytest.approx(row["flops_per_s"] / 1e12, rel=1e-3) if dtype == "bf16" else None)
     assert "mfu" in capsys.readouterr().out
 
