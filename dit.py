@@ -205,19 +205,25 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(width // heads, eps=eps)
         self.norm_k = nn.RMSNorm(width // heads, eps=eps)
 
-    def heads_of(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-        """x (N, in) through each of the layers, which are one product if they are neighbours -> (N, heads, head_dim) each."""
-        return [y for part in joint(x, *layers) for y in part.unflatten(1, (-1, self.heads, self.head_dim)).unbind(1)]
+    def heads_of(self, y: Tensor) -> Tensor:
+        return y.view(len(y), -1, self.head_dim)                                       # (N, heads, head_dim)
 
     def query(self, x: Tensor, *rope: Tensor) -> Tensor:
-        return norm_rope(*self.heads_of(x, self.to_q), self.norm_q.weight, self.norm_q.eps, *rope)
+        return norm_rope(self.heads_of(self.to_q(x)), self.norm_q.weight, self.norm_q.eps, *rope)
 
     def kv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.heads_of(x, self.to_k, self.to_v)                                  # 2 x (N, heads, head_dim)
-        return norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope), v
+        parts = joint(x, self.to_k, self.to_v)
+        k, v = map(self.heads_of, parts) if len(parts) > 1 else self.heads_of(*parts).chunk(2, 1)
+        return norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope), v             # 2 x (N, heads, head_dim)
 
     def qkv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.heads_of(x, self.to_q, self.to_k, self.to_v)                    # 3 x (N, heads, head_dim)
+        """query and kv of the same tokens: where their projections are joint, so is their norm."""
+        parts = joint(x, self.to_q, self.to_k, self.to_v)
+        if len(parts) == 1:
+            qk, v = self.heads_of(*parts).split((2 * self.heads, self.heads), 1)
+            gains = torch.stack((self.norm_q.weight, self.norm_k.weight))              # (2, head_dim)
+            return *norm_rope(qk, gains, self.norm_q.eps, *rope).chunk(2, 1), v
+        q, k, v = map(self.heads_of, parts)                                            # 3 x (N, heads, head_dim)
         q, k = (norm_rope(y, norm.weight, norm.eps, *rope) for y, norm in ((q, self.norm_q), (k, self.norm_k)))
         return q, k, v
 

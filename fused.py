@@ -312,13 +312,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _gained(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, heads, D) times weight (D,) or (G, D), in fp32."""
     weight = weight.float()
-    return x * weight if weight.ndim == 1 else (x.unflatten(1, (len(weight), -1)) * weight[:, None]).flatten(1, 2)
+    return x * (weight if weight.ndim == 1 else weight.repeat_interleave(x.shape[1] // len(weight), 0))
 
 
 def _norm_rope(x, weight, eps, cos, sin):
     """The result in x's dtype; in fp32 the normalised heads and 1 / rms."""
     n = x.float()
-    r = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()  # (N, heads, 1)
+    r = torch.linalg.vector_norm(n, dim=-1, keepdim=True)
+    r = torch.addcmul(r.new_full((), eps), r, r, value=1 / x.shape[-1]).rsqrt_()       # (N, heads, 1)
     n = n * r                                                                          # (N, heads, D)
     y = _gained(n, weight)
     return (y if cos is None else _rotate(y, cos, sin)).to(x.dtype), n, r
