@@ -315,6 +315,26 @@ def test_decoding_several_documents_at_once_equals_each_full_pass(backend, joine
             cache.advance([0, 1])
 
 
+def test_joined_projections_are_the_same_parameters_and_stored_once(mllm, tmp_path):
+    joined, one = copy.deepcopy(mllm).fuse_for_inference(), torch.tensor([7])
+    sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in joined.parameters()}
+    assert len(sizes) < len(list(joined.parameters())) and sum(sizes.values()) == sum(p.nbytes for p in joined.parameters())
+    joined.save_pretrained(tmp_path)
+    for other in (joined, MLLM.from_pretrained(tmp_path)):
+        assert [n for n, _ in other.named_parameters()] == [n for n, _ in mllm.named_parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), mllm.parameters(), strict=True))
+    layer = joined.model.layers[0]
+    layer.mlp.up_proj = copy.deepcopy(layer.mlp.up_proj)  # parted again, as by a move to another device
+    with torch.no_grad(), Launches() as count:
+        hidden = run_ours(joined, one)
+    products = sum(count.by_name[name] for name in ("mm", "addmm", "addmm_"))
+    assert products == 4 * len(joined.model.layers) + 1  # q k v, output, gate with up, down
+    with torch.no_grad():
+        assert worst(hidden, run_ours(mllm, one)) <= 1e-5
+    run_ours(joined, one)[-1].sum().backward()
+    assert layer.self_attn.k_proj.weight.grad is not None and layer.mlp.gate_proj.weight.grad.abs().max() > 0
+
+
 @torch.no_grad()
 def test_no_token_sees_what_follows(mllm):
     ids, _ = document([(6, 10)])

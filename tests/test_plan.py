@@ -159,14 +159,14 @@ def test_kept_bytes_of_every_kind_of_block(dtype):
 
     layer, tables = model.Layer(c, 0), [torch.randn(n, 1, c.head_dim) for _ in range(2)]
     qkv = c.hidden_size + 2 * c.num_key_value_heads * c.head_dim
-    expected = plan.layer_bytes(n, e, c.hidden_size, c.intermediate_size, c.num_attention_heads, qkv, 5, True)[0]
+    expected = plan.layer_bytes(n, e, c.hidden_size, c.intermediate_size, c.num_attention_heads, qkv, 5)[0]
     expected += matrices(layer) + n * 2 * 4 * c.head_dim
     x = torch.randn(n, c.hidden_size, requires_grad=True)
     assert kept(layer, dtype, x, cu, *tables) == expected
 
     block, width = model.VisionBlock(v), v.hidden_size
     tables = [torch.randn(n, 1, width // v.num_heads) for _ in range(2)]
-    expected = plan.layer_bytes(n, e, width, v.intermediate_size, v.num_heads, 5 * width, 3, True)[0]
+    expected = plan.layer_bytes(n, e, width, v.intermediate_size, v.num_heads, 5 * width, 3)[0]
     expected += matrices(block) + n * 2 * 4 * width // v.num_heads
     assert kept(block, dtype, torch.randn(n, width, requires_grad=True), cu, *tables) == expected
 
