@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from checkpoint import InputError, config_from_json, read_json, resolve, write_json
 from connector import features
 from dit import CONDITION_TIME, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
+from graphs import Graph
 from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from records import load_image
@@ -197,6 +198,7 @@ class Answer:
         self.stop = "interrupted"  # until it ends otherwise
         self.tokens = 0  # written by the language model, control tokens included
         self.cache: KVCache | None = None  # of it alone, unless a driver gives it a place in one that several share
+        self.step: Callable | None = None  # what reads a token more of each document in the cache
         self.document = 0  # its place there
         self.text_seconds = self.paint_seconds = 0.0
 
@@ -230,7 +232,9 @@ class Answer:
         duo, s, tokenizer = self.duo, self.settings, self.duo.tokenizer
         decoder, capacity = StreamDecoder(tokenizer), self.capacity
         self.choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
-        self.cache = self.cache or duo.cache(capacity)
+        if self.cache is None:
+            self.cache = duo.cache(capacity)
+            self.step = duo.step(self.cache)
         self.rows, self.position = [], 0
         # What the DiT has not been shown yet, and the latents of what it has.
         unseen, latents = [to_tensor(image, SIDE, s.max_area) for image in self.images], []
@@ -278,7 +282,7 @@ class Answer:
             yield from self._write(decoder.push(token))
             unread, pixels, grids = [token], None, []
         yield from self._write(decoder.flush())
-        self.stop, self.cache, self.rows = reason, None, []  # a list of finished answers is light
+        self.stop, self.cache, self.step, self.rows = reason, None, None, []  # a list of finished answers is light
         yield Stop(reason)
 
     @property
@@ -390,6 +394,7 @@ class DuoGen:
 
     defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
     from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
+    graphs: steps are recorded as CUDA graphs (graphs.py).
     """
 
     def __init__(
@@ -403,6 +408,7 @@ class DuoGen:
         size: tuple[int, int] = SIZE,
         sources: dict[str, str] | None = None,
         offload: torch.device | None = None,
+        graphs: bool = False,
     ):
         check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
         self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
@@ -410,6 +416,7 @@ class DuoGen:
         self.tokenizer, self.processor = tokenizer, processor
         self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
         self.device, self.offload = offload or mllm.model.embed_tokens.weight.device, None
+        self.graphs = graphs
         if offload:
             connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
             decoder = [mllm.model, mllm.lm_head, connector]
@@ -433,6 +440,7 @@ class DuoGen:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         offload: bool = False,
+        graphs: bool = False,
     ) -> "DuoGen":
         """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
 
@@ -440,9 +448,9 @@ class DuoGen:
         a Hub name as in the module's docstring. With all three given and no ckpt, the sampling defaults are those of Cosmos.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
         offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
+        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
         """
-        if offload and torch.device(device).type != "cuda":
-            raise InputError(f"offload: it spares a GPU's memory, and the device is {device}: leave it out")
+        check_device(device, offload, graphs)
         home = "cpu" if offload else device
         named = {"mllm": mllm, "dit": dit, "vae": vae}
         sources, sampling, base = dict(named), {}, None
@@ -475,6 +483,7 @@ class DuoGen:
             size,
             {part: origin(f) for part, f in [*folders.items(), *([("ckpt", base)] if base else [])]},
             torch.device(device) if offload else None,
+            graphs,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -551,6 +560,7 @@ class DuoGen:
         queue, active = deque(answers), {}  # answer -> (its coroutine, what it waits for)
         places = [*range(min(batch, len(queue)))]
         cache = self.cache(max((a.capacity for a in answers), default=0), len(places))
+        step = self.step(cache)
 
         def go_on(answer: Answer, writer: Generator, reply: Reply) -> None:
             event = until_waiting(writer, reply)
@@ -565,7 +575,7 @@ class DuoGen:
         while queue or active:
             while queue and places:
                 answer = queue.popleft()
-                answer.cache, answer.document = cache, places.pop()
+                answer.cache, answer.step, answer.document = cache, step, places.pop()
                 cache.truncate(answer.document, 0)
                 active[answer] = answer.write(), None
                 go_on(answer, active[answer][0], None)
@@ -585,6 +595,15 @@ class DuoGen:
 
     def cache(self, capacity: int, documents: int = 1) -> KVCache:
         return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device, documents)
+
+    def step(self, cache: KVCache) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """ids, positions (S,) -> connector rows (S, text_dim) and logits (S, vocab) of a token more in each of S documents."""
+
+        def step(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.mllm.decode(ids, positions, cache)
+            return self.connect(hidden), self.mllm.logits(hidden[-1])
+
+        return Graph(step) if self.graphs else step
 
     def connect(self, hidden: list[Tensor]) -> Tensor:
         """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
@@ -624,8 +643,7 @@ class DuoGen:
             step = []
         for batch in [*([r] for r in requests if r not in step), *([step] if step else [])]:
             began = time.perf_counter()
-            hidden = self._step(batch) if batch is step else self._append(batch[0])
-            rows, logits = self.connect(hidden), self.mllm.logits(hidden[-1][-len(batch) :])
+            rows, logits = self._step(batch) if batch is step else self._append(batch[0])
             for r, own, row in zip(batch, rows.chunk(len(batch)), logits, strict=True):
                 r.answer.rows.append(own)
                 tokens[id(r)] = self.choose(row, r.answer.settings, r.answer.choices)
@@ -633,12 +651,12 @@ class DuoGen:
                 r.seconds = (time.perf_counter() - began) / len(batch)
         return [tokens[id(r)] for r in requests]
 
-    def _append(self, r: Read) -> list[Tensor]:
-        """Hidden states (N, H) of what one document is to read."""
+    def _append(self, r: Read) -> tuple[Tensor, Tensor]:
+        """What one document is to read -> connector rows (N, text_dim) and the logits of what follows (1, vocab)."""
         merged = [self.processor.merged(grid) for grid in r.grids]
         positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
         positions, r.answer.position = positions + r.answer.position, r.answer.position + after
-        return self.mllm(
+        hidden = self.mllm(
             torch.tensor(r.ids, device=self.device),
             positions.to(self.device),
             Segments([len(r.ids)], self.device),
@@ -647,17 +665,18 @@ class DuoGen:
             cache=r.answer.cache,
             document=r.answer.document,
         )
+        return self.connect(hidden), self.mllm.logits(hidden[-1][-1:])
 
-    def _step(self, batch: list[Read]) -> list[Tensor]:
-        """Hidden states (S, H) of a token more in each of S documents of one cache."""
+    def _step(self, batch: list[Read]) -> tuple[Tensor, Tensor]:
+        """A token more in each of S documents of one cache -> connector rows (S, text_dim), logits (S, vocab)."""
         cache, places = batch[0].answer.cache, [r.answer.document for r in batch]
         ids, positions = torch.zeros(2, len(cache.counts), dtype=torch.long)               # of those that wait: anything
         for r in batch:
             ids[r.answer.document], positions[r.answer.document] = r.ids[0], r.answer.position
             r.answer.position += 1
         cache.advance(places)
-        hidden = self.mllm.decode(ids.to(self.device), positions.to(self.device), cache)
-        return [h[places] for h in hidden]
+        rows, logits = batch[0].answer.step(ids.to(self.device), positions.to(self.device))
+        return rows[places], logits[places]  # copies: a graph writes its next result to the same place
 
     @torch.no_grad()
     def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
@@ -697,6 +716,7 @@ class DuoGen:
                 method=s.sampler,
                 condition_time=s.condition_time,
                 progress=progress,
+                graphs=self.graphs,
             )
             for r, z in zip(batch, painted, strict=True):
                 latents[id(r)] = z
@@ -749,6 +769,15 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
     ids, known = (tokenizer.image_pad, tokenizer.vision_start), (mllm.image_token_id, mllm.vision_start_token_id)
     if ids != known:
         raise InputError(f"the tokenizer's <|image_pad|>, <|vision_start|> are {ids}, the language model's are {known}")
+
+
+def check_device(device: str | torch.device, offload: bool, graphs: bool) -> None:
+    """InputError for what only a GPU of NVIDIA's can do."""
+    for name, asked in (("offload", offload), ("graphs", graphs)):
+        if asked and torch.device(device).type != "cuda":
+            raise InputError(f"--{name} is for NVIDIA GPUs, and the device is {device}: leave it out")
+    if offload and graphs:
+        raise InputError("--offload and --graphs exclude each other: a graph knows its weights by their addresses")
 
 
 def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:

@@ -38,7 +38,7 @@ from checkpoint import InputError, parse_dtype, pick_device
 from fit import planned
 from kernels import set_backend
 from page import fresh, overview, prompt_of, save, write_text
-from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, override
+from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records import Problem, load_image, normalise, read_records, validate
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
@@ -67,6 +67,7 @@ def parser() -> Parser:
     p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
+    p.add_argument("--graphs", action="store_true", help="CUDA graphs of the steps: fewer launches; no GPU has run it yet")
     p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see fit.py")
     p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
@@ -244,12 +245,11 @@ def run(argv: list[str]) -> int:
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype, device)
     set_backend(args.attention, device)
-    if args.offload and device.type != "cuda":
-        raise InputError(f"--offload spares a GPU's memory, and the device is {device}: leave it out")
+    check_device(device, args.offload, args.graphs)
     out = make_out(Path(args.out))
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
-        options = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae, "revision": args.revision, "offload": args.offload}
+        options = {name: getattr(args, name) for name in ("mllm", "dit", "vae", "revision", "offload", "graphs")}
         duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
