@@ -319,7 +319,7 @@ class Stream:
                 num_workers=self.workers,
                 prefetch_factor=max(2, self.ahead // self.workers),
                 collate_fn=pickle.dumps,
-                worker_init_fn=outlive_one_signal,
+                worker_init_fn=end_with_training,
                 generator=torch.Generator(),
             )
             items = map(pickle.loads, items)
@@ -343,10 +343,11 @@ class Stream:
                 yield item
 
 
-def outlive_one_signal(worker: int) -> None:
-    """A SIGTERM to the whole process group asks the training to finish its step, for which it needs its workers.
+def end_with_training(worker: int) -> None:
+    """A data worker ends when its training does: not before, and not after.
 
-    The second one, which the loader sends to a worker that is left over, ends it, and so does the end of the training.
+    A SIGTERM to the whole process group asks the training to finish its step, for which it needs its workers: a worker outlives
+    the first one. The second one, which the loader sends to a worker that is left over, ends it.
     """
     if sys.platform == "linux":  # a killed training cannot end its workers, and they wait for ever on their own full pipe
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -14,7 +14,8 @@ A run lives in one folder and continues by itself, bit for bit, when the same co
 
 Randomness is a function of (seed, step, rank), never of a generator's history, so a resumed run needs no generator state.
 SIGTERM and SIGUSR1 to any rank: all ranks finish the step, save and exit 0. A rank that hangs prints where after --timeout
-seconds, and every rank has ended --timeout + 30 s later at most (the 30 s are torchrun's own before it kills).
+seconds, as does one that waits for a host that is cut off; every rank has ended --timeout + 30 s later at most (the 30 s are
+torchrun's own before it kills).
 """
 
 import argparse
@@ -29,11 +30,13 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import types
 import typing
@@ -122,6 +125,10 @@ class World:
     """This process among its peers: one plain process, or one rank under torchrun (NCCL on GPUs, gloo on CPUs)."""
 
     def __init__(self, device: str = "auto", timeout: float = 900.0):
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            # torchrun's own store outlives a restart, and in it the new ranks find the addresses of the dead ones.
+            raise InputError("torchrun --max-restarts heals only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, "
+                             "and with --standalone or --rdzv-backend=c10d")  # fmt: skip
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = pick_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -132,13 +139,26 @@ class World:
         np.finfo(np.float32), np.finfo(np.float64)
         torch.set_flush_denormal(True)
         if self.size > 1 and not dist.is_initialized():
-            limit = datetime.timedelta(seconds=timeout)
+            limit = datetime.timedelta(seconds=timeout + 5)  # later than `_watch`, which knows where the rank is
             dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
-        self.main, self.timeout = self.rank == 0, timeout
+        self.main, self.timeout, self.due = self.rank == 0, timeout, math.inf
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def alive(self) -> None:
-        """A rank that does not get here again in time prints the stack of every thread and ends; its peers then end too."""
-        faulthandler.dump_traceback_later(self.timeout, exit=True, file=sys.__stderr__)
+        """A rank that does not get here again in time says so, prints the stack of every thread and ends; so do its peers."""
+        self.due = time.monotonic() + self.timeout
+        faulthandler.dump_traceback_later(self.timeout + 1, exit=True, file=sys.__stderr__)
+
+    def unwatched(self) -> None:
+        """From here on nothing has to be done in time."""
+        self.due = math.inf
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while (left := self.due - time.monotonic()) > 0:
+            time.sleep(min(left, 1))
+        print(f"error: rank {self.rank} did not come on for {self.timeout:g} s: it hangs, or it waits for a rank that hangs or "
+              "that the network has lost; this is where it is:", file=sys.__stderr__, flush=True)  # fmt: skip
 
     def pick_dtype(self, name: str) -> str:
         """"bf16" or "fp32"; "auto" is bf16 on a GPU and on a CPU that computes in it. Others emulate it, ten times slower."""
@@ -211,7 +231,7 @@ class World:
         return share.item()
 
     def close(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        self.unwatched()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -319,7 +339,7 @@ class Run:
                     self.show()
             self.save()
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            self.world.unwatched()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -685,7 +705,7 @@ def check_step0(name: str, value: float, low: float, high: float) -> None:
 
 
 def main(function: Callable[[], None]) -> None:
-    """Run a script's main function: a user's mistake is one line and exit status 2, not a traceback."""
+    """Run a script's main function. A user's mistake is one line and status 2, a lost rank one line of all others and 1."""
     try:
         try:
             function()
@@ -696,6 +716,13 @@ def main(function: Callable[[], None]) -> None:
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough; the interpreter must not write to the pipe again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        reason = re.sub(r"\[/\S+\] ", "", str(e)).split(". ")[0].splitlines()[0]
+        rank = os.environ.get("RANK", 0)
+        print(f"error: rank {rank} has lost another rank, whose own output says more: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

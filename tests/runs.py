@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["runs", "train_stage1", "train_stage2", "pretrain"])
+# A first optimizer step imports torch._dynamo, which takes as long as torch itself.
+context.set_forkserver_preload(["runs", "train_stage1", "train_stage2", "pretrain", "torch._dynamo"])
 KINDS = ("stage1", "stage2", "vae", "mllm", "dit")
 
 
@@ -33,6 +34,20 @@ def config(kind: str, parts: Path, out: Path, **options):
         "dit": {"mllm": str(parts), "vae": str(parts), "batch": 2, "size": 32},
     }[kind]
     return classes[kind](**{**common, **own, **options})
+
+
+def flags(c) -> list[str]:
+    """The command line of that run."""
+    return [f"--{'' if v is not False else 'no-'}{k}" + ("" if isinstance(v, bool) else f"={v}") for k, v in vars(c).items()]
+
+
+def torchrun(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *arguments]
+
+
+def healing() -> dict[str, str]:
+    """The environment of a torchrun that restarts lost ranks."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def shrink() -> None:

@@ -1,6 +1,6 @@
 """What a run survives: kills at any moment, a full disk, damaged checkpoints, lost and hung ranks, losses that are no numbers.
 
-    python tests/test_survival.py [KILLS]      the long form of the kill test, 50 kills by default, which no test run includes
+    python tests/test_survival.py [KILLS [RANKS]]     the kill test's long form: 50 kills, 1 rank if not told otherwise
 """
 
 import errno
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import make_parts  # its import puts the repository on the path, also where this file is a script
 from safetensors.torch import load_file
 from test_resume import assert_same
 
@@ -46,23 +47,23 @@ def announce_saves(rank: int, file: str) -> None:
     Run._write, Run._drop = write, drop
 
 
-def kill_and_restart(parts: Path, folder: Path, kinds: list[str], kills: int, ranks=(1,), seed: int = 0) -> tuple[int, int]:
+def kill_and_restart(parts: Path, folder: Path, kinds: list[str], kills: int, ranks: int = 1) -> tuple[int, int]:
     """Kill runs with SIGKILL, every second time during a save, until there have been so many; then compare the final weights.
 
-    Returns (kills, kills during a save).
+    Of several ranks all are killed or one of them, at random. Returns (kills, kills during a save).
     """
-    chance, done, in_saves = random.Random(seed), 0, 0
+    chance, done, in_saves = random.Random(0), 0, 0
     for k, kind in enumerate(kinds):
         c = runs.config(kind, parts, folder / f"{kind}_straight", steps=12)
-        runs.run(kind, c, folder / f"{kind}_straight.log")
+        runs.run(kind, c, folder / f"{kind}_straight.log", ranks)
         c = runs.config(kind, parts, folder / kind, steps=12, save_every=1)
         share, before, marker = kills * (k + 1) // len(kinds), 0, folder / f"{kind}_saving"
         while True:
             marker.write_text("out")
             log = folder / f"{kind}_{done}.log"
             log.write_text("")
-            size = 1 if newest(c_folder := Path(c.out)) == 0 else chance.choice(ranks)
-            processes = runs.start(kind, c, log, size, (announce_saves, str(marker)))
+            c_folder = Path(c.out)
+            processes = runs.start(kind, c, log, ranks, (announce_saves, str(marker)))
             if done < share and before < 11:
                 target = before + 1 if done % 2 else before
                 while all(p.exitcode is None for p in processes):
@@ -74,12 +75,13 @@ def kill_and_restart(parts: Path, folder: Path, kinds: list[str], kills: int, ra
                         time.sleep(chance.uniform(0, 0.6))
                         break
                     time.sleep(0.002)
-                for process in processes:
+                for process in chance.choice((processes, [chance.choice(processes)])):
                     process.kill()
-                runs.finish(processes)
-                done, in_saves = done + 1, in_saves + (marker.read_text() == "in")
+                saving = marker.read_text() == "in"
+                if -signal.SIGKILL in runs.finish(processes):  # else the run was over before
+                    done, in_saves = done + 1, in_saves + saving
             else:
-                assert runs.finish(processes) == [0] * size, log.read_text()[-3000:]
+                assert runs.finish(processes) == [0] * ranks, log.read_text()[-3000:]
             printed = log.read_text()
             if before and "x cpu" in printed:
                 assert f"resumed {c.out}/step_{before:06d}" in printed, printed[-3000:]
@@ -214,13 +216,45 @@ def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, 
     printed = log.read_text()
     first = min(printed.find(x) for x in ("Traceback (most", "most recent call first") if x in printed)
     assert sign in printed and sign in printed[first:].split("all_reduce")[0]
+    line = {"raise": "error: rank 0 has lost another rank", "hang": "error: rank 1 did not come on for 8 s"}[how]
+    assert line in printed
+
+
+def test_restarts_without_the_switch_they_need_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        training.World("cpu")
+
+
+def test_torchrun_heals_a_lost_rank(parts, tmp_path):
+    """One rank is killed once; the run ends well without a hand, with the weights of a run that lost nobody."""
+    script = tmp_path / "loses_one.py"
+    script.write_text(f"""
+import os, sys
+sys.path[:0] = [{str(runs.ROOT)!r}]
+import train_stage2, training
+marker, update = {str(tmp_path / "killed")!r}, training.Run.update
+def wrapped(self, *args):
+    if self.world.rank == 1 and self.step == 2 and not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), 9)
+    return update(self, *args)
+training.Run.update = wrapped
+training.main(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
+""")
+    c = runs.config("stage2", parts, tmp_path / "run", save_every=1)
+    command = runs.torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script), *runs.flags(c))
+    done = subprocess.run(command, capture_output=True, text=True, env=runs.healing(), timeout=200)
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr[-3000:]
+    assert f"resumed {c.out}/step_000002" in done.stdout
+    runs.run("stage2", runs.config("stage2", parts, tmp_path / "straight"), tmp_path / "log", 2)
+    assert_same(tmp_path / "straight", tmp_path / "run")
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    number, ranks = [*map(int, sys.argv[1:]), *(50, 1)[len(sys.argv) - 1 :]]
     with tempfile.TemporaryDirectory() as name:
-        from conftest import make_parts
-
         (Path(name) / "parts").mkdir()
-        result = kill_and_restart(make_parts(Path(name) / "parts"), Path(name), ["stage1", "stage2"], number)
+        result = kill_and_restart(make_parts(Path(name) / "parts"), Path(name), ["stage1", "stage2"], number, ranks)
     print("{} kills, {} during saves: every restart resumed, the final weights are those without kills".format(*result))
