@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
 from fused import gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
+from graphs import Graph
 from kernels import Segments, attention
 
 STEM = "diffusion_pytorch_model"
@@ -204,19 +205,25 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(width // heads, eps=eps)
         self.norm_k = nn.RMSNorm(width // heads, eps=eps)
 
-    def heads_of(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-        """x (N, in) through each of the layers, which are one product if they are neighbours -> (N, heads, head_dim) each."""
-        return [y for part in joint(x, *layers) for y in part.unflatten(1, (-1, self.heads, self.head_dim)).unbind(1)]
+    def heads_of(self, y: Tensor) -> Tensor:
+        return y.view(len(y), -1, self.head_dim)                                       # (N, heads, head_dim)
 
     def query(self, x: Tensor, *rope: Tensor) -> Tensor:
-        return norm_rope(*self.heads_of(x, self.to_q), self.norm_q.weight, self.norm_q.eps, *rope)
+        return norm_rope(self.heads_of(self.to_q(x)), self.norm_q.weight, self.norm_q.eps, *rope)
 
     def kv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.heads_of(x, self.to_k, self.to_v)                                  # 2 x (N, heads, head_dim)
-        return norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope), v
+        parts = joint(x, self.to_k, self.to_v)
+        k, v = map(self.heads_of, parts) if len(parts) > 1 else self.heads_of(*parts).chunk(2, 1)
+        return norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope), v             # 2 x (N, heads, head_dim)
 
     def qkv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.heads_of(x, self.to_q, self.to_k, self.to_v)                    # 3 x (N, heads, head_dim)
+        """query and kv of the same tokens: where their projections are joint, so is their norm."""
+        parts = joint(x, self.to_q, self.to_k, self.to_v)
+        if len(parts) == 1:
+            qk, v = self.heads_of(*parts).split((2 * self.heads, self.heads), 1)
+            gains = torch.stack((self.norm_q.weight, self.norm_k.weight))              # (2, head_dim)
+            return *norm_rope(qk, gains, self.norm_q.eps, *rope).chunk(2, 1), v
+        q, k, v = map(self.heads_of, parts)                                            # 3 x (N, heads, head_dim)
         q, k = (norm_rope(y, norm.weight, norm.eps, *rope) for y, norm in ((q, self.norm_q), (k, self.norm_k)))
         return q, k, v
 
@@ -554,6 +561,7 @@ def denoise(
     method: str = "unipc",
     condition_time: float | None = CONDITION_TIME,
     progress: Callable[[int, int], None] | None = None,
+    graphs: bool = False,
 ) -> list[Tensor]:
     """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
 
@@ -561,7 +569,7 @@ def denoise(
     positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
     None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
-    target, as for Cosmos' pre-trained weights.
+    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first.
     """
     if guidance != 1 and negative is None:
         raise InputError(f"guidance {guidance} needs the contexts of the negative branch; without them it is 1")
@@ -589,13 +597,13 @@ def denoise(
     rows = torch.where(given & (condition_time is not None), len(times), steps).to(device)               # (steps, I)
     given = given.to(device)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
+    def velocity(x: Tensor, row: Tensor) -> Tensor:
         x = start.index_copy(0, painted, x).repeat(branches, 1)                        # (N, C4)
-        modulations = table, rows[times.index(t)]
-        v = dit(x, None, given, pack, None, keys, kv=kv, modulations=modulations, rope=rope, targets=targets)
+        v = dit(x, None, given, pack, None, keys, kv=kv, modulations=(table, row), rope=rope, targets=targets)
         v = v.unflatten(0, (branches, -1))                                             # (branches, P, C4)
         return v[0] if branches == 1 else torch.lerp(v[1], v[0], guidance)
 
-    x = sample_flow(velocity, start[painted], sigmas, method, progress)
+    step = Graph(velocity) if graphs else velocity
+    x = sample_flow(lambda x, t: step(x, rows[times.index(t)]), start[painted], sigmas, method, progress)
     shapes = [sample[-1] for sample in grids]
     return [unpatchify(z, s, patch) for z, s in zip(x.split([h * w for h, w in shapes]), shapes, strict=True)]

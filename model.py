@@ -176,7 +176,7 @@ def frequencies(axes: tuple[int, ...], shared: bool, theta: float, device: torch
     """
     with torch.inference_mode(False):  # kept for later calls, which may train
         steps = torch.cat([torch.arange(n) for n in axes]) if shared else torch.arange(sum(axes))
-        f = 1.0 / theta ** (steps * 2.0 / (2 * (axes[0] if shared else sum(axes))))           # (D / 2,)
+        f = 1.0 / theta ** (steps / (axes[0] if shared else sum(axes)))                       # (D / 2,)
         axis = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor(axes))
         return axis.repeat(2).to(device), torch.cat((-f, f)).to(device)
 
@@ -196,8 +196,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(*joint(x, self.gate_proj, self.up_proj)))
+    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
+        """The stream with what the layer makes of x. Without gradients the stream itself may be overwritten."""
+        x, down = swiglu(*joint(x, self.gate_proj, self.up_proj)), self.down_proj
+        if torch.is_grad_enabled() or down.bias is not None or x.dtype != stream.dtype:
+            return stream + down(x)
+        return stream.addmm_(x, down.weight.T)  # the product adds by itself: no launch for the sum
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower
@@ -268,7 +272,7 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor, *where) -> Tensor:
         h = rms_norm(x, self.norm1.weight, self.norm1.eps)
         x, h = add_rms_norm(x, self.attn(h, *where), self.norm2.weight, self.norm2.eps)
-        return x + self.mlp(h)
+        return self.mlp(h, x)
 
 
 class PatchEmbed(nn.Module):
@@ -335,10 +339,10 @@ class KVCache:
     """Rotated keys and values of growing documents, all of one capacity, allocated once and never moved.
 
     `MLLM.forward` appends any number of tokens to one document, `MLLM.decode` one to each. Both sides know the lengths: the
-    host in `counts`, the device in `lengths`, so that decoding reads nothing back.
+    host in `counts`, the device in `lengths`, so that decoding reads nothing back. For sampling: no gradients.
 
-    k, v (layers, documents * rows, KV heads, head_dim); a row more than `capacity`: there a full document writes while others
-    decode.
+    k, v (layers, documents * rows, KV heads, head_dim), with one row more than `capacity` for each document: there a full one
+    writes while others decode.
     """
 
     def __init__(self, config: MLLMConfig, capacity: int, dtype=torch.float32, device="cpu", documents: int = 1):
@@ -347,7 +351,7 @@ class KVCache:
         shape = (c.num_hidden_layers, documents * self.rows, c.num_key_value_heads, c.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(documents, dtype=torch.int32, device=device)
-        self.growing, self._growing = torch.ones_like(self.lengths), [1] * documents  # 0: a step leaves no trace in it
+        self.growing, self._growing = torch.ones_like(self.lengths), [1] * documents  # 0 where the next step leaves no trace
         self.first = torch.arange(documents, device=device) * self.rows  # row where each document begins
         self.queries, self.buffers = (Segments([n] * documents, device) for n in (1, self.rows))
 
@@ -367,8 +371,7 @@ class KVCache:
 
     def advance(self, documents: Sequence[int]) -> None:
         """The host's part of a decoding step, before it: these documents grow by a token, the others wait."""
-        for d in documents:
-            self._grow(d, 1)
+        self._reserve(documents, 1)
         growing = [int(d in documents) for d in range(len(self.counts))]
         if growing != self._growing:
             self.growing.copy_(torch.tensor(growing, dtype=torch.int32))
@@ -377,15 +380,16 @@ class KVCache:
     def append(self, document: int, n: int) -> "Rows":
         """Room for n tokens behind those of a document."""
         start, base = self.counts[document], document * self.rows
-        self._grow(document, n)
+        self._reserve([document], n)
         slots, end = torch.arange(start, start + n, device=self.lengths.device), base + start + n
         self.lengths[document] = start + n
         return Rows(self.k[:, base:end], self.v[:, base:end], slots, Segments([start + n], slots.device), None)
 
-    def _grow(self, document: int, n: int) -> None:
-        if self.counts[document] + n > self.capacity:
+    def _reserve(self, documents: Sequence[int], n: int) -> None:
+        if any(self.counts[d] + n > self.capacity for d in documents):
             raise InputError(f"the document outgrows the {self.capacity} tokens set aside for it: raise the limit or ask less")
-        self.counts[document] += n
+        for d in documents:
+            self.counts[d] += n
 
 
 class Rows(NamedTuple):
@@ -437,7 +441,7 @@ class Layer(nn.Module):
         before, after = self.input_layernorm, self.post_attention_layernorm
         h = rms_norm(x, before.weight, before.eps)
         x, h = add_rms_norm(x, self.self_attn(h, *where), after.weight, after.eps)
-        return x + self.mlp(h)
+        return self.mlp(h, x)
 
 
 def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs) -> Tensor:

@@ -34,11 +34,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import InputError, config_from_json, read_json, resolve, write_json
 from connector import features
 from dit import CONDITION_TIME, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
+from graphs import Graph
+from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from records import load_image
 from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
@@ -47,6 +49,7 @@ from vae import VAE, VAEConfig, to_image, to_tensor
 FORMAT = 1  # of duogen.json
 BUNDLED = "checkpoints/tiny"
 PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
+SIZE = 704, 1280  # (H, W) of a picture where neither dialogue nor checkpoint says anything
 SIDE = 16  # a picture's sides are multiples of it: 8 pixels a latent, 2 latents a patch
 PACK = 65536  # patches painted in one batch at most; an activation of the 2B network is then 0.5 GB in bf16
 STOPS = {
@@ -134,7 +137,7 @@ class Text:
     text: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Read:
     """Tokens continue a document. Whoever drives `Answer.write` sends the token in reply that the model puts behind them."""
 
@@ -194,6 +197,9 @@ class Answer:
         self.parts: list[str | Picture] = []
         self.stop = "interrupted"  # until it ends otherwise
         self.tokens = 0  # written by the language model, control tokens included
+        self.cache: KVCache | None = None  # of it alone, unless a driver gives it a place in one that several share
+        self.step: Callable | None = None  # what reads a token more of each document in the cache
+        self.document = 0  # its place there
         self.text_seconds = self.paint_seconds = 0.0
 
         grids = [self._merged(image.height, image.width) for image in self.images]
@@ -226,7 +232,10 @@ class Answer:
         duo, s, tokenizer = self.duo, self.settings, self.duo.tokenizer
         decoder, capacity = StreamDecoder(tokenizer), self.capacity
         self.choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
-        self.cache, self.rows, self.position = duo.cache(capacity), [], 0
+        if self.cache is None:
+            self.cache = duo.cache(capacity)
+            self.step = duo.step(self.cache)
+        self.rows, self.position = [], 0
         # What the DiT has not been shown yet, and the latents of what it has.
         unseen, latents = [to_tensor(image, SIDE, s.max_area) for image in self.images], []
         patches = [duo.processor(image) for image in self.images]
@@ -273,7 +282,7 @@ class Answer:
             yield from self._write(decoder.push(token))
             unread, pixels, grids = [token], None, []
         yield from self._write(decoder.flush())
-        self.stop, self.cache, self.rows = reason, None, []  # a list of finished answers is light
+        self.stop, self.cache, self.step, self.rows = reason, None, None, []  # a list of finished answers is light
         yield Stop(reason)
 
     @property
@@ -328,6 +337,55 @@ def derive(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
+# ---------------------------------------------------------------------------------------------------------------- offload
+
+
+class Offload:
+    """Weights in host memory, of which only those of the parts at work are on the device too: for a GPU too small for all.
+
+    Here no weight ever changes: a part comes by a copy out of pinned memory and goes by being forgotten. It comes whole, each
+    storage at once, so what `fused.join` laid side by side stays so.
+    """
+
+    def __init__(self, parts: dict[str, list[nn.Module]], device: torch.device):
+        self.device, self.present = device, set()
+        self.home: dict[str, list[tuple[Tensor, list]]] = {}  # storages as bytes, and the tensors in each with their layouts
+        for name, modules in parts.items():
+            storages = {}
+            for t in (t for m in modules for t in (*m.parameters(), *m.buffers())):
+                storage = t.untyped_storage()
+                _, views = storages.setdefault(storage.data_ptr(), (storage, []))
+                views.append((t, t.dtype, t.storage_offset(), t.shape, t.stride()))
+            self.home[name] = []
+            for storage, views in storages.values():
+                flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.home[name].append((flat.pin_memory() if device.type == "cuda" else flat, views))
+            self.leave(name)
+
+    def bring(self, *names: str) -> None:
+        """Only these parts are at work now."""
+        for name in self.present - {*names}:
+            self.leave(name)
+        for name in names:
+            if name not in self.present:
+                self.arrive(name)
+        self.present = {*names}
+
+    def leave(self, name: str) -> None:
+        for flat, views in self.home[name]:
+            point(views, flat)
+
+    def arrive(self, name: str) -> None:
+        for flat, views in self.home[name]:
+            point(views, flat.to(self.device, non_blocking=True, copy=True))
+
+
+def point(views: list, flat: Tensor) -> None:
+    """Let tensors see the bytes in `flat`."""
+    for t, dtype, offset, shape, stride in views:
+        t.data = torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
+
+
 # ----------------------------------------------------------------------------------------------------------------- system
 
 
@@ -335,7 +393,8 @@ class DuoGen:
     """The parts of the system, checked to fit together.
 
     defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
-    from, for the record.
+    from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
+    graphs: steps are recorded as CUDA graphs (graphs.py).
     """
 
     def __init__(
@@ -346,14 +405,23 @@ class DuoGen:
         dit: DiT,
         vae: VAE,
         defaults: Settings | None = None,
-        size: tuple[int, int] = (704, 1280),
+        size: tuple[int, int] = SIZE,
         sources: dict[str, str] | None = None,
+        offload: torch.device | None = None,
+        graphs: bool = False,
     ):
         check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
         self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
+        self.mllm.fuse_for_inference(), self.dit.fuse_for_inference()
         self.tokenizer, self.processor = tokenizer, processor
         self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
-        self.device = mllm.model.embed_tokens.weight.device
+        self.device, self.offload = offload or mllm.model.embed_tokens.weight.device, None
+        self.graphs = graphs
+        if offload:
+            connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
+            decoder = [mllm.model, mllm.lm_head, connector]
+            painter = [m for m in dit.children() if m is not connector]
+            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
         self.context = mllm.config.max_position_embeddings
         # The model may write ordinary tokens, ask for a picture, and end. Everything else is for others to write.
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
@@ -371,13 +439,19 @@ class DuoGen:
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        offload: bool = False,
+        graphs: bool = False,
     ) -> "DuoGen":
         """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
 
         mllm, dit, vae: take this part from elsewhere: a folder that holds it, a folder with a subfolder of the part's name, or
         a Hub name as in the module's docstring. With all three given and no ckpt, the sampling defaults are those of Cosmos.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
+        offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
+        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
         """
+        check_device(device, offload, graphs)
+        home = "cpu" if offload else device
         named = {"mllm": mllm, "dit": dit, "vae": vae}
         sources, sampling, base = dict(named), {}, None
         if ckpt is not None or not all(named.values()):
@@ -398,16 +472,18 @@ class DuoGen:
         tokenizer = Tokenizer.from_pretrained(folders["mllm"])
         processor = ImageProcessor.from_pretrained(folders["mllm"])
         check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])  # before gigabytes are read
-        size = sampling.pop("height", None) or 704, sampling.pop("width", None) or 1280
+        size = sampling.pop("height", None) or SIZE[0], sampling.pop("width", None) or SIZE[1]
         return cls(
-            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=device),
+            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
             tokenizer,
             processor,
-            DiT.from_pretrained(folders["dit"], dtype=dtype, device=device),
-            VAE.from_pretrained(folders["vae"], device=device),
+            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
+            VAE.from_pretrained(folders["vae"], device=home),
             override(Settings(), sampling, "sampling of duogen.json"),
             size,
             {part: origin(f) for part, f in [*folders.items(), *([("ckpt", base)] if base else [])]},
+            torch.device(device) if offload else None,
+            graphs,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -482,20 +558,27 @@ class DuoGen:
         as soon as one is finished, progress(done, steps) while pictures are painted. Memory: `batch` KV caches.
         """
         queue, active = deque(answers), {}  # answer -> (its coroutine, what it waits for)
+        places = [*range(min(batch, len(queue)))]
+        cache = self.cache(max((a.capacity for a in answers), default=0), len(places))
+        step = self.step(cache)
 
         def go_on(answer: Answer, writer: Generator, reply: Reply) -> None:
             event = until_waiting(writer, reply)
             if event is not None:
                 active[answer] = writer, event
                 return
-            active.pop(answer, None)
+            del active[answer]
+            places.append(answer.document)
             if done is not None:
                 done(answer)
 
         while queue or active:
-            while queue and len(active) < batch:
+            while queue and places:
                 answer = queue.popleft()
-                go_on(answer, answer.write(), None)
+                answer.cache, answer.step, answer.document = cache, step, places.pop()
+                cache.truncate(answer.document, 0)
+                active[answer] = answer.write(), None
+                go_on(answer, active[answer][0], None)
             reading = [a for a, (_, event) in active.items() if isinstance(event, Read)]
             waiting = reading or list(active)
             requests = [active[a][1] for a in waiting]
@@ -505,8 +588,22 @@ class DuoGen:
 
     # --------------------------------------------------------------------------------------------------------- the parts
 
-    def cache(self, capacity: int) -> KVCache:
-        return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device)
+    def at_work(self, *parts: str) -> None:
+        """These parts are needed next, and no others: "decoder" (with the connector), "vision", "dit", "vae"."""
+        if self.offload:
+            self.offload.bring(*parts)
+
+    def cache(self, capacity: int, documents: int = 1) -> KVCache:
+        return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device, documents)
+
+    def step(self, cache: KVCache) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """ids, positions (S,) -> connector rows (S, text_dim) and logits (S, vocab) of a token more in each of S documents."""
+
+        def step(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.mllm.decode(ids, positions, cache)
+            return self.connect(hidden), self.mllm.logits(hidden[-1])
+
+        return Graph(step) if self.graphs else step
 
     def connect(self, hidden: list[Tensor]) -> Tensor:
         """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
@@ -535,25 +632,51 @@ class DuoGen:
 
     @torch.no_grad()
     def read(self, requests: list[Read]) -> list[int]:
-        """Append what is to be read to each document -> the token that follows it."""
-        tokens = {}
-        for r in requests:
-            began, a = time.perf_counter(), r.answer
-            merged = [self.processor.merged(grid) for grid in r.grids]
-            positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
-            hidden = self.mllm(
-                torch.tensor(r.ids, device=self.device),
-                (positions + a.position).to(self.device),
-                torch.tensor([0, len(r.ids)], dtype=torch.int32, device=self.device),
-                None if r.pixels is None else r.pixels.to(self.device),
-                r.grids or None,
-                cache=a.cache,
-            )
-            a.position += after
-            a.rows.append(self.connect(hidden))
-            tokens[id(r)] = self.choose(self.mllm.logits(hidden[-1][-1:])[0], a.settings, a.choices)
-            r.seconds = time.perf_counter() - began
+        """Append what is to be read to each document -> the token that follows it.
+
+        Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
+        """
+        self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
+        tokens, step = {}, [r for r in requests if len(r.ids) == 1]
+        # A step costs a CPU as much for a place where nobody reads.
+        if self.device.type == "cpu" and step and len(step) <= max(1, len(step[0].answer.cache.counts) // 8):
+            step = []
+        for batch in [*([r] for r in requests if r not in step), *([step] if step else [])]:
+            began = time.perf_counter()
+            rows, logits = self._step(batch) if batch is step else self._append(batch[0])
+            for r, own, row in zip(batch, rows.chunk(len(batch)), logits, strict=True):
+                r.answer.rows.append(own)
+                tokens[id(r)] = self.choose(row, r.answer.settings, r.answer.choices)
+            for r in batch:
+                r.seconds = (time.perf_counter() - began) / len(batch)
         return [tokens[id(r)] for r in requests]
+
+    def _append(self, r: Read) -> tuple[Tensor, Tensor]:
+        """What one document is to read -> connector rows (N, text_dim) and the logits of what follows (1, vocab)."""
+        merged = [self.processor.merged(grid) for grid in r.grids]
+        positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
+        positions, r.answer.position = positions + r.answer.position, r.answer.position + after
+        hidden = self.mllm(
+            torch.tensor(r.ids, device=self.device),
+            positions.to(self.device),
+            Segments([len(r.ids)], self.device),
+            None if r.pixels is None else r.pixels.to(self.device),
+            r.grids or None,
+            cache=r.answer.cache,
+            document=r.answer.document,
+        )
+        return self.connect(hidden), self.mllm.logits(hidden[-1][-1:])
+
+    def _step(self, batch: list[Read]) -> tuple[Tensor, Tensor]:
+        """A token more in each of S documents of one cache -> connector rows (S, text_dim), logits (S, vocab)."""
+        cache, places = batch[0].answer.cache, [r.answer.document for r in batch]
+        ids, positions = torch.zeros(2, len(cache.counts), dtype=torch.long)               # of those that wait: anything
+        for r in batch:
+            ids[r.answer.document], positions[r.answer.document] = r.ids[0], r.answer.position
+            r.answer.position += 1
+        cache.advance(places)
+        rows, logits = batch[0].answer.step(ids.to(self.device), positions.to(self.device))
+        return rows[places], logits[places]  # copies: a graph writes its next result to the same place
 
     @torch.no_grad()
     def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
@@ -561,10 +684,13 @@ class DuoGen:
 
         One part of the system after the other: all encoding, then all painting, then all decoding.
         """
+        if any(r.unseen for r in requests):
+            self.at_work("vae")
         for r in requests:
             began = time.perf_counter()
             r.conditions, r.unseen = r.conditions + self.encode(r.unseen), []
             r.seconds += time.perf_counter() - began
+        self.at_work("dit")
         batches: dict[tuple, list[list[Paint]]] = {}
         room: dict[tuple, int] = {}
         for r in requests:
@@ -590,10 +716,12 @@ class DuoGen:
                 method=s.sampler,
                 condition_time=s.condition_time,
                 progress=progress,
+                graphs=self.graphs,
             )
             for r, z in zip(batch, painted, strict=True):
                 latents[id(r)] = z
                 r.seconds += (time.perf_counter() - began) / len(batch)
+        self.at_work("vae")
         for r in requests:
             began = time.perf_counter()
             images.append(to_image(self.vae.decode_latents(latents[id(r)][None])[0]))
@@ -641,6 +769,15 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
     ids, known = (tokenizer.image_pad, tokenizer.vision_start), (mllm.image_token_id, mllm.vision_start_token_id)
     if ids != known:
         raise InputError(f"the tokenizer's <|image_pad|>, <|vision_start|> are {ids}, the language model's are {known}")
+
+
+def check_device(device: str | torch.device, offload: bool, graphs: bool) -> None:
+    """InputError for what only a GPU of NVIDIA's can do."""
+    for name, asked in (("offload", offload), ("graphs", graphs)):
+        if asked and torch.device(device).type != "cuda":
+            raise InputError(f"--{name} is for NVIDIA GPUs, and the device is {device}: leave it out")
+    if offload and graphs:
+        raise InputError("--offload and --graphs exclude each other: a graph knows its weights by their addresses")
 
 
 def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:

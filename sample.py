@@ -35,12 +35,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import InputError, parse_dtype, pick_device
+from fit import planned
 from kernels import set_backend
 from page import fresh, overview, prompt_of, save, write_text
-from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, override
+from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records import Problem, load_image, normalise, read_records, validate
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
+BATCH = 8
 ALIASES = {"steps": ["--num-steps", "--num-inference-steps"], "guidance": ["--guidance-scale"]}
 
 # ----------------------------------------------------------------------------------------------------------- command line
@@ -57,13 +59,16 @@ def parser() -> Parser:
     p.add_argument("--prompt", help=f"what you want (default: {PROMPT})")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture to go with it; repeat it for more")
     p.add_argument("--prompts", metavar="FILE", help="many prompts, one JSON object a line")
-    p.add_argument("--batch", type=int, default=8, help="of --prompts, how many are answered at a time (default: 8)")
+    p.add_argument("--batch", type=int, help=f"of --prompts, how many are answered at a time (default: {BATCH})")
     p.add_argument("--ckpt", help="checkpoint: folder or Hub name (default: the bundled miniature)")
     p.add_argument("--revision", help="branch, tag or commit of a --ckpt on the Hub")
     for part in ("mllm", "dit", "vae"):
         p.add_argument(f"--{part}", help="take this part from another folder or Hub name")
     p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
+    p.add_argument("--graphs", action="store_true", help="CUDA graphs of the steps: fewer launches; no GPU has run it yet")
+    p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see fit.py")
     p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
@@ -229,17 +234,23 @@ def run(argv: list[str]) -> int:
     args, values = parse(argv)
     if args.name is not None:
         check_name(args.name, "--name")
-    if args.batch < 1:
+    if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be 1 or more")
+    if args.plan:
+        batch = args.batch or (BATCH if args.prompts else 1)
+        parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
+        print(planned(args.ckpt, parts, values, batch, len(args.image), args.dtype).report())
+        return 0
     jobs = read_jobs(args, values)
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype, device)
     set_backend(args.attention, device)
+    check_device(device, args.offload, args.graphs)
     out = make_out(Path(args.out))
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
-        parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
-        duo = DuoGen.from_pretrained(args.ckpt, **parts, revision=args.revision, dtype=dtype, device=device)
+        options = {name: getattr(args, name) for name in ("mllm", "dit", "vae", "revision", "offload", "graphs")}
+        duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
     answers = []
@@ -252,7 +263,7 @@ def run(argv: list[str]) -> int:
         return one(duo, answers[0], out, jobs[0].name, about)
     folder = fresh(out, args.name or slug(Path(args.prompts).stem))
     folder.mkdir()
-    return many(duo, answers, folder, unique([job.name for job in jobs]), about, args.batch, Path(args.prompts).name)
+    return many(duo, answers, folder, unique([job.name for job in jobs]), about, args.batch or BATCH, Path(args.prompts).name)
 
 
 def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:

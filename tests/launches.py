@@ -27,7 +27,9 @@ FREE = {
 }  # fmt: skip
 
 # What hands values to the host, which on a GPU waits for everything queued before. nonzero: the host must know its length.
-READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
+READS = (
+    "item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__", "__dlpack__",
+)  # fmt: skip
 
 
 class Launches(TorchDispatchMode):

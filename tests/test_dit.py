@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from checkpoint import InputError, read_json
 from connector import Connector, features
-from dit import PRESETS, DiT, DiTConfig, pack_images, patchify, unpatchify
+from dit import PRESETS, DiT, DiTConfig, Targets, pack_images, patchify, unpatchify
+from fused import joint
 
 SMALL = DiTConfig(2, 3, 32, adaln_lora_dim=8, text_embed_dim=24, crossattn_proj_in_channels=40, qk_norm_eps=1e-5)
 
@@ -288,6 +289,33 @@ def test_precomputed_context_and_modulations_change_nothing(small):
         table = small.modulations(torch.cat([torch.rand(3), t.flip(0)]))  # the times in another order, among others
         rows = torch.arange(len(t)).flip(0) + 3
         assert torch.allclose(v, small(x, None, condition, pack, context, cu, modulations=(table, rows)), atol=1e-6)
+
+
+def test_targets_alone_are_computed_to_the_end(small):
+    x, t, condition, pack, context, cu = inputs(small, MIXED, [5, 9, 4])
+    targets = Targets(pack, condition.tolist())
+    with torch.no_grad():
+        v = small(x, t, condition, pack, context, cu)
+        ours = small(x, t, condition, pack, context, cu, rope=small.rope(pack.positions), targets=targets)
+    assert torch.equal(targets.rows, (~condition)[pack.image_ids].nonzero()[:, 0])
+    assert torch.allclose(ours, v[targets.rows], atol=2e-6)
+
+
+def test_joint_projections_change_neither_results_nor_names_nor_memory(small):
+    """Parameters are views of the joint ones; gradients, which take each by itself, still reach all of them."""
+    batch = inputs(small, MIXED, [5, 9, 4])
+    joined = copy.deepcopy(small).fuse_for_inference()
+    assert joined.state_dict().keys() == small.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(joined.parameters(), small.parameters(), strict=True))
+    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in joined.parameters()}
+    assert sum(memory.values()) == sum(p.nbytes for p in small.parameters())
+    own, context = joined.transformer_blocks[0].attn1, joined.transformer_blocks[0].attn2
+    with torch.no_grad():
+        assert len(joint(torch.randn(2, 96), own.to_q, own.to_k, own.to_v)) == 1
+        assert len(joint(torch.randn(2, 24), context.to_k, context.to_v)) == 1
+        assert torch.allclose(joined(*batch), small(*batch), atol=2e-6)
+    joined(*batch).square().mean().backward()
+    assert all(p.grad.any() for name, p in joined.named_parameters() if "crossattn_proj" not in name)
 
 
 def test_a_sample_without_context_gets_nothing_from_it(small):

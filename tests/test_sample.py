@@ -431,6 +431,8 @@ BAD = [
     (["--prompt", "x", "--device", "tpu"], "device tpu: unknown"),
     (["--prompt", "x", "--device", "cuda:99"], "device cuda:99"),
     (["--prompt", "x", "--dtype", "int3"], "dtype int3: unknown"),
+    (["--prompt", "x", "--offload", "--device", "cpu"], "--offload is for NVIDIA GPUs, and the device is cpu: leave it out"),
+    (["--prompt", "x", "--graphs", "--device", "cpu"], "--graphs is for NVIDIA GPUs, and the device is cpu"),
     (["--prompt", "x", "--attention", "flash"], "attention 'flash' is none of auto, triton, sdpa"),
     (["--prompt", "x", "--prompts", "p.jsonl"], "--prompt and --prompts exclude each other"),
     (["--image", "a.png", "--prompts", "p.jsonl"], "--image and --prompts exclude each other"),
