@@ -756,7 +756,7 @@ def stage1(b: Bench) -> None:
     batch = SimpleNamespace(ids=torch.cat(ids), positions=where, cu_seqlens=cu, pixels=None, grids=None, labels=labels)
     targets = (labels >= 0).sum()
     watched = mllm.model.layers[0].mlp.down_proj.weight
-    call = partial(theirs.train, b.device, mllm, lambda: loss_of(batch) / targets, watched)
+    call = partial(theirs.train, b.device, mllm, lambda: loss_of(batch)[0] / targets, watched)
     linear = sum(p.numel() for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters())) * 6 * sum(lengths)
     pairs = Case("", lengths, lengths, c.num_attention_heads, c.num_key_value_heads, c.head_dim, True).flops
     shape = f"{b_of(mllm)}, {c.num_hidden_layers} layers, {len(lengths)} documents, {sum(lengths)} tokens"

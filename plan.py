@@ -54,7 +54,6 @@ class PlanConfig:
     pairs: int = 5_000_000  # video clips (two pictures, a caption) that stage 2 reads as well, by the same sources
     caption: int = 128  # tokens of a clip's dialogue; assumed
     epochs: float = 1.0  # passes over the data; assumed
-    frozen: str = "fp32"  # type of the frozen weights, as stage 2 loads them
     zero: bool = False  # AdamW's moments sharded over the GPUs (ZeroRedundancyOptimizer)
     logit_chunk: int = 0  # supervised tokens whose logits exist at a time; 0: all of them
 
@@ -155,10 +154,10 @@ class Segment:
     forward: int = 0  # and of its forward pass
 
 
-def layer_bytes(n: int, e: int, width: int, inner: int, heads: int, qkv: int, casts: int, fused_norm: bool):
+def layer_bytes(n: int, e: int, width: int, inner: int, heads: int, qkv: int, casts: int):
     """(saved, stream, widest temporary) of a decoder layer or vision block on n tokens. qkv: numbers kept of q, k, v. casts:
-    linear layers behind the two norms. CUDA's RMSNorm keeps its input and 1 / rms, the CPU's the normalised input too."""
-    norms = 2 * (4 * width + 4) + (0 if fused_norm else 2 * 4 * width)
+    linear layers behind the two norms, which keep one tensor of the stream's size and 1 / rms each."""
+    norms = 2 * (4 * width + 4)
     linears = (2 if e == 4 else casts) * width * e
     attention = (qkv + width) * e + 4 * heads  # with the result and its log-sum-exp
     mlp = 4 * inner * e  # gate, silu(gate), up, their product
@@ -169,10 +168,10 @@ def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int,
     """The same of a DiT block on n patches that read m context tokens; groups: chunks with a modulation of their own."""
     d, heads = c.width, 4 * c.num_attention_heads
     sub = 3 * (3 * 4 * d + 8 + d * e)  # input, its LayerNorm, what is gated, mean and 1 / std, modulated input of the linears
-    attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # HeadNorm's, q k v and result, cross q and result
+    attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # norms of q, k, q; q k v, result; q, result
     mlp = 2 * int(d * c.mlp_ratio) * e
     context = 4 * d + heads + 2 * d * e
-    return n * (sub + attended + mlp) + m * context + groups * 4 * 12 * d, n * 4 * d, n * mlp // 2
+    return n * (sub + attended + mlp) + m * context + groups * 4 * 9 * d, n * 4 * d, n * mlp // 2
 
 
 def peak(segments: list[Segment], checkpointing: bool, stay: bool = False) -> int:
@@ -193,22 +192,22 @@ def count(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def stage1_segments(mllm: MLLM, b: Batch, e: int, chunk: int = 0, fused_norm: bool = True) -> list[Segment]:
+def stage1_segments(mllm: MLLM, b: Batch, e: int, chunk: int = 0) -> list[Segment]:
     c, v, h, cast = mllm.config, mllm.config.vision, mllm.config.hidden_size, e == 2
-    w, pixels, extra = v.hidden_size, v.in_channels * v.temporal_patch_size * v.patch_size**2, 0 if fused_norm else 4
+    w, pixels = v.hidden_size, v.in_channels * v.temporal_patch_size * v.patch_size**2
     out = [Segment(0, count(mllm.model.embed_tokens))]
     if b.patches:
         tables = 2 * 4 * w // v.num_heads  # cos and sin
         out.append(Segment(b.patches * (2 * cast * pixels + tables), count(mllm.visual.patch_embed)))
-        saved, stream, wide = layer_bytes(b.patches, e, w, v.intermediate_size, v.num_heads, 5 * w, 3, fused_norm)
+        saved, stream, wide = layer_bytes(b.patches, e, w, v.intermediate_size, v.num_heads, 5 * w, 3)
         out += [Segment(saved, n := count(block), 2 * cast * n, stream, wide) for block in mllm.visual.blocks]
         n = count(mllm.visual.merger)
-        out.append(Segment(b.patches * ((4 + extra) * w + 4 + 3 * w * e), n, 2 * cast * n, 0, b.patches * 3 * w * e))
+        out.append(Segment(b.patches * (4 * w + 4 + 3 * w * e), n, 2 * cast * n, 0, b.patches * 3 * w * e))
     qkv = h + 2 * c.num_key_value_heads * c.head_dim  # rotated q | k and v; the vision tower's v holds on to all of q | k | v
-    saved, stream, wide = layer_bytes(b.tokens, e, h, c.intermediate_size, c.num_attention_heads, qkv, 5, fused_norm)
+    saved, stream, wide = layer_bytes(b.tokens, e, h, c.intermediate_size, c.num_attention_heads, qkv, 5)
     out += [Segment(saved, n := count(layer), 2 * cast * n, stream, wide) for layer in mllm.model.layers]
     logits = 4 * c.vocab_size * min(b.supervised, chunk or b.supervised)
-    saved = b.tokens * ((8 + extra) * h + 2 * 4 * c.head_dim) + b.supervised * h * (4 + 2 * cast) + (0 if chunk else logits)
+    saved = b.tokens * (8 * h + 2 * 4 * c.head_dim) + b.supervised * h * (4 + 2 * cast) + (0 if chunk else logits)
     head, own = count(mllm.lm_head), 0 if mllm.tied else count(mllm.lm_head)
     return [*out, Segment(saved, own + h, 2 * cast * head, 0, 2 * logits + b.tokens * 4 * h, logits)]
 
@@ -253,12 +252,13 @@ class Plan:
         if c.dtype == "auto":  # what a GPU takes
             c = replace(c, dtype="bf16")
         self.c, self.stage = c, 2 if hasattr(c, "dit") else 1
+        frozen = getattr(c, "frozen_dtype", "auto").replace("auto", c.dtype)
         sizes = "world mfu gpu_memory link picture pictures epochs accumulate".split()
         if wrong := [name for name in sizes if getattr(c, name) <= 0]:
             raise InputError(f"--{wrong[0]} must be positive")
-        if c.gpu not in DEVICES or not {c.frozen, c.dtype} <= BYTES.keys():
-            raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen are bf16 or fp32, --dtype auto too")
-        self.e, mllm = BYTES[c.dtype], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
+        if c.gpu not in DEVICES or not {frozen, c.dtype} <= BYTES.keys():
+            raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen-dtype are auto, bf16 or fp32")
+        self.e, self.frozen, mllm = BYTES[c.dtype], BYTES[frozen], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
         with torch.device("meta"):
             self.mllm, self.dit, self.vae = MLLM(mllm), None, None
             if self.stage == 2:
@@ -295,20 +295,21 @@ class Plan:
 
     def memory(self) -> dict[str, int]:
         """Bytes of one GPU at the highest moment of a step, by what they are. Whole but for the moments under --zero."""
-        c, p, (b, _), frozen, held, f = self.c, self.trained, self.batch(worst=True), 0, 0, BYTES[self.c.frozen]
+        c, p, (b, _), frozen, held = self.c, self.trained, self.batch(worst=True), 0, 0
+        f = self.frozen if self.e == 2 else 4  # bytes of the states that the connector reads
         stay = c.world > 1 or c.accumulate > 1  # DDP's buckets are the gradients and never go
         if self.stage == 1:
             segments = stage1_segments(self.mllm, b, self.e, c.logit_chunk)
         else:
             segments = stage2_segments(self.dit, b, self.e, f)
             features = b.tokens * self.dit.config.crossattn_proj_in_channels * f
-            m, e = self.mllm.config, min(f, self.e)  # a layer beside the states, or all of these beside their features, or
+            m, e = self.mllm.config, min(self.frozen, self.e)  # a layer beside the states, or these beside their features, or
             layer, norm = b.tokens * (3 * m.intermediate_size * e + 8 * m.hidden_size), b.tokens * 12 * m.hidden_size
             encode = sum(h * w for h, w in b.pictures) * self.vae.config.base_dim * 17  # the VAE's 4 1/4 fp32 maps: measured
             frozen, held = features + max(layer, features + norm, encode) + 4 * p * stay, features * (c.accumulate - 1)
         step = max(peak(segments, c.checkpointing, stay), frozen, 4 * p) + held
         rows = {"weights": 4 * p, "gradients": 4 * p, "AdamW": 8 * p // (c.world if c.zero else 1), "EMA": 4 * p}
-        rows["frozen weights"] = f * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
+        rows["frozen weights"] = self.frozen * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
         return rows | {"activations, casts": step - 4 * p}
 
     @property
@@ -376,7 +377,7 @@ class Plan:
 
 
 STAGE1 = {"mllm": "7B", "tokens": 4096, "documents": 0, "accumulate": 1, "dtype": "bf16", "checkpointing": True}
-STAGE2 = STAGE1 | {"dit": "2B", "vae": "wan2.1", "documents": 1, "targets": 2, "checkpointing": False}
+STAGE2 = STAGE1 | {"dit": "2B", "vae": "wan2.1", "documents": 1, "targets": 2, "checkpointing": False, "frozen_dtype": "auto"}
 
 
 def example(flags: dict, **changes) -> Plan:

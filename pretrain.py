@@ -33,8 +33,8 @@ from model import PRESETS as MLLM_PRESETS
 from pipeline import Settings, write_manifest
 from sources import Stream
 from tokenizer import Tokenizer, render, train_bpe
-from training import (FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator,
-                      main, parse_config, part_folder, print_trained, read, sheet)
+from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator
+from training import language_statistics, main, model_flops, parse_config, part_folder, print_trained, read, sheet
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, to_image, to_tensor
 
@@ -126,8 +126,7 @@ def train_vae(c: VAEConfig) -> None:
         noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
         with world.autocast(c.dtype):
             loss, parts = loss_of(x, noise.to(world.device))
-        loss.backward()
-        means = {k: v.item() / world.size for k, v in {"loss": loss, **parts}.items()}
+        means = {"loss": world.backward(loss / world.size), **{k: v.item() / world.size for k, v in parts.items()}}
         run.update({**means, "images": len(x)}, place, names)
         if run.sheet_due:
             vae_sheet(run, vae, fixed[:16])
@@ -216,9 +215,9 @@ def train_mllm(c: MLLMConfig) -> None:
         batch = pack_documents(documents).to(world.device)
         targets = world.sum((batch.labels >= 0).sum().item())
         with world.autocast(c.dtype):
-            share = loss_of(batch) / targets
-        (share * world.size).backward()  # DDP takes the mean over ranks
-        stats = {"loss": share.item(), "tokens": len(batch.ids), "documents": len(documents)}
+            total, kinds = loss_of(batch)
+        stats = {"loss": world.backward(total / targets), **language_statistics(kinds)}
+        stats |= {"tokens": len(batch.ids), "documents": len(documents), "flops": model_flops(documents, mllm)}
         stats = run.update(stats, place, [d.name for d in documents])
         if step == 0 and world.main:
             guess = math.log(config.vocab_size)
@@ -289,11 +288,10 @@ def train_dit(c: DiTConfig) -> None:
             samples = film_samples(documents, mllm, vae, c, world, g)
             t = train_times(len(documents), c.shift, g)
             error, count = loss_of(samples, t, g)
-        tokens = world.sum(count.sum().item())
-        share = error.sum() / tokens
-        (share * world.size).backward()  # DDP takes the mean over ranks
+        loss = world.backward(error.sum() / world.sum(count.sum().item()))
         parts = flow_statistics(t, error.detach().cpu(), count.cpu())
-        stats = {"loss": share.item(), **parts, "images": count.sum().item() / 16}
+        stats = {"loss": loss, **parts, "images": count.sum().item() / 16}
+        stats["flops"] = model_flops(documents, mllm, samples, dit, vae)
         stats = run.update(stats, place, [d.name for d in documents])
         if step == 0 and world.main:
             guess = 1 + mean_square(samples.latents)

@@ -21,7 +21,8 @@ from data import Document, fill, loader, pack_documents
 from model import MLLM, ImageProcessor, mrope_positions
 from sources import Quarantine, open_source
 from tokenizer import Rendered, Tokenizer
-from training import LanguageLoss, Run, TrainConfig, World, check_step0, main, parse_config, part_folder, print_trained
+from training import LanguageLoss, Run, TrainConfig, World, add_statistics, check_step0, language_statistics, main
+from training import model_flops, parse_config, part_folder, print_trained
 
 
 @dataclass
@@ -67,16 +68,16 @@ def train(c: Stage1Config) -> None:
         micro = [next(data) for _ in range(c.accumulate)]
         packs = [pack_documents(documents).to(world.device) for documents, _ in micro]
         targets = world.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
-        loss = 0.0
-        for a, pack in enumerate(packs):
-            with world.synchronised(loss_of, a == c.accumulate - 1):
-                with world.autocast(c.dtype):
-                    share = loss_of(pack) / targets
-                (share * world.size).backward()  # DDP takes the mean over ranks
-            loss += share.item()
+        loss, parts = 0.0, {}
+        for pack in world.micro_batches(loss_of, packs):
+            with world.autocast(c.dtype):
+                total, kinds = loss_of(pack)
+            loss += world.backward(total / targets)
+            parts = add_statistics(parts, language_statistics(kinds))
         names = [d.name for documents, _ in micro for d in documents]
         full = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro)
-        stats = {"loss": loss, "fill": (full, 1.0), "tokens": sum(len(pack.ids) for pack in packs), "documents": len(names)}
+        stats = {"loss": loss, **parts, "fill": (full, 1.0), "tokens": sum(len(pack.ids) for pack in packs)}
+        stats |= {"documents": len(names), "flops": sum(model_flops(d, mllm) for d, _ in micro)}
         stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("cross-entropy", stats["loss"], 0.0, math.log(tokenizer.vocab_size))  # less than a guess

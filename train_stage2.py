@@ -22,7 +22,7 @@ from model import MLLM, ImageProcessor
 from sources import Quarantine, open_source
 from tokenizer import Tokenizer
 from training import FlowLoss, Run, Samples, TrainConfig, World, add_statistics, check_step0, encode, flow_statistics
-from training import generator, main, parse_config, part_folder, print_trained, read, sheet
+from training import generator, main, model_flops, parse_config, part_folder, print_trained, read, sheet
 from vae import VAE, to_image
 
 
@@ -35,6 +35,7 @@ class Stage2Config(TrainConfig):
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
     out: str = "runs/tiny/stage2"
     steps: int = 60_000
+    frozen_dtype: str = "auto"  # of the MLLM's weights: bf16 on a GPU, else fp32. The VAE stays fp32: it is small
     documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
     tokens: int = 0  # budgets of a micro-batch: of the MLLM, ...
     patches: int = 0  # ... of its vision tower, ...
@@ -69,7 +70,8 @@ def train(c: Stage2Config) -> None:
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=world.device).requires_grad_(False)
+    frozen = world.pick_frozen_dtype(c.frozen_dtype, c.dtype)
+    mllm = MLLM.from_pretrained(folder, dtype=frozen, device=world.device).requires_grad_(False)
     vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
     dit = DiT.from_pretrained(part_folder(c.dit, "dit"), device=world.device)
     dit.gradient_checkpointing = c.checkpointing
@@ -95,17 +97,15 @@ def train(c: Stage2Config) -> None:
         numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
         tokens = world.sum(numbers / dit.proj_out.out_features)
         loss, parts = 0.0, {}
-        for a, s in enumerate(samples):
-            t = train_times(len(s.rows), c.shift, chance[a])
-            with world.synchronised(loss_of, a == c.accumulate - 1):
-                with autocast:
-                    error, count = loss_of(s, t, chance[a])
-                share = error.sum() / tokens
-                (share * world.size).backward()  # DDP takes the mean over ranks
-            loss += share.item()
+        for s, g in world.micro_batches(loss_of, list(zip(samples, chance, strict=True))):
+            t = train_times(len(s.rows), c.shift, g)
+            with autocast:
+                error, count = loss_of(s, t, g)
+            loss += world.backward(error.sum() / tokens)
             parts = add_statistics(parts, flow_statistics(t, error.detach().cpu(), count.cpu()))
         names = [d.name for documents, _ in micro for d in documents]
         stats = {"loss": loss, **parts, "images": sum(len(s.rows) for s in samples)}
+        stats["flops"] = sum(model_flops(d, mllm, s, dit, vae) for (d, _), s in zip(micro, samples, strict=True))
         if any(budget.values()):
             stats["fill"] = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro), 1.0
         stats = run.update(stats, micro[-1][1], names)

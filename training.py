@@ -47,19 +47,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import dit
+import model
 import runpage
 from checkpoint import InputError, pick_device, write_json
 from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
 from fused import linear_cross_entropy
+from kernels import Segments, attention, set_backend
 from model import MLLM
-from plan import Plan, PlanConfig
+from plan import Batch, Plan, PlanConfig, flops, peak_flops
 from vae import VAE
 
 
@@ -81,7 +85,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
-    compile: bool = False  # torch.compile of the loss
+    attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see kernels.set_backend
+    compile: bool = False  # torch.compile of each transformer block
     zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
     timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
     max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
@@ -164,6 +169,14 @@ class World:
             raise InputError(f"--dtype {name}: training runs in auto, bf16 or fp32")
         return name
 
+    def pick_frozen_dtype(self, name: str, dtype: str) -> torch.dtype:
+        """Of frozen weights. "auto" is bf16 on a GPU whose forward pass computes in it: half the memory, and no casts."""
+        if name == "auto":
+            name = self.pick_dtype(dtype) if self.device.type == "cuda" else "fp32"
+        if name not in ("bf16", "fp32"):
+            raise InputError(f"--frozen-dtype {name}: frozen weights are held in auto, bf16 or fp32")
+        return torch.bfloat16 if name == "bf16" else torch.float32
+
     def autocast(self, dtype: str) -> torch.autocast:
         """Forward passes in bf16, or as the weights are (fp32)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.pick_dtype(dtype) == "bf16")
@@ -180,7 +193,7 @@ class World:
     def wrap(self, module: nn.Module, *, compile: bool = False, find_unused: bool = False) -> nn.Module:
         """Compiled if wanted, in DDP when there are peers. find_unused: some parameters may have no part in a loss."""
         if compile:
-            module.compile(dynamic=True)  # no two packs have the same shape
+            compile_blocks(module)
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -205,14 +218,35 @@ class World:
         dist.broadcast_object_list(values)
         return values[0]
 
-    def synchronised(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Only the last micro-batch of a step exchanges gradients."""
-        return contextlib.nullcontext() if last or self.size == 1 else module.no_sync()
+    def micro_batches(self, module: nn.Module, batches: list) -> Iterator:
+        """Each micro-batch of a step; only with the last one the ranks exchange gradients."""
+        for batch in batches[:-1]:
+            with contextlib.nullcontext() if self.size == 1 else module.no_sync():
+                yield batch
+        yield batches[-1]
+
+    def backward(self, share: Tensor) -> float:
+        """Gradients of this rank's share of the step's loss. Returns the share."""
+        (share * self.size).backward()  # DDP takes the mean over ranks
+        return share.item()
 
     def close(self) -> None:
         self.unwatched()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """torch.compile of each transformer block, once for all of a kind, or of the whole where there is none.
+
+    What is around the blocks plans a pack in Python, and would be compiled anew for every pack; so would attention, which
+    reads the lengths of the sequences.
+    """
+    for home in (model, dit):
+        home.attention = torch.compiler.disable(attention)
+    blocks = [m for m in module.modules() if isinstance(m, (model.Layer, model.VisionBlock, dit.Block))]
+    for block in blocks or [module]:
+        block.compile(dynamic=True)  # no two packs have the same shape
 
 
 def generator(*key: int) -> torch.Generator:
@@ -227,13 +261,14 @@ def generator(*key: int) -> torch.Generator:
 
 def print_trained(trained: dict[str, nn.Module], frozen: dict[str, nn.Module]) -> None:
     """The table that shows at a glance whether the right thing is about to be trained."""
-    print(f"{'part':<24}{'state':<10}{'tensors':>8}{'parameters':>16}")
+    print(f"{'part':<24}{'state':<10}{'tensors':>8}{'parameters':>16}{'GB':>9}")
     for state, parts in (("trained", trained), ("frozen", frozen)):
         for name, module in parts.items():
             parameters = list(module.parameters())
             if any(p.requires_grad != (state == "trained") for p in parameters):
                 raise RuntimeError(f"{name} is listed as {state}, but requires_grad disagrees")
-            print(f"{name:<24}{state:<10}{len(parameters):>8}{sum(p.numel() for p in parameters):>16,}")
+            size, gb = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters) / 1e9
+            print(f"{name:<24}{state:<10}{len(parameters):>8}{size:>16,}{gb:>9.2f}")
 
 
 class Run:
@@ -252,6 +287,9 @@ class Run:
             raise InputError(f"--keep {config.keep}: keep 2 checkpoints at least, for the newest may turn out damaged")
         self.folder, self.code = Path(config.out), code_hash()
         config.dtype = world.pick_dtype(config.dtype)
+        self.device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu"
+        self.peak = peak_flops(self.device) if config.dtype == "bf16" else None  # FLOP/s, where the device's are known
+        set_backend(config.attention, world.device)
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.params = [p for p in module.parameters() if p.requires_grad]
         if not self.params:
@@ -325,7 +363,7 @@ class Run:
     def update(self, stats: dict[str, float | tuple[float, float]], place: int | dict, names: list[str]) -> dict[str, float]:
         """Clip, step, EMA, log, save. Returns the statistics summed over ranks.
 
-        stats: this rank's share of the step's "loss" and other means, of counts ("tokens", "images"), and of weighted means as
+        stats: this rank's share of the step's "loss" and other means, of COUNTS ("tokens", "flops"), and of weighted means as
             (sum, weight). place: where this rank's data stands behind the step. names: the documents in it.
         A loss or gradient that is not finite changes no weight; both are the same on all ranks, and so is what is done.
         """
@@ -380,15 +418,17 @@ class Run:
         row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": self.optimizer.param_groups[0]["lr"]}
         for key, value in self.window.items():
             if isinstance(value, list):
-                row |= {key: value[0] / value[1]} if value[1] else {}
+                row[key] = value[0] / value[1] if value[1] else None
             else:
                 row[key if key not in COUNTS else f"{key}_per_s"] = value / (elapsed if key in COUNTS else n)
+        if self.peak and "flops_per_s" in row:
+            row["mfu"] = row["flops_per_s"] / self.peak / self.world.size
         row |= {"memory_gb": peak_memory(self.world.device), "skipped": self.skipped}
         row["eta_s"] = (self.config.steps - self.step) * elapsed / n
         self.window = {}
         if self.world.main:
             with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({k: round(v, 7) for k, v in row.items()}) + "\n")
+                f.write(json.dumps({k: round(v, 7) for k, v in row.items() if v is not None}) + "\n")
             print(status_line(row, self.config.steps), flush=True)
 
     @contextlib.contextmanager
@@ -428,7 +468,7 @@ class Run:
             "seed": self.config.seed,
             "code_sha256": self.code,
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-            "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else platform.processor() or "cpu",
+            "device": self.device,
             "world_size": self.world.size,
             "seconds": self.seconds,
             "unlogged_seconds": self.unlogged,
@@ -548,19 +588,25 @@ class Run:
                 os.replace(log.with_suffix(".tmp"), log)
 
 
-COUNTS = ("tokens", "images", "documents")  # statistics that are logged per second
+COUNTS = ("tokens", "images", "documents", "flops")  # statistics that are logged per second
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "pillow", "huggingface_hub")
 SUMS = "SHA256SUMS"
+KINDS = ("text", "bov", "end")  # of what stage 1 learns: words, BOV (a picture is due), the end of a turn
 DECILES = [f"t{k}" for k in range(10)]  # loss at times from k/10 to (k + 1)/10, in metrics.jsonl only
 
 
-def status_line(row: dict[str, float], steps: int) -> str:
+def status_line(row: dict[str, float | None], steps: int) -> str:
     """One line of the log, its columns under those of the line before."""
-    hidden = ("step", "seconds", "lr", "memory_gb", "skipped", "eta_s", *DECILES)
+    hidden = ("step", "seconds", "lr", "memory_gb", "mfu", "skipped", "eta_s", *DECILES)
     cells = [f"step {row['step']:>7}/{steps}"]
-    cells += [f"{k} {v:9.4f}" for k, v in row.items() if k not in hidden and not k.endswith("_per_s")]
+    means = {k: v for k, v in row.items() if k not in hidden and not k.endswith("_per_s")}
+    cells += [f"{k} {'-':>8}" if v is None else f"{k} {v:8.4f}" for k, v in means.items()]
     cells += [f"lr {row['lr']:.2e}"]
-    cells += [f"{k.removesuffix('_per_s')}/s {v:8.1f}" for k, v in row.items() if k.endswith("_per_s")]
+    cells += [f"{k}/s {row[f'{k}_per_s']:8.1f}" for k in COUNTS if k != "flops" and f"{k}_per_s" in row]
+    if "mfu" in row:
+        cells += [f"mfu {row['mfu']:6.1%}"]
+    elif "flops_per_s" in row:
+        cells += [f"GFLOP/s {row['flops_per_s'] / 1e9:8.1f}"]
     cells += [f"mem {row['memory_gb']:6.2f} GB", f"eta {datetime.timedelta(seconds=round(row['eta_s']))!s:>16}"]
     return " | ".join(cells + ([f"skipped {row['skipped']}"] if row["skipped"] else []))
 
@@ -661,10 +707,16 @@ def check_step0(name: str, value: float, low: float, high: float) -> None:
 def main(function: Callable[[], None]) -> None:
     """Run a script's main function. A user's mistake is one line and status 2, a lost rank one line of all others and 1."""
     try:
-        function()
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
     except InputError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not write to the pipe again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
@@ -687,11 +739,26 @@ class LanguageLoss(nn.Module):
         super().__init__()
         self.mllm = mllm
 
-    def forward(self, batch) -> Tensor:
-        """batch: data.MLLMBatch with labels (N,), -100 where a token is no target. Returns the sum over targets."""
+    def forward(self, batch) -> tuple[Tensor, Tensor]:
+        """batch: data.MLLMBatch with labels (N,), -100 where a token is no target. Returns the sum over targets, `by_kind`."""
         hidden = self.mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids)[-1]   # (N, H)
         target = (batch.labels >= 0).nonzero()[:, 0]                                                   # (T,)
-        return linear_cross_entropy(hidden.index_select(0, target), self.mllm.lm_head.weight, batch.labels[target])
+        hidden, labels = hidden.index_select(0, target), batch.labels[target]
+        total = linear_cross_entropy(hidden, self.mllm.lm_head.weight, labels)
+        return total, self.by_kind(hidden.detach(), labels, total.detach())
+
+    @torch.no_grad()
+    def by_kind(self, hidden: Tensor, labels: Tensor, total: Tensor) -> Tensor:
+        """(3, 2): sum of the losses and number of the targets of each of KINDS. Those of control tokens are few, and are
+        computed once more; text is the rest."""
+        c, kinds = self.mllm.config, []
+        for token in (c.vision_start_token_id, c.eos_token_id):
+            own = (labels == token).nonzero()[:, 0]
+            loss = F.cross_entropy(self.mllm.logits(hidden[own]).float(), labels[own], reduction="sum")
+            kinds.append(torch.stack((loss, loss.new_tensor(len(own)))))
+        control = torch.stack(kinds)                                                                   # (2, 2)
+        text = torch.stack((total, total.new_tensor(len(labels)))) - control.sum(0)
+        return torch.cat((text[None], control))
 
 
 @dataclass
@@ -731,8 +798,7 @@ class FlowLoss(nn.Module):
         x = torch.where(given_token, x0, interpolate(x0, eps, t_token))                # (N, C4)
         rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows]).to(device)
         context = self.dit.crossattn_proj(samples.features).index_select(0, rows)      # (M', D_text)
-        cu_context = torch.tensor([0, *map(len, samples.rows)]).cumsum(0).int().to(device)
-        v = self.dit(x, times, given, pack, context, cu_context)                       # (N, C4)
+        v = self.dit(x, times, given, pack, context, Segments([*map(len, samples.rows)], device))      # (N, C4)
         error = (v.float() - velocity_target(x0, eps)).square().mean(1)                # (N,)
 
         target = (~given_token[:, 0]).float()
@@ -740,12 +806,27 @@ class FlowLoss(nn.Module):
         return tuple(per_sample.index_add(1, sample[pack.image_ids], torch.stack((error * target, target))))
 
 
+def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None = None, dit=None, vae=None) -> float:
+    """Forward and backward FLOPs of a micro-batch of stage 1, or of stage 2 where there are samples: what MFU counts."""
+    grids, supervised, pictures, rows = [grid for d in documents for grid in d.grids], 0, [], []
+    if samples is None:
+        supervised = sum(sum(d.rendered.loss[1:]) for d in documents)
+    else:
+        patch = dit.config.patch_size[1] ** 2
+        pictures = [tuple(picture.shape[1:]) for d in documents for picture in d.pictures]
+        rows = [([z[0].numel() // patch for z in row], len(r)) for row, r in zip(samples.latents, samples.rows, strict=True)]
+    batch = Batch.of(mllm.config, list(map(len, documents)), grids, supervised, pictures, rows)
+    parts = flops(1 if samples is None else 2, mllm.config, batch, dit and dit.config, vae and vae.config)
+    return float(sum(map(sum, parts.values())))
+
+
 @torch.no_grad()
 def read(documents: list[Document], mllm: MLLM, device: torch.device) -> tuple[Tensor, list[int]]:
     """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row."""
     batch = pack_documents(documents).to(device)
-    hidden = mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids)
-    return features(hidden), batch.cu_seqlens.tolist()
+    states = features(mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids))
+    # Without autocast the connector, whose weights are fp32, does not take those of an MLLM in bf16.
+    return states if torch.is_autocast_enabled(device.type) else states.float(), batch.cu_seqlens.tolist()
 
 
 @torch.no_grad()
@@ -759,6 +840,11 @@ def encode(documents: list[Document], vae: VAE, device: torch.device) -> list[li
         latents |= dict(zip(same, vae.encode_latents(x), strict=True))
     in_order = iter([latents[i] for i in range(len(pictures))])
     return [[next(in_order) for _ in document.pictures] for document in documents]
+
+
+def language_statistics(by_kind: Tensor) -> dict[str, tuple[float, float]]:
+    """(sum of the loss, its tokens) of each of KINDS, from LanguageLoss.by_kind."""
+    return {kind: (loss, n) for kind, (loss, n) in zip(KINDS, by_kind.tolist(), strict=True)}
 
 
 def flow_statistics(t: Tensor, error: Tensor, count: Tensor) -> dict[str, tuple[float, float]]:

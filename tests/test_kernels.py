@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import kernels
+import sdpa
 from checkpoint import InputError
 from kernels import Segments, attention
 
@@ -34,7 +35,7 @@ LENGTHS = [
     ([3, 0], [0, 4]),
     ([0, 0, 3], [5, 5, 0]),
     ([2, 2, 3], [600, 600, 4]),
-    ([600, 3], [600, 3]),  # beyond the padded path
+    ([600, 3], [600, 3]),  # beyond what PyTorch's kernel takes for one block
 ]
 
 
@@ -64,12 +65,15 @@ def test_segments_stand_for_boundaries_and_read_nothing_back(monkeypatch):
     assert torch.equal(attention(q, k, v, segments, causal=True), expected)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("capacity", [24, 600])
-def test_a_static_cache_reads_the_first_rows_alone(capacity):
+def test_a_static_cache_reads_the_first_rows_alone(capacity, on_device, monkeypatch):
     used = torch.tensor([1, 17, 0, 24], dtype=torch.int32)
     q, k, v = torch.randn(4, 14, 16), torch.randn(4 * capacity, 2, 16), torch.randn(4 * capacity, 2, 16)
     rows = torch.cat([torch.arange(capacity * s, capacity * s + n) for s, n in enumerate(used.tolist())])
     expected = attention(q, k[rows], v[rows], Segments([1] * 4), Segments(used.tolist()))
+    if on_device:  # what a GPU without the kernels computes
+        monkeypatch.setattr(sdpa, "_host_cache", sdpa._device_cache)
     for x in (k, v):  # a buffer is not initialised
         x[torch.ones(len(x), dtype=torch.bool).index_fill(0, rows, False)] = torch.nan
     out = attention(q, k, v, Segments([1] * 4), Segments([capacity] * 4), causal=True, k_lengths=used)

@@ -1,7 +1,9 @@
 """The training scripts on small random parts: what is trained, resuming, two processes, loss positions, overfitting."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dit
+import model
 import sketchbook
 import train_stage1
 import train_stage2
@@ -32,6 +36,8 @@ def config(stage, parts, out, **options):
     return cls(**{**common, **own, **options})
 
 
+# The counter does not know the product that adds into its result.
+ADDED = {torch.ops.aten.addmm_: lambda out, a, b, out_val=None, **_: 2 * a[0] * a[1] * b[1]}
 STAGES = {1: train_stage1.train, 2: train_stage2.train}
 
 
@@ -41,8 +47,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(training.latest(run) / "trainer.safetensors")
 
 
+def logged(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in logged(run)]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -86,6 +96,7 @@ def test_two_processes_take_the_step_of_one(stage, parts, tmp_path):
 
 
 def test_frozen_parts_stay_bit_identical(parts, tmp_path, monkeypatch):
+    """Also where the MLLM is held in bf16: what is learnt stays fp32, and the loss is the same but for rounding."""
     loaded = {}
     for cls in (MLLM, VAE):
         original = cls.from_pretrained.__func__
@@ -95,12 +106,16 @@ def test_frozen_parts_stay_bit_identical(parts, tmp_path, monkeypatch):
             return loaded[c.__name__]
 
         monkeypatch.setattr(cls, "from_pretrained", classmethod(keep))
-    STAGES[2](config(2, parts, tmp_path / "run", steps=2, weight_decay=0.5, warmup=1))
-    for cls, part in ((MLLM, "mllm"), (VAE, "vae")):
-        before = cls.from_pretrained(parts / part).state_dict()
-        now = loaded[cls.__name__]
-        assert loaded[cls.__name__] is not before
-        assert all(torch.equal(v, before[k]) for k, v in now.state_dict().items())
+    for name, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+        STAGES[2](config(2, parts, tmp_path / name, steps=2, weight_decay=0.5, warmup=1, frozen_dtype=name))
+        for cls, part, held in ((MLLM, "mllm", dtype), (VAE, "vae", torch.float32)):
+            now = loaded[cls.__name__]
+            before = cls.from_pretrained(parts / part, dtype=held)
+            assert now is not before and not any(p.requires_grad for p in now.parameters())
+            now, before = now.state_dict(), before.state_dict()
+            assert all(now[k].dtype == v.dtype and torch.equal(now[k], v) for k, v in before.items())
+        assert {v.dtype for k, v in weights(tmp_path / name).items() if k.startswith("live.")} == {torch.float32}
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "auto"), rel=0.01)
 
 
 def test_loss_positions_of_a_document(parts):
@@ -130,7 +145,7 @@ def test_language_model_overfits_one_batch(parts):
     loss_of, optimizer = LanguageLoss(mllm), torch.optim.AdamW(mllm.parameters(), lr=2e-3)
     history = []
     for _ in range(60):
-        loss = loss_of(batch) / (batch.labels >= 0).sum()
+        loss = loss_of(batch)[0] / (batch.labels >= 0).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -182,6 +197,122 @@ def test_flow_loss_is_known_at_the_start():
     error, count = FlowLoss(dit, 1e-4)(samples, torch.rand(8), generator(1))
     assert count.tolist() == [16.0] * 8
     assert (error.sum() / count.sum()).item() == pytest.approx(1 + 4, rel=0.05)
+
+
+def test_loss_by_kind_of_token_adds_up(parts):
+    """Against the logits: text, BOV and end of turn, each with its own mean, together the loss."""
+    from data import pack_documents
+    from tokenizer import Tokenizer
+
+    mllm, tokenizer = MLLM.from_pretrained(parts / "mllm"), Tokenizer.from_pretrained(parts / "mllm")
+    processor = ImageProcessor.from_pretrained(parts / "mllm")
+    batch = pack_documents([tokenize(sketchbook.dialogue(s), tokenizer, processor, pictures=False) for s in range(3)])
+    total, by_kind = LanguageLoss(mllm)(batch)
+    target = batch.labels >= 0
+    with torch.no_grad():
+        hidden = mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids)[-1][target]
+        each = torch.nn.functional.cross_entropy(mllm.logits(hidden), batch.labels[target], reduction="none")
+    bov, end = (batch.labels[target] == token for token in (tokenizer.vision_start, tokenizer.im_end))
+    for (loss, n), mask in zip(by_kind.tolist(), (~bov & ~end, bov, end), strict=True):
+        assert n == mask.sum() > 2 and loss == pytest.approx(each[mask].sum().item(), rel=1e-5)
+    assert not by_kind.requires_grad and by_kind[:, 0].sum().item() == pytest.approx(total.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_flops_in_the_log_are_those_that_pytorch_counts(stage, parts):
+    """Of a whole micro-batch: the frozen parts' forward pass too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tokenizer import Tokenizer
+
+    mllm, tokenizer = MLLM.from_pretrained(parts / "mllm"), Tokenizer.from_pretrained(parts / "mllm")
+    processor = ImageProcessor.from_pretrained(parts / "mllm")
+    dit, vae = DiT.from_pretrained(parts / "dit"), VAE.from_pretrained(parts / "vae").requires_grad_(False)
+    documents = [tokenize(sketchbook.dialogue(s, kinds={"one": 1}), tokenizer, processor) for s in range(3)]
+    with FlopCounterMode(display=False, custom_mapping=ADDED) as counter:
+        if stage == 1:
+            from data import pack_documents
+
+            LanguageLoss(mllm)(pack_documents(documents))[0].backward()
+            expected = training.model_flops(documents, mllm)
+        else:
+            c = config(2, parts, "", drop=0.0)
+            samples = train_stage2.draw_samples(documents, mllm, vae, c, torch.device("cpu"), generator(0))
+            FlowLoss(dit, 1e-4)(samples, torch.rand(len(samples.rows)), generator(1))[0].sum().backward()
+            expected = training.model_flops(documents, mllm, samples, dit, vae)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)  # the CPU pads, and computes what a mask hides
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_log_has_parts_and_rates_in_aligned_columns(stage, parts, tmp_path, capsys):
+    """Also where a step has no token of a kind, or no target at some time."""
+    STAGES[stage](config(stage, parts, tmp_path, steps=3, kinds="text=2,one=1" if stage == 1 else "one", documents=1))
+    rows, lines = logged(tmp_path), [line for line in capsys.readouterr().out.splitlines() if line.startswith("step  ")]
+    parts = ("text", "bov", "end") if stage == 1 else ("t<.6", "t<.85", "t<1")
+    assert len(rows) == 3 and not all(part in row for row in rows for part in parts)
+    assert len({tuple(i for i, x in enumerate(line) if x == "|") for line in lines}) == 1
+    for row, line in zip(rows, lines, strict=True):
+        assert all(part in line for part in (*parts, "loss", "grad", "GFLOP/s", "eta")) and "mfu" not in row
+        assert row["flops_per_s"] > 0 and row["tokens_per_s" if stage == 1 else "images_per_s"] > 0
+
+
+def steps_of(stage, parts, folder, monkeypatch, **options) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and gradients of two steps."""
+    gradients, update = [], Run.update
+
+    def keep(self, *args):
+        gradients.extend(p.new_zeros(p.shape) if p.grad is None else p.grad.clone() for p in self.params)
+        return update(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", keep)
+        STAGES[stage](config(stage, parts, folder, steps=2, **options))
+    return losses(folder), gradients
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_neither_checkpointing_nor_compilation_changes_a_step(stage, parts, tmp_path, monkeypatch):
+    """Recomputed activations are the same bits. Compiled are the blocks; AOTAutograd stands in for Inductor, whose C++ compiler
+    would take minutes."""
+    small = tmp_path / "parts"
+    shutil.copytree(parts, small)
+    c = DiT.from_pretrained(parts / "dit").config
+    DiT.from_config(dataclasses.replace(c, num_layers=1)).save_pretrained(small / "dit")
+    plain_losses, plain = steps_of(stage, small, tmp_path / "plain", monkeypatch)
+    again_losses, again = steps_of(stage, small, tmp_path / "again", monkeypatch, checkpointing=True)
+    assert len(plain) == len(again) > 50 and max(g.abs().max().item() for g in plain) > 1e-2
+    assert again_losses == plain_losses and all(map(torch.equal, again, plain))
+
+    compiled, original = [], torch.nn.Module.compile
+
+    def compile(self, **options):
+        compiled.append(type(self).__name__)
+        original(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    for home in (model, dit):
+        monkeypatch.setattr(home, "attention", home.attention)  # so that it is as before afterwards
+    fast_losses, fast = steps_of(stage, small, tmp_path / "fast", monkeypatch, compile=True, checkpointing=stage == 1)
+    torch._dynamo.reset()
+    assert compiled == (["VisionBlock"] * 2 + ["Layer"] * 2 if stage == 1 else ["Block"])
+    assert fast_losses == pytest.approx(plain_losses, rel=1e-6)
+    for a, b in zip(fast, plain, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
+def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "peak_flops", lambda device: 1e12)
+    module = torch.nn.Linear(2, 2)
+    for dtype in ("fp32", "bf16"):
+        c = TrainConfig(out=str(tmp_path / dtype), steps=1, save_every=0, dtype=dtype)
+        run = Run(c, World("cpu"), module, lambda folder, module: None)
+        for _ in run.loop():
+            module(torch.ones(1, 2)).sum().backward()
+            run.update({"loss": 1.0, "flops": 2e9}, 0, [])
+        row, = logged(tmp_path / dtype)
+        assert run.optimizer.defaults["fused"]
+        assert row.get("mfu") == (pytest.approx(row["flops_per_s"] / 1e12, rel=1e-3) if dtype == "bf16" else None)
+    assert "mfu" in capsys.readouterr().out
 
 
 def test_what_is_trained_and_frozen_is_checked(capsys):
