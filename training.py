@@ -714,15 +714,15 @@ def main(function: Callable[[], None]) -> None:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not write to the pipe again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         reason = re.sub(r"\[/\S+\] ", "", str(e)).split(". ")[0].splitlines()[0]
         rank = os.environ.get("RANK", 0)
         print(f"error: rank {rank} has lost another rank, whose own output says more: {reason}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not write to the pipe again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

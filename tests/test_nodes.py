@@ -137,7 +137,7 @@ def test_a_host_that_is_cut_off_ends_in_time_and_goes_on_when_it_is_back(parts, 
                 assert len(said) == 1 and f"error: rank {rank} did not come on for {TIMEOUT} s" in said[0], each.log(rank)
             each.ip(1, "link", "set", "cable", "up")
         for stage, each in zip(stages, hosts, strict=True):
-            each.wait(lambda each=each: all(agent.poll() is not None for agent in each.agents), 120)
+            each.wait(lambda each=each: all(agent.poll() is not None for agent in each.agents), 180)
             assert [agent.returncode for agent in each.agents] == [0, 0], each.log(0)[-3000:] + each.log(1)[-3000:]
             assert f"resumed {each.c.out}/step_000002" in each.log(0) + each.log(1)
             assert_same(tmp_path / f"{stage}_straight", Path(each.c.out))

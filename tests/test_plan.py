@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -287,6 +288,20 @@ def test_a_plan_whose_reader_has_seen_enough_ends_in_silence():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait(60)) == ("", 1)
+
+
+def test_the_commands_of_the_readme_fit():
+    """Their flags, with the presets in place of what they load, on as many H200s as they say."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", "")
+    for name, cls, presets, worlds in (
+        ("S1", Stage1Config, ["--mllm=7B"], (8, 32)),
+        ("S2", Stage2Config, ["--mllm=7B", "--dit=2B", "--vae=wan2.1"], (1, 8, 32)),
+    ):
+        script, *flags = re.search(rf'{name}="(.+?)"', text)[1].split()
+        assert script == f"train_stage{name[1]}.py"
+        planned = dataclasses.make_dataclass("Planned", [], bases=(plan.PlanConfig, cls))
+        p = plan.Plan(parse_config(planned, [*flags, *presets]))
+        assert all(p.but(world=world).advice().startswith("fits") for world in worlds)
 
 
 def test_mfu_is_known_for_known_devices_only():
