@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import InputError
 from kernels import INTERPRETED, get_backend
@@ -312,13 +312,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _gained(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, heads, D) times weight (D,) or (G, D), in fp32."""
     weight = weight.float()
-    return x * weight if weight.ndim == 1 else (x.unflatten(1, (len(weight), -1)) * weight[:, None]).flatten(1, 2)
+    return x * (weight if weight.ndim == 1 else weight.repeat_interleave(x.shape[1] // len(weight), 0))
 
 
 def _norm_rope(x, weight, eps, cos, sin):
     """The result in x's dtype; in fp32 the normalised heads and 1 / rms."""
     n = x.float()
-    r = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()  # (N, heads, 1)
+    r = torch.linalg.vector_norm(n, dim=-1, keepdim=True)
+    r = torch.addcmul(r.new_full((), eps), r, r, value=1 / x.shape[-1]).rsqrt_()       # (N, heads, 1)
     n = n * r                                                                          # (N, heads, D)
     y = _gained(n, weight)
     return (y if cos is None else _rotate(y, cos, sin)).to(x.dtype), n, r
@@ -499,6 +500,46 @@ def _rope_append_kernel(
             out = k + slot * k_row + (head - heads) * 2 * HALF + c
         tl.store(out, turned, inside)
         tl.store(out + HALF, b, inside)
+
+
+# -------------------------------------------------------------------------------------------------- joint projections
+
+
+def join(*layers: nn.Linear) -> None:
+    """Lay the weights and biases of layers with one input behind each other in memory, so that `joint` takes them as one.
+
+    They become views of one tensor and keep name, shape and value: state dicts and files stay as they are, and nothing is
+    stored twice. Whatever gives a module new memory, such as `.to`, parts them again.
+    """
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        if parts[0] is not None:
+            whole = torch.cat([p.detach() for p in parts])
+            for p, part in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+                p.data = part
+
+
+def joint(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """The outputs of linear layers for x (N, in): [all side by side], from one product, if `join` has made them neighbours and
+    no gradient is asked for, else one of each layer. So too for many tokens on a CPU, which reads slices of rows slower."""
+    if not torch.is_grad_enabled() and (len(x) == 1 or on_triton(x)):
+        weight = _neighbours([layer.weight for layer in layers])
+        if weight is not None:
+            return [F.linear(x, weight, None if layers[0].bias is None else _neighbours([layer.bias for layer in layers]))]
+    return [layer(x) for layer in layers]
+
+
+def _neighbours(parts: list[Tensor]) -> Tensor | None:
+    """Tensors that lie behind each other in one storage, as one tensor."""
+    first, end, rows = parts[0], parts[0].data_ptr(), 0
+    for p in parts:
+        if p.data_ptr() != end:
+            return None
+        end, rows = end + p.nbytes, rows + p.shape[0]
+    try:
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    except RuntimeError:  # neighbours by chance, in storages of their own
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------------- SwiGLU

@@ -7,15 +7,17 @@ Every layer's output is returned: the DiT's connector reads them all, `logits` t
     mllm = MLLM.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct", dtype=torch.bfloat16, device="cuda")
     patches, grid = ImageProcessor.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")(image)
     positions, _ = mrope_positions(ids, [processor.merged(grid)], mllm.config.image_token_id)
-    hidden = mllm(ids, positions, cu_seqlens, patches, [grid])              # one (N, H) per layer, the last one normed
+    hidden = mllm(ids, positions, Segments([len(ids)]), patches, [grid])    # one (N, H) per layer, the last one normed
 
 Parameters carry the names of the published files; `transformers` loads what `save_pretrained` writes, and the reverse.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights, write_json
-from kernels import attention
+from fused import add_rms_norm, join, joint, rms_norm, rope, rope_append, swiglu
+from kernels import Segments, attention
 
 # -------------------------------------------------------------------------------------------------------------- configs
 
@@ -162,26 +165,26 @@ PRESETS = {
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ what both halves share
-# nn.RMSNorm computes in fp32 inside, whatever the type of its input.
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al., arXiv 2104.09864), channel i paired with i + D/2; `sin` is negative in its first half.
+@lru_cache(maxsize=16)
+def frequencies(axes: tuple[int, ...], shared: bool, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (Su et al., arXiv 2104.09864): which axis of a position turns each of the D channels, and by how many
+    radians per unit, negative in the first half, because channel i is paired with i + D/2.
 
-    Computed in the tables' type (vision: fp32; decoder: that of the hidden states, as the published model was trained).
+    axes: how many frequencies turn with each axis. They run on from one axis to the next, or are the same on each (shared).
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1).to(cos.dtype), sin).to(x.dtype)
+    with torch.inference_mode(False):  # kept for later calls, which may train
+        steps = torch.cat([torch.arange(n) for n in axes]) if shared else torch.arange(sum(axes))
+        f = 1.0 / theta ** (steps / (axes[0] if shared else sum(axes)))                       # (D / 2,)
+        axis = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor(axes))
+        return axis.repeat(2).to(device), torch.cat((-f, f)).to(device)
 
 
-def rope_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(N, D/2) angles -> cos, sin (N, 1, D) for `rotate`."""
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), 1)[:, None].to(dtype), torch.cat((-sin, sin), 1)[:, None].to(dtype)
-
-
-def frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    """(dim / 2,) radians per position."""
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+def rope_tables(positions: Tensor, axis: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(N, axes) positions -> cos, sin (N, 1, D) for `fused.rope`, the sign of the rotation in sin."""
+    angles = positions.index_select(1, axis).mul(frequency)[:, None]                          # (N, 1, D)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class MLP(nn.Module):
@@ -193,8 +196,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
+        """The stream with what the layer makes of x. Without gradients the stream itself may be overwritten."""
+        x, down = swiglu(*joint(x, self.gate_proj, self.up_proj)), self.down_proj
+        if torch.is_grad_enabled() or down.bias is not None or x.dtype != stream.dtype:
+            return stream + down(x)
+        return stream.addmm_(x, down.weight.T)  # the product adds by itself: no launch for the sum
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower
@@ -207,16 +214,17 @@ class VisionPlan:
     order: Tensor  # (U,) merge unit at each place of the windowed order
     back: Tensor  # (U,) its inverse
     positions: Tensor  # (P, 2) row and column of each patch, in windowed order
-    cu_windows: Tensor  # (W + 1,) int32, boundaries in patches
-    cu_images: Tensor  # (I + 1,) int32
+    windows: Segments  # in patches
+    images: Segments
 
 
 @lru_cache(maxsize=64)
 def vision_plan(grids: tuple[tuple[int, int], ...], merge: int, window: int, device: torch.device) -> VisionPlan:
     """grids: (rows, columns) in patches; window: merge units along a window's side.
 
-    Patches come in merge units of merge x merge, raster order of units. Windows tile each picture in raster order; those at the
-    right and lower edge are smaller. Attention in a window is then attention in a run of neighbours, as in a packed sequence.
+    Patches come in merge units of merge x merge, raster order of units. Windows tile each picture; those at the right and lower
+    edge are smaller. Attention in a window is then attention in a run of neighbours, as in a packed sequence. In each picture
+    the windows are sorted by size: where PyTorch computes, equal neighbours are one dense batch.
     """
     order, positions, windows = [], [], []
     offset = 0
@@ -226,8 +234,9 @@ def vision_plan(grids: tuple[tuple[int, int], ...], merge: int, window: int, dev
         h, w = rows // merge, columns // merge
         i, j = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         of_unit = ((i // window) * math.ceil(w / window) + j // window).flatten()             # (h * w,) window of each unit
-        units = of_unit.argsort(stable=True)
-        windows.append(of_unit.bincount() * merge**2)
+        sizes, by_size = of_unit.bincount().sort(descending=True, stable=True)
+        units = by_size.argsort()[of_unit].argsort(stable=True)
+        windows += (sizes * merge**2).tolist()
         corner = torch.stack((i.flatten(), j.flatten()), 1)[units] * merge                    # (h * w, 2)
         inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))
         positions.append((corner[:, None] + inside).flatten(0, 1))                            # (rows * columns, 2)
@@ -235,9 +244,8 @@ def vision_plan(grids: tuple[tuple[int, int], ...], merge: int, window: int, dev
         offset += h * w
     with torch.inference_mode(False):  # kept for later calls, which may train
         index = torch.cat(order)
-        lengths = torch.tensor([r * c for r, c in grids])
-        cu = [F.pad(n.cumsum(0), (1, 0)).int() for n in (torch.cat(windows), lengths)]
-        return VisionPlan(*(x.to(device, copy=True) for x in (index, index.argsort(), torch.cat(positions), *cu)))
+        tensors = (x.to(device, copy=True) for x in (index, index.argsort(), torch.cat(positions)))
+        return VisionPlan(*tensors, Segments(windows, device), Segments([r * c for r, c in grids], device))
 
 
 class VisionAttention(nn.Module):
@@ -247,10 +255,10 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cu: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qk, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).split((2, 1), 1)                # (P, 2 | 1, heads, head_dim)
-        q, k = rotate(qk, cos[:, None], sin[:, None]).unbind(1)
-        return self.proj(attention(q, k, v.squeeze(1), cu).flatten(1))                        # (P, width)
+    def forward(self, x: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
+        qk, v = self.qkv(x).unflatten(1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), 1)
+        q, k = rope(qk, cos, sin).chunk(2, 1)                                                 # (P, heads, head_dim) each
+        return self.proj(attention(q, k, v, segments).flatten(1))                             # (P, width)
 
 
 class VisionBlock(nn.Module):
@@ -261,9 +269,10 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(c.hidden_size, c.num_heads)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, cu: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), cu, cos, sin)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, *where) -> Tensor:
+        h = rms_norm(x, self.norm1.weight, self.norm1.eps)
+        x, h = add_rms_norm(x, self.attn(h, *where), self.norm2.weight, self.norm2.eps)
+        return self.mlp(h, x)
 
 
 class PatchEmbed(nn.Module):
@@ -290,7 +299,8 @@ class PatchMerger(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, c.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).unflatten(0, (-1, self.unit)).flatten(1))
+        x = rms_norm(x, self.ln_q.weight, self.ln_q.eps)
+        return self.mlp(x.unflatten(0, (-1, self.unit)).flatten(1))
 
 
 class VisionTower(nn.Module):
@@ -313,11 +323,12 @@ class VisionTower(nn.Module):
             raise InputError(f"{len(pixels)} patches do not fill the pictures' grids {grids}")
         x = self.patch_embed(pixels)                                                          # (P, width)
         x = x.unflatten(0, (-1, unit)).index_select(0, plan.order).flatten(0, 1)              # windowed order
-        inv = frequencies(c.hidden_size // c.num_heads // 2, 10000.0, x.device)               # (head_dim / 4,)
-        cos, sin = rope_tables((plan.positions[..., None] * inv).flatten(1), torch.float32)   # (P, 1, head_dim)
+        quarter = c.hidden_size // c.num_heads // 4
+        turns = frequencies((quarter, quarter), True, 10000.0, x.device)
+        cos, sin = rope_tables(plan.positions, *turns, torch.float32)                         # (P, 1, head_dim)
         for i, block in enumerate(self.blocks):
-            cu = plan.cu_images if i in c.fullatt_block_indexes else plan.cu_windows
-            x = maybe_checkpoint(self, block, x, cu, cos, sin)                                # (P, width)
+            segments = plan.images if i in c.fullatt_block_indexes else plan.windows
+            x = maybe_checkpoint(self, block, x, segments, cos, sin)                          # (P, width)
         return self.merger(x).index_select(0, plan.back)                                      # (P / 4, H)
 
 
@@ -325,26 +336,70 @@ class VisionTower(nn.Module):
 
 
 class KVCache:
-    """Rotated keys and values of one growing document: (layers, capacity, KV heads, head_dim) each, allocated once.
+    """Rotated keys and values of growing documents, all of one capacity, allocated once and never moved.
 
-    `length` tokens are in it; `forward` appends. Setting `length` back forgets the tokens behind it.
+    `MLLM.forward` appends any number of tokens to one document, `MLLM.decode` one to each. Both sides know the lengths: the
+    host in `counts`, the device in `lengths`, so that decoding reads nothing back. For sampling: no gradients.
+
+    k, v (layers, documents * rows, KV heads, head_dim), with one row more than `capacity` for each document: there a full one
+    writes while others decode.
     """
 
-    def __init__(self, config: MLLMConfig, capacity: int, dtype: torch.dtype = torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim)
+    def __init__(self, config: MLLMConfig, capacity: int, dtype=torch.float32, device="cpu", documents: int = 1):
+        c = config
+        self.capacity, self.rows, self.counts = capacity, capacity + 1, [0] * documents
+        shape = (c.num_hidden_layers, documents * self.rows, c.num_key_value_heads, c.head_dim)
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        self.capacity, self.length = capacity, 0
+        self.lengths = torch.zeros(documents, dtype=torch.int32, device=device)
+        self.growing, self._growing = torch.ones_like(self.lengths), [1] * documents  # 0 where the next step leaves no trace
+        self.first = torch.arange(documents, device=device) * self.rows  # row where each document begins
+        self.queries, self.buffers = (Segments([n] * documents, device) for n in (1, self.rows))
 
-    def reserve(self, n: int) -> None:
-        if self.length + n > self.capacity:
+    @property
+    def length(self) -> int:
+        """Tokens of the first document, for a cache that has only one. Set it back to forget those behind."""
+        return self.counts[0]
+
+    @length.setter
+    def length(self, n: int) -> None:
+        self.truncate(0, n)
+
+    def truncate(self, document: int, length: int) -> None:
+        """Only the first `length` tokens of a document count; 0 makes room for another document."""
+        self.counts[document] = length
+        self.lengths[document] = length
+
+    def advance(self, documents: Sequence[int]) -> None:
+        """The host's part of a decoding step, before it: these documents grow by a token, the others wait."""
+        self._reserve(documents, 1)
+        growing = [int(d in documents) for d in range(len(self.counts))]
+        if growing != self._growing:
+            self.growing.copy_(torch.tensor(growing, dtype=torch.int32))
+            self._growing = growing
+
+    def append(self, document: int, n: int) -> "Rows":
+        """Room for n tokens behind those of a document."""
+        start, base = self.counts[document], document * self.rows
+        self._reserve([document], n)
+        slots, end = torch.arange(start, start + n, device=self.lengths.device), base + start + n
+        self.lengths[document] = start + n
+        return Rows(self.k[:, base:end], self.v[:, base:end], slots, Segments([start + n], slots.device), None)
+
+    def _reserve(self, documents: Sequence[int], n: int) -> None:
+        if any(self.counts[d] + n > self.capacity for d in documents):
             raise InputError(f"the document outgrows the {self.capacity} tokens set aside for it: raise the limit or ask less")
+        for d in documents:
+            self.counts[d] += n
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the new rows behind the old ones; returns all of them. `length` itself moves when all layers are through."""
-        end = self.length + len(k)
-        self.k[layer, self.length : end] = k
-        self.v[layer, self.length : end] = v
-        return self.k[layer, :end], self.v[layer, :end]
+
+class Rows(NamedTuple):
+    """What one pass uses of a KVCache."""
+
+    k: Tensor  # (layers, rows, KV heads, head_dim)
+    v: Tensor
+    slots: Tensor  # (N,) int64 on the device: the row of each new token
+    keys: Segments  # the rows that are read
+    lengths: Tensor | None  # (documents,) int32 on the device: how many of each segment count, None: all
 
 
 class Attention(nn.Module):
@@ -356,13 +411,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cu: Tensor, cu_k: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        qk = torch.cat((self.q_proj(x), self.k_proj(x)), 1).unflatten(1, (-1, self.head_dim))
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), 1)                     # (N, heads, head_dim) each
-        v = self.v_proj(x).unflatten(1, (-1, self.head_dim))
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)                                             # (length + N, KV heads, head_dim)
-        return self.o_proj(attention(q.to(v.dtype), k, v, cu, cu_k, causal=True).flatten(1))  # (N, H)
+    def forward(self, x: Tensor, segments: Segments, cos: Tensor, sin: Tensor, rows: Rows | None = None) -> Tensor:
+        parts = joint(x, self.q_proj, self.k_proj, self.v_proj)
+        if rows is None:
+            if len(parts) == 1:
+                qk, v = parts[0].split(((self.heads + self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim), 1)
+            else:
+                qk, v = torch.cat(parts[:2], 1), parts[2]
+            qk, v = (y.unflatten(1, (-1, self.head_dim)) for y in (qk, v))
+            q, k = rope(qk, cos, sin).split((self.heads, self.kv_heads), 1)                   # (N, heads, head_dim) each
+            y = attention(q, k, v, segments, causal=True)
+        else:
+            k, v = rows.k[self.layer], rows.v[self.layer]                                     # (rows, KV heads, head_dim)
+            qkv = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            q = rope_append(qkv, cos, sin, k, v, rows.slots, self.heads)                      # (N, heads, head_dim)
+            y = attention(q, k, v, segments, rows.keys, causal=True, k_lengths=rows.lengths)
+        return self.o_proj(y.flatten(1))                                                      # (N, H)
 
 
 class Layer(nn.Module):
@@ -374,8 +438,10 @@ class Layer(nn.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=False)
 
     def forward(self, x: Tensor, *where) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *where)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        h = rms_norm(x, before.weight, before.eps)
+        x, h = add_rms_norm(x, self.self_attn(h, *where), after.weight, after.eps)
+        return self.mlp(h, x)
 
 
 def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs) -> Tensor:
@@ -442,6 +508,15 @@ class MLLM(nn.Module):
                 nn.init.normal_(p, std=(fan_in * 2 * depth[name.split(".")[0]] if adds else fan_in) ** -0.5)
         return self
 
+    def fuse_for_inference(self) -> "MLLM":
+        """Projections that read the same input become one product where no gradient is asked for. Repeat it after `.to`."""
+        for module in self.modules():
+            if isinstance(module, MLP):
+                join(module.gate_proj, module.up_proj)
+            elif isinstance(module, Attention):
+                join(module.q_proj, module.k_proj, module.v_proj)
+        return self
+
     def set_checkpointing(self, on: bool = True) -> None:
         self.gradient_checkpointing = self.visual.gradient_checkpointing = on
 
@@ -449,36 +524,50 @@ class MLLM(nn.Module):
         self,
         ids: Tensor,
         positions: Tensor,
-        cu_seqlens: Tensor,
+        segments: Segments | Tensor,
         pixels: Tensor | None = None,
         grids: list[tuple[int, int]] | None = None,
         cache: KVCache | None = None,
+        document: int = 0,
     ) -> list[Tensor]:
         """Hidden states (N, H) behind every layer; the last one after the final norm, the others as they are.
 
-        ids (N,); positions (3, N) from `mrope_positions`; cu_seqlens (S + 1,) boundaries of the documents. pixels (P, C*T*p*p)
-        and grids (rows, columns) in patches: the pictures in reading order, whose vectors replace the <|image_pad|> embeddings.
-        With a cache, ids continue the one document that is in it, and are appended.
+        ids (N,); positions (3, N) from `mrope_positions`; segments: the documents, as Segments or as boundaries (S + 1,), which
+        are read back. pixels (P, C*T*p*p) and grids (rows, columns) in patches: the pictures in reading order, whose vectors
+        replace the <|image_pad|> embeddings. With a cache, ids continue one of its documents, and are appended to it.
         """
+        segments = Segments.of(segments, ids.device)
+        if cache is not None and len(segments) != 1:
+            raise InputError(f"a pass appends to one document of a cache, not to {len(segments)}")
         x = self.model.embed_tokens(ids)                                                      # (N, H)
         if pixels is not None or len(ids) > 1:  # a single token is one the model wrote: no picture
             x = self._insert(x, ids, pixels, grids)
-        c, cu_k = self.config, None
-        if cache is not None:
-            cache.reserve(len(ids))
-            if len(cu_seqlens) != 2:
-                raise InputError(f"a cache holds one document, not {len(cu_seqlens) - 1}")
-            cu_k = cu_seqlens.new_tensor([0, cache.length + len(ids)])
-        inv = frequencies(c.head_dim, c.rope_theta, x.device)                                 # (head_dim / 2,)
-        rows = (p * f for p, f in zip(positions[..., None], inv.split(c.mrope_section), strict=True))
-        cos, sin = rope_tables(torch.cat(list(rows), 1), x.dtype)                             # (N, 1, head_dim)
+        return self._layers(x, positions, segments, None if cache is None else cache.append(document, len(ids)))
+
+    def decode(self, ids: Tensor, positions: Tensor, cache: KVCache) -> list[Tensor]:
+        """One text token more in every document of the cache: hidden states (documents, H) as `forward` gives them.
+
+            cache.advance([0, 2])                           # host: who grows; the others' rows of the result mean nothing
+            hidden = mllm.decode(ids, positions, cache)     # device alone; may be the replay of a CUDA graph
+            logits = mllm.logits(hidden[-1])
+
+        ids, positions (documents,) int64. Everything that changes from step to step is read from these two and from the cache's
+        tensors, on the device; shapes and addresses stay, so a graph of one call serves for all. No gradients.
+        """
+        lengths = cache.lengths + 1
+        rows = Rows(cache.k, cache.v, cache.first + cache.lengths, cache.buffers, lengths)
+        hidden = self._layers(self.model.embed_tokens(ids), positions.expand(3, -1), cache.queries, rows)
+        cache.lengths += cache.growing
+        return hidden
+
+    def _layers(self, x: Tensor, positions: Tensor, segments: Segments, rows: Rows | None) -> list[Tensor]:
+        turns = frequencies(tuple(self.config.mrope_section), False, self.config.rope_theta, x.device)
+        cos, sin = rope_tables(positions.T, *turns, x.dtype)                                  # (N, 1, head_dim)
         hidden = []
         for layer in self.model.layers:
-            x = maybe_checkpoint(self, layer, x, cu_seqlens, cu_k, cos, sin, cache)           # (N, H)
+            x = maybe_checkpoint(self, layer, x, segments, cos, sin, rows)                    # (N, H)
             hidden.append(x)
-        if cache is not None:
-            cache.length += len(ids)
-        hidden[-1] = self.model.norm(x)
+        hidden[-1] = rms_norm(x, self.model.norm.weight, self.model.norm.eps)
         return hidden
 
     def _insert(self, x: Tensor, ids: Tensor, pixels: Tensor | None, grids: list[tuple[int, int]] | None) -> Tensor:

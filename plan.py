@@ -155,10 +155,10 @@ class Segment:
     forward: int = 0  # and of its forward pass
 
 
-def layer_bytes(n: int, e: int, width: int, inner: int, heads: int, qkv: int, casts: int, fused_norm: bool):
+def layer_bytes(n: int, e: int, width: int, inner: int, heads: int, qkv: int, casts: int):
     """(saved, stream, widest temporary) of a decoder layer or vision block on n tokens. qkv: numbers kept of q, k, v. casts:
-    linear layers behind the two norms. CUDA's RMSNorm keeps its input and 1 / rms, the CPU's the normalised input too."""
-    norms = 2 * (4 * width + 4) + (0 if fused_norm else 2 * 4 * width)
+    linear layers behind the two norms, which keep one tensor of the stream's size and 1 / rms each."""
+    norms = 2 * (4 * width + 4)
     linears = (2 if e == 4 else casts) * width * e
     attention = (qkv + width) * e + 4 * heads  # with the result and its log-sum-exp
     mlp = 4 * inner * e  # gate, silu(gate), up, their product
@@ -169,10 +169,10 @@ def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int,
     """The same of a DiT block on n patches that read m context tokens; groups: chunks with a modulation of their own."""
     d, heads = c.width, 4 * c.num_attention_heads
     sub = 3 * (3 * 4 * d + 8 + d * e)  # input, its LayerNorm, what is gated, mean and 1 / std, modulated input of the linears
-    attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # HeadNorm's, q k v and result, cross q and result
+    attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # norms of q, k, q; q k v, result; q, result
     mlp = 2 * int(d * c.mlp_ratio) * e
     context = 4 * d + heads + 2 * d * e
-    return n * (sub + attended + mlp) + m * context + groups * 4 * 12 * d, n * 4 * d, n * mlp // 2
+    return n * (sub + attended + mlp) + m * context + groups * 4 * 9 * d, n * 4 * d, n * mlp // 2
 
 
 def peak(segments: list[Segment], checkpointing: bool, stay: bool = False) -> int:
@@ -193,22 +193,22 @@ def count(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def stage1_segments(mllm: MLLM, b: Batch, e: int, chunk: int = 0, fused_norm: bool = True) -> list[Segment]:
+def stage1_segments(mllm: MLLM, b: Batch, e: int, chunk: int = 0) -> list[Segment]:
     c, v, h, cast = mllm.config, mllm.config.vision, mllm.config.hidden_size, e == 2
-    w, pixels, extra = v.hidden_size, v.in_channels * v.temporal_patch_size * v.patch_size**2, 0 if fused_norm else 4
+    w, pixels = v.hidden_size, v.in_channels * v.temporal_patch_size * v.patch_size**2
     out = [Segment(0, count(mllm.model.embed_tokens))]
     if b.patches:
         tables = 2 * 4 * w // v.num_heads  # cos and sin
         out.append(Segment(b.patches * (2 * cast * pixels + tables), count(mllm.visual.patch_embed)))
-        saved, stream, wide = layer_bytes(b.patches, e, w, v.intermediate_size, v.num_heads, 5 * w, 3, fused_norm)
+        saved, stream, wide = layer_bytes(b.patches, e, w, v.intermediate_size, v.num_heads, 5 * w, 3)
         out += [Segment(saved, n := count(block), 2 * cast * n, stream, wide) for block in mllm.visual.blocks]
         n = count(mllm.visual.merger)
-        out.append(Segment(b.patches * ((4 + extra) * w + 4 + 3 * w * e), n, 2 * cast * n, 0, b.patches * 3 * w * e))
+        out.append(Segment(b.patches * (4 * w + 4 + 3 * w * e), n, 2 * cast * n, 0, b.patches * 3 * w * e))
     qkv = h + 2 * c.num_key_value_heads * c.head_dim  # rotated q | k and v; the vision tower's v holds on to all of q | k | v
-    saved, stream, wide = layer_bytes(b.tokens, e, h, c.intermediate_size, c.num_attention_heads, qkv, 5, fused_norm)
+    saved, stream, wide = layer_bytes(b.tokens, e, h, c.intermediate_size, c.num_attention_heads, qkv, 5)
     out += [Segment(saved, n := count(layer), 2 * cast * n, stream, wide) for layer in mllm.model.layers]
     logits = 4 * c.vocab_size * min(b.supervised, chunk or b.supervised)
-    saved = b.tokens * ((8 + extra) * h + 2 * 4 * c.head_dim) + b.supervised * h * (4 + 2 * cast) + (0 if chunk else logits)
+    saved = b.tokens * (8 * h + 2 * 4 * c.head_dim) + b.supervised * h * (4 + 2 * cast) + (0 if chunk else logits)
     head, own = count(mllm.lm_head), 0 if mllm.tied else count(mllm.lm_head)
     return [*out, Segment(saved, own + h, 2 * cast * head, 0, 2 * logits + b.tokens * 4 * h, logits)]
 

@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+import kernels
 from checkpoint import InputError
+from launches import Launches
 from model import MLLM, PRESETS, ImageProcessor, KVCache, MLLMConfig, VisionConfig, mrope_positions, smart_resize, to_rgb
 
 PAD, BOV, EOV = 190, 188, 189  # token ids in the small test models
@@ -258,6 +260,79 @@ def test_decoding_with_a_cache_equals_the_full_pass(mllm):
     other = torch.cat((ids[:3], torch.tensor([7, 8])))
     continued = mllm(other[3:], mrope_positions(other, [], PAD)[0][:, 3:], bounds(2), cache=cache)
     assert worst(continued, [h[3:] for h in run_ours(mllm, other)]) <= 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend, joined", [("sdpa", False), ("sdpa", True), ("triton", True)])
+def test_decoding_several_documents_at_once_equals_each_full_pass(backend, joined, monkeypatch):
+    """A picture in the middle of one, a document that waits, and one that takes the place of another."""
+    config, documents = SHAPES["2:1 tied"], [[(4, 4)], [], [(4, 6)]]
+    mllm = MLLM.from_config(replace(config, num_hidden_layers=2, vision=replace(config.vision, hidden_size=64))).eval()
+    roughen(mllm)
+    if joined:
+        mllm.fuse_for_inference()
+    ids, positions, pixels, full = [], [], [], []
+    for n, grids in enumerate(documents):
+        one, merged = document(grids, seed=n)
+        ids.append(torch.cat((one, torch.arange(20, 26) + n)))
+        positions.append(mrope_positions(ids[n], merged, PAD)[0])
+        pixels.append(pixels_for(mllm.config, grids) if grids else None)
+        full.append(run_ours(mllm, ids[n], grids, pixels[n]))
+    cache, got, place = KVCache(mllm.config, 30, documents=2), [[] for _ in documents], {0: 0, 1: 1}  # document -> buffer
+    cache.k.fill_(math.nan), cache.v.fill_(math.nan)
+
+    def read(d, n):
+        at = sum(len(h[0]) for h in got[d])
+        picture = (pixels[d], documents[d]) if PAD in ids[d][at : at + n] else ()
+        where = positions[d][:, at : at + n]
+        got[d].append(mllm(ids[d][at : at + n], where, kernels.Segments([n]), *picture, cache=cache, document=place[d]))
+
+    def step(*growing):
+        at = {place[d]: (sum(len(h[0]) for h in got[d]), d) for d in growing}
+        cache.advance(list(at))
+        rows = [(ids[at[b][1]][at[b][0]], positions[at[b][1]][0, at[b][0]]) if b in at else (0, 0) for b in range(2)]
+        with Launches() as count, monkeypatch.context() as patch:
+            patch.setattr(kernels, "_backend", backend)
+            hidden = mllm.decode(*(torch.tensor(x) for x in zip(*rows, strict=True)), cache)
+        assert backend == "sdpa" or count.reads == 0  # where the device is the host, the lengths may be looked at
+        for b, (_, d) in at.items():
+            got[d].append([h[b : b + 1] for h in hidden])
+
+    read(0, 5), read(1, 4)
+    step(0, 1), step(0), step(1)
+    read(0, 6)  # BOV, the picture, EOV
+    for _ in range(2):
+        step(1, 0)
+    cache.truncate(1, 0)
+    place[2] = 1
+    read(2, 20)
+    step(2), step(0, 2), step(0, 2), step(0)
+    for states, parts in zip(full, got, strict=True):
+        states, n = [h[: sum(len(p[0]) for p in parts)] for h in states], len(parts)
+        assert n >= 4 and worst([torch.cat(layer) for layer in zip(*parts, strict=True)], states) <= 2e-5
+    with pytest.raises(InputError, match="outgrows"):
+        for _ in range(30):
+            cache.advance([0, 1])
+
+
+def test_joined_projections_are_the_same_parameters_and_stored_once(mllm, tmp_path):
+    joined, one = copy.deepcopy(mllm).fuse_for_inference(), torch.tensor([7])
+    sizes = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in joined.parameters()}
+    assert len(sizes) < len(list(joined.parameters())) and sum(sizes.values()) == sum(p.nbytes for p in joined.parameters())
+    joined.save_pretrained(tmp_path)
+    for other in (joined, MLLM.from_pretrained(tmp_path)):
+        assert [n for n, _ in other.named_parameters()] == [n for n, _ in mllm.named_parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), mllm.parameters(), strict=True))
+    layer = joined.model.layers[0]
+    layer.mlp.up_proj = copy.deepcopy(layer.mlp.up_proj)  # parted again, as by a move to another device
+    with torch.no_grad(), Launches() as count:
+        hidden = run_ours(joined, one)
+    products = sum(count.by_name[name] for name in ("mm", "addmm", "addmm_"))
+    assert products == 4 * len(joined.model.layers) + 1  # q k v, output, gate with up, down
+    with torch.no_grad():
+        assert worst(hidden, run_ours(mllm, one)) <= 1e-5
+    run_ours(joined, one)[-1].sum().backward()
+    assert layer.self_attn.k_proj.weight.grad is not None and layer.mlp.gate_proj.weight.grad.abs().max() > 0
 
 
 @torch.no_grad()

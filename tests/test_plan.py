@@ -18,6 +18,7 @@ import plan
 import vae
 from checkpoint import InputError
 from data import MLLMBatch
+from kernels import Segments
 from plan import Batch
 from train_stage1 import Stage1Config
 from train_stage2 import Stage2Config
@@ -158,14 +159,14 @@ def test_kept_bytes_of_every_kind_of_block(dtype):
 
     layer, tables = model.Layer(c, 0), [torch.randn(n, 1, c.head_dim) for _ in range(2)]
     qkv = c.hidden_size + 2 * c.num_key_value_heads * c.head_dim
-    expected = plan.layer_bytes(n, e, c.hidden_size, c.intermediate_size, c.num_attention_heads, qkv, 5, False)[0]
+    expected = plan.layer_bytes(n, e, c.hidden_size, c.intermediate_size, c.num_attention_heads, qkv, 5)[0]
     expected += matrices(layer) + n * 2 * 4 * c.head_dim
     x = torch.randn(n, c.hidden_size, requires_grad=True)
-    assert kept(layer, dtype, x, cu, None, *tables, None) == expected
+    assert kept(layer, dtype, x, cu, *tables) == expected
 
     block, width = model.VisionBlock(v), v.hidden_size
     tables = [torch.randn(n, 1, width // v.num_heads) for _ in range(2)]
-    expected = plan.layer_bytes(n, e, width, v.intermediate_size, v.num_heads, 5 * width, 3, False)[0]
+    expected = plan.layer_bytes(n, e, width, v.intermediate_size, v.num_heads, 5 * width, 3)[0]
     expected += matrices(block) + n * 2 * 4 * width // v.num_heads
     assert kept(block, dtype, torch.randn(n, width, requires_grad=True), cu, *tables) == expected
 
@@ -174,7 +175,7 @@ def test_kept_bytes_of_every_kind_of_block(dtype):
     context = torch.randn(m, d.text_embed_dim, dtype=torch.bfloat16 if cast else None, requires_grad=True)
     expected = plan.block_bytes(d, n, m, 2, e)[0] + matrices(block.attn1) + matrices(block.attn2) + matrices(block.ff)
     expected += n * 2 * 4 * d.attention_head_dim + m * d.text_embed_dim * e
-    got = kept(block, dtype, x, table, torch.arange(2), rope, cu, context, None, torch.tensor([0, m], dtype=torch.int32))
+    got = kept(block, dtype, x, table, torch.arange(2), rope, Segments([n]), context, None, Segments([m]))
     assert got == pytest.approx(expected, rel=1e-3)  # but for indices and modulations of a few bytes
 
 
@@ -209,7 +210,7 @@ def test_memory_of_a_step(stage, dtype, checkpointing):
     options = {"checkpointing": checkpointing, "dtype": dtype}
     if stage == 1:
         module, step, b = stage1(1, n, (side, side), **options)
-        segments = plan.stage1_segments(module, b, BYTES[dtype], fused_norm=False)
+        segments = plan.stage1_segments(module, b, BYTES[dtype])
     else:
         module, step, b = stage2(1, 3, side // 2, 100, **options)
         segments = plan.stage2_segments(module, b, BYTES[dtype], 4)
