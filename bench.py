@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -41,6 +42,7 @@ import bench_peers as theirs
 import fused
 from checkpoint import InputError
 from dit import CONDITION_TIME, DiT, DiTConfig, denoise, shift_schedule
+from graphs import Graph
 from kernels import Segments, attention
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
 from model import PRESETS as MLLMS
@@ -137,7 +139,7 @@ class Bench:
         calls, results = {}, {}
         for name, build in {"ours": ours, **peers}.items():
             try:
-                with torch.no_grad() if not what.startswith(GRADIENTS) else torch.enable_grad():
+                with torch.set_grad_enabled(what.startswith(GRADIENTS)):
                     built = build()
                     calls[name], after = built if isinstance(built, tuple) else (built, lambda x: x)
                     result = calls[name]()
@@ -159,7 +161,7 @@ class Bench:
                 calls.pop(name)
                 row["peers"][name]["failed"] = f"another result: error {error:.1e}"
         del results, reference
-        with torch.no_grad() if not what.startswith(GRADIENTS) else torch.enable_grad():
+        with torch.set_grad_enabled(what.startswith(GRADIENTS)):
             try:
                 times = self.race(calls, own)
             except Exception as e:
@@ -384,9 +386,9 @@ def attention_rows(b: Bench, case: Case) -> None:
     sk = sq if case.lq == case.lk else Segments(case.lk, b.device)
     peers = theirs.attention_peers(case, sq, sk, b.device, flex=case.flex and b.cuda)
 
-    def forward(layout, call):
-        xs = layout.into(q, case.lq), layout.into(k, case.lk), layout.into(v, case.lk)
-        return lambda: call(*xs), lambda o: layout.back(o, case.lq)[:, of_q]
+    def forward(*peer):
+        run, back = theirs.prepared(peer, q, k, v, case)
+        return run, lambda o: back(o)[:, of_q]
 
     def backward(layout, call):
         xs = [layout.into(x, n).detach().requires_grad_() for x, n in ((q, case.lq), (k, case.lk), (v, case.lk))]
@@ -418,20 +420,17 @@ def decode_attention(b: Bench) -> None:
     sizes = {"gpu": [(1, 2048), (8, 8192), (32, 2048), (2, 32768)], "cpu": [(1, 2048), (8, 512)], "smoke": [(2, 40)]}[b.size]
     heads, kv_heads, dim = (28, 4, 128) if b.size != "smoke" else (4, 2, 32)
 
-    def one(batch, length):
+    for batch, length in sizes:
         case = Case("", [1] * batch, [length] * batch, heads, kv_heads, dim)
         q, k, v = b.randn(batch, heads, dim), *(b.randn(batch * length, kv_heads, dim, seed=s) for s in (1, 2))
         sq, sk = Segments(case.lq, b.device), Segments(case.lk, b.device)
         lengths = torch.full((batch,), length, dtype=torch.int32, device=b.device)
         peers = theirs.attention_peers(case, sq, sk, b.device)
-        peers = {name: lambda p=peer: theirs.prepared(p(), q, k, v, case) for name, peer in peers.items()}
+        peers = {name: lambda p=peer, a=(q, k, v, case): theirs.prepared(p(), *a) for name, peer in peers.items()}
         shape = f"{batch} x {length} keys; {heads}:{kv_heads} heads of {dim}"
         expected = reference_attention(case, q, k, v, kv=tuple(range(kv_heads)))
-        b.row("attention", "decode attention", shape, lambda: lambda: attention(q, k, v, sq, sk, k_lengths=lengths), peers,
+        b.row("attention", "decode attention", shape, partial(partial, attention, q, k, v, sq, sk, k_lengths=lengths), peers,
               reference=expected, limit=b.limit(6e-3, 5e-6), moved=2 * k.nbytes + 2 * q.nbytes)  # fmt: skip
-
-    for batch, length in sizes:
-        one(batch, length)
 
 
 def check(b: Bench) -> None:
@@ -640,21 +639,27 @@ def dit_config(b: Bench) -> DiTConfig:
     return replace(DiTConfig(), qk_norm_eps=1e-5, **small)
 
 
+def packed(b: Bench, c: MLLMConfig, lengths: list[int]) -> tuple[list[Tensor], Segments, Tensor]:
+    """Documents of these lengths: token ids of each, where they lie in a pack, positions (3, N)."""
+    ids = [torch.arange(n, device=b.device) * (37 + s) % (c.vocab_size - 30) for s, n in enumerate(lengths)]
+    return ids, Segments(lengths, b.device), torch.cat([torch.arange(n, device=b.device) for n in lengths]).expand(3, -1)
+
+
 def decode(b: Bench) -> None:
+    """A token of one document on a static cache; on a GPU also as a recorded graph."""
     prompts, new = {"gpu": ((2048, 512), 64), "cpu": ((512,), 24), "smoke": ((20,), 3)}[b.size]
-    mllm = build(b, MLLM, mllm_config(b))
+    mllm = build(b, MLLM, mllm_config(b)).fuse_for_inference()
     c = mllm.config
     peer = theirs.once(lambda: theirs.transformers_mllm(mllm))
-    read = sum(p.nbytes for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters()))
-    where = torch.arange(max(prompts) + new, device=b.device).expand(3, -1)
-    one = torch.tensor([0, 1], dtype=torch.int32, device=b.device)
 
-    def ours(ids, prompt):
+    def ours(ids, where, prompt, wrap=lambda step: step):
         cache = KVCache(c, prompt + new, b.dtype, b.device)
-        mllm(ids[:prompt], where[:, :prompt], one * prompt, cache=cache)
+        mllm(ids[:prompt], where[:, :prompt], Segments([prompt], b.device), cache=cache)
+        decode = wrap(lambda ids, positions: mllm.logits(mllm.decode(ids, positions, cache)[-1]))
 
         def step(i):
-            return mllm.logits(mllm(ids[i : i + 1], where[:, i : i + 1], one, cache=cache)[-1])[0]
+            cache.advance([0])
+            return decode(ids[i : i + 1], where[0, i : i + 1])[0].clone()  # a graph writes its next result to the same place
 
         def run():
             cache.length = prompt
@@ -663,22 +668,31 @@ def decode(b: Bench) -> None:
         return run
 
     for prompt in prompts:
-        ids = torch.arange(prompt + new, device=b.device) * 37 % (c.vocab_size - 30)
-        b.row("system", "decode token", f"{b_of(mllm)}, {prompt} tokens before", partial(ours, ids, prompt),
-              {"transformers": lambda p=prompt, i=ids: theirs.decode(peer(), i, p, new)}, own=True, moved=read,
+        (ids,), _, where = packed(b, c, [prompt + new])
+        peers = {"transformers": partial(lambda i, p: theirs.decode(peer(), i, p, new), ids, prompt)}
+        peers |= {"ours, as a CUDA graph": partial(ours, ids, where, prompt, Graph)} if b.cuda else {}
+        b.row("system", "decode token", f"{b_of(mllm)}, {prompt} tokens before", partial(ours, ids, where, prompt), peers,
+              own=True, moved=sum(p.nbytes for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters())),
               limit=b.limit(1e-1, 1e-4))  # fmt: skip
 
 
+def count(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
 def b_of(module: nn.Module) -> str:
-    n = sum(p.numel() for p in module.parameters())
+    n = count(module)
     return f"{n / 1e9:.2g}B" if n >= 1e8 else f"{n / 1e6:.2g}M"
+
+
+def latent(b: Bench, height: int, width: int, seed: int) -> Tensor:
+    """Of a picture of height x width pixels: (16, height / 8, width / 8)."""
+    return b.randn(16, height // 8, width // 8, seed=seed).float()
 
 
 def dit_step(b: Bench) -> None:
     """Samples as their pictures' (height, width) in pixels, the last one to be painted; both branches of guidance."""
-    dit = build(b, DiT, dit_config(b))
-    if hasattr(dit, "fuse_for_inference"):
-        dit.fuse_for_inference()
+    dit = build(b, DiT, dit_config(b)).fuse_for_inference()
     peer, steps = theirs.once(lambda: theirs.diffusers_dit(dit)), {"gpu": 5, "cpu": 3, "smoke": 3}[b.size]
     text, wide = {"gpu": 512, "cpu": 128, "smoke": 7}[b.size], dit.config.crossattn_proj_in_channels
     rows = {
@@ -697,24 +711,24 @@ def dit_step(b: Bench) -> None:
         "smoke": {"32 px, 1 + 1": [[(32, 32)] * 2], "ragged samples": [[(32, 48)] * 2, [(64, 32)]]},
     }[b.size]
 
-    def ours(*args):
-        stamps = theirs.Stamps(b.device)
-        return denoise(dit, *args, sigmas=sigmas, guidance=3.0, method="euler", progress=stamps), stamps.step
+    def ours(graphs, *args):
+        stamps, options = theirs.Stamps(b.device), {"guidance": 3.0, "method": "euler", "graphs": graphs}
+        return denoise(dit, *args, sigmas=sigmas, progress=stamps, **options), stamps.step
 
     sigmas = shift_schedule(steps)
     for name, samples in rows.items():
-        noise = lambda h, w, seed: b.randn(16, h // 8, w // 8, seed=seed).float()  # noqa: E731
-        latents = [[noise(*size, 10 * s + k) for k, size in enumerate(sizes)] for s, sizes in enumerate(samples)]
+        latents = [[latent(b, *size, 10 * s + k) for k, size in enumerate(sizes)] for s, sizes in enumerate(samples)]
         given, sizes, seeds = [z[:-1] for z in latents], [tuple(z[-1].shape[1:]) for z in latents], list(range(len(samples)))
         states = [[b.randn(text - 2 * s % 5, wide, seed=s + 50 * branch) for s in seeds] for branch in (1, 2)]
         with torch.no_grad():
             contexts = [[dit.crossattn_proj(f) for f in branch] for branch in states]
         same = all(len(set(sizes)) == 1 for sizes in samples)
         note = "" if same else "the peer knows one size per sample: it reads the other pictures at the target's, results differ"
-        args = given, sizes, states, seeds, sigmas, 3.0, CONDITION_TIME
+        own, args = (given, sizes, *contexts, seeds), (given, sizes, states, seeds, sigmas, 3.0, CONDITION_TIME)
+        peers = {"diffusers": lambda a=args: theirs.guided(peer(), *a)}
+        peers |= {"ours, as a CUDA graph": lambda a=own: partial(ours, True, *a)} if b.cuda else {}
         b.row("system", "guided DiT step" + ("" if same else " (peer resizes)"), f"{b_of(dit)}, {name}",
-              lambda a=(given, sizes, *contexts, seeds): partial(ours, *a),
-              {"diffusers": lambda a=args: theirs.guided(peer(), *a)}, own=True, note=note,
+              lambda a=own: partial(ours, False, *a), peers, own=True, note=note,
               limit=b.limit(1e-1, 1e-4) if same else math.inf)  # fmt: skip
 
 
@@ -749,15 +763,13 @@ def stage1(b: Bench) -> None:
     layers = {"gpu": 8}.get(b.size)
     mllm = build(b, MLLM, mllm_config(b, layers), torch.float32)
     loss_of, c = LanguageLoss(mllm), mllm.config
-    ids = [torch.arange(n, device=b.device) * (37 + s) % (c.vocab_size - 30) for s, n in enumerate(lengths)]
+    ids, segments, where = packed(b, c, lengths)
     labels = torch.cat([F.pad(x[1:], (0, 1), value=-100) for x in ids])
-    cu = torch.tensor([0, *lengths], device=b.device).cumsum(0).int()
-    where = torch.cat([torch.arange(n, device=b.device) for n in lengths]).expand(3, -1)
-    batch = SimpleNamespace(ids=torch.cat(ids), positions=where, cu_seqlens=cu, pixels=None, grids=None, labels=labels)
+    batch = SimpleNamespace(ids=torch.cat(ids), positions=where, cu_seqlens=segments, pixels=None, grids=None, labels=labels)
     targets = (labels >= 0).sum()
     watched = mllm.model.layers[0].mlp.down_proj.weight
     call = partial(theirs.train, b.device, mllm, lambda: loss_of(batch)[0] / targets, watched)
-    linear = sum(p.numel() for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters())) * 6 * sum(lengths)
+    linear = 6 * count(mllm.model.layers, mllm.lm_head) * sum(lengths)
     pairs = Case("", lengths, lengths, c.num_attention_heads, c.num_key_value_heads, c.head_dim, True).flops
     shape = f"{b_of(mllm)}, {c.num_hidden_layers} layers, {len(lengths)} documents, {sum(lengths)} tokens"
     b.row("system", "training step, stage 1", shape, lambda: call,
@@ -777,23 +789,19 @@ def stage2(b: Bench) -> None:
     c = mllm.config
     config = replace(dit_config(b), crossattn_proj_in_channels=c.num_hidden_layers * c.hidden_size)
     dit = build(b, DiT, config, torch.float32)
-    ids = [torch.arange(n, device=b.device) * (37 + s) % (c.vocab_size - 30) for s, n in enumerate(reads)]
-    noise = lambda h, w, seed: b.randn(16, h // 8, w // 8, seed=seed).float()  # noqa: E731
-    latents = [[noise(*size, 9 * s + k) for k, size in enumerate(sizes)] for s, sizes in enumerate(pictures)]
+    ids, segments, where = packed(b, c, reads)
+    latents = [[latent(b, *size, 9 * s + k) for k, size in enumerate(sizes)] for s, sizes in enumerate(pictures)]
     clean, t, loss_of = [len(x) - 1 for x in pictures], torch.linspace(0.3, 0.9, len(pictures)), FlowLoss(dit, CONDITION_TIME)
-    cu = torch.tensor([0, *reads], device=b.device).cumsum(0).int()
-    where, starts = torch.cat([torch.arange(n, device=b.device) for n in reads]).expand(3, -1), cu.tolist()
-    rows = [range(a, z) for a, z in zip(starts, starts[1:], strict=False)]
+    rows = [range(a, z) for a, z in pairwise(segments.bounds)]
 
     def loss():
         with torch.no_grad():
-            states = theirs.features(mllm(torch.cat(ids), where, cu))
+            states = theirs.features(mllm(torch.cat(ids), where, segments))
         error, count = loss_of(Samples(states, rows, latents, clean), t, torch.Generator().manual_seed(5))
         return error.sum() / count.sum()
 
     # Four per pair and channel, two per weight and token, three times as much with the backward pass (attention 3.5).
     patches = [sum(z.shape[1] * z.shape[2] // 4 for z in x) for x in latents]
-    count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())  # noqa: E731
     heads, d, block = config.num_attention_heads, config.attention_head_dim, dit.transformer_blocks[0]
     per_text = count(block.attn2.to_k, block.attn2.to_v) * config.num_layers + count(dit.crossattn_proj)
     per_patch = count(block.attn1, block.attn2.to_q, block.attn2.to_out, block.ff) * config.num_layers

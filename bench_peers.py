@@ -170,13 +170,8 @@ def transformers_mllm(mllm: nn.Module):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     def name(n: str) -> str:
-        return (
-            f"model.{n}"
-            if n.startswith("visual.")
-            else n.replace("model.", "model.language_model.", 1)
-            if n.startswith("model.")
-            else n
-        )
+        part, _, rest = n.partition(".")
+        return {"visual": "model.visual", "model": "model.language_model"}.get(part, part) + "." + rest
 
     weight = mllm.model.norm.weight
     with torch.device(weight.device):
@@ -191,13 +186,10 @@ def diffusers_dit(dit: nn.Module):
     from diffusers import CosmosTransformer3DModel
     from diffusers.models.transformers import transformer_cosmos
 
-    if not hasattr(
-        transformer_cosmos, "transforms"
-    ):  # it resizes its padding mask by torchvision; zeros stay zeros at any size
+    if not hasattr(transformer_cosmos, "transforms"):  # torchvision resizes its padding mask; zeros stay zeros at any size
         functional = SimpleNamespace(resize=lambda x, size, interpolation: x.new_zeros(*x.shape[:-2], *size))
-        transformer_cosmos.transforms = SimpleNamespace(
-            functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest")
-        )
+        modes = SimpleNamespace(NEAREST="nearest")
+        transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
     options = {k: v for k, v in dit.config.to_json().items() if not k.startswith("_")}
     weight = dit.proj_out.weight
     with torch.device(weight.device):
@@ -272,10 +264,8 @@ class Stamps:
 
 def velocity(theirs, x: list[Tensor], times: list[float], states: Tensor) -> Tensor:
     """One call of diffusers' DiT on one sample: pictures (C, h, w), the last one noisy -> its velocity (C, h, w)."""
-    dtype, frames = (
-        states.dtype,
-        torch.stack([F.interpolate(z[None], x[-1].shape[1:])[0] for z in x], 1)[None],
-    )  # (1, C, T, h, w)
+    dtype = states.dtype
+    frames = torch.stack([F.interpolate(z[None], x[-1].shape[1:])[0] for z in x], 1)[None]                 # (1, C, T, h, w)
     given = torch.zeros_like(frames[:, :1])
     given[:, :, :-1] = 1
     t = torch.tensor(times, device=states.device)
@@ -370,9 +360,8 @@ def document(duo, prompt: str, settings) -> Callable:
 
     mllm, dit, vae = transformers_mllm(duo.mllm), diffusers_dit(duo.dit), diffusers_vae(duo.vae)
     tokenizer, processor, device = duo.tokenizer, duo.processor, duo.device
-    mean, std = (
-        torch.tensor(x, device=device)[:, None, None] for x in (duo.vae.config.latents_mean, duo.vae.config.latents_std)
-    )
+    c = duo.vae.config
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (c.latents_mean, c.latents_std))
     rendered = render(tokenizer, read_dialogue(prompt), [], generation_prompt=True, default_system=settings.system)
     size = settings.height or duo.size[0], settings.width or duo.size[1]
 
@@ -381,11 +370,9 @@ def document(duo, prompt: str, settings) -> Callable:
         unread, pixels, grid, text, latents, pictures = rendered.ids, None, None, [[]], [], []
         while True:
             where, after = mrope_positions(unread, [] if grid is None else [processor.merged(grid)], tokenizer.image_pad)
-            extra = (
-                {}
-                if grid is None
-                else {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor([[1, *grid]], device=device)}
-            )
+            extra = {}
+            if grid is not None:
+                extra = {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor([[1, *grid]], device=device)}
             out = mllm(
                 input_ids=torch.tensor([unread], device=device), position_ids=(where + position)[:, None].to(device),
                 past_key_values=cache, use_cache=True, output_hidden_states=True, **extra,
@@ -401,9 +388,8 @@ def document(duo, prompt: str, settings) -> Callable:
                 text[-1].append(token)
                 continue
             states = torch.cat(rows)
-            noise = torch.randn(
-                16, size[0] // 8, size[1] // 8, generator=torch.Generator().manual_seed(derive(settings.seed, 0, len(pictures)))
-            )
+            generator = torch.Generator().manual_seed(derive(settings.seed, 0, len(pictures)))
+            noise = torch.randn(16, size[0] // 8, size[1] // 8, generator=generator)
 
             def step(x, t, branches=(states[:chunk], states)):
                 times = [settings.condition_time] * len(latents) + [t]
