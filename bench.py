@@ -642,22 +642,22 @@ def dit_config(b: Bench) -> DiTConfig:
 
 def decode(b: Bench) -> None:
     prompts, new = {"gpu": ((2048, 512), 64), "cpu": ((512,), 24), "smoke": ((20,), 3)}[b.size]
-    mllm = build(b, MLLM, mllm_config(b)).fuse_for_inference()
+    mllm = build(b, MLLM, mllm_config(b))
     c = mllm.config
     peer = theirs.once(lambda: theirs.transformers_mllm(mllm))
     read = sum(p.nbytes for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters()))
     where = torch.arange(max(prompts) + new, device=b.device).expand(3, -1)
+    one = torch.tensor([0, 1], dtype=torch.int32, device=b.device)
 
     def ours(ids, prompt):
         cache = KVCache(c, prompt + new, b.dtype, b.device)
-        mllm(ids[:prompt], where[:, :prompt], Segments([prompt], b.device), cache=cache)
+        mllm(ids[:prompt], where[:, :prompt], one * prompt, cache=cache)
 
         def step(i):
-            cache.advance([0])
-            return mllm.logits(mllm.decode(ids[i : i + 1], where[0, i : i + 1], cache)[-1])[0]
+            return mllm.logits(mllm(ids[i : i + 1], where[:, i : i + 1], one, cache=cache)[-1])[0]
 
         def run():
-            cache.truncate(0, prompt)
+            cache.length = prompt
             return theirs.tokens(step, range(prompt, prompt + new), b.device)
 
         return run
@@ -721,7 +721,7 @@ def dit_step(b: Bench) -> None:
 def vision(b: Bench) -> None:
     ragged = [(18, 18), (24, 10), (6, 30)]
     grids = {"gpu": [[(74, 74)], [(34, 34)] * 4], "cpu": [[(36, 36)], ragged], "smoke": [[(8, 12), (4, 6)]]}[b.size]
-    mllm = build(b, MLLM, mllm_config(b, layers=1)).fuse_for_inference()
+    mllm = build(b, MLLM, mllm_config(b, layers=1))
     c = mllm.config.vision
     peer = theirs.once(lambda: theirs.transformers_mllm(mllm).model.visual)
     for grid in grids:
