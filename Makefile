@@ -16,8 +16,9 @@ export PROMPT
 sample: .venv/runtime
 	@$(PY) sample.py $${PROMPT:+--prompt="$$PROMPT"}
 
+# One thread computes in most tests: two files at a time. A file's tests stay together and share what it builds once.
 test: .venv/dev .venv-aot/triton
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/dev
 	$(PY) -m ruff check .

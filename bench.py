@@ -576,17 +576,17 @@ def cross_entropy(b: Bench) -> None:
     row = {"suite": "fused", "what": "its memory beside the gradients", "shape": shape, "peers": {}}
     try:
         gradients = hidden.nbytes + weight.nbytes
-        ours, unfused = (max(1, peak(b, call(f)()) - gradients) for f in (loss, plain))
+        ours, unfused = (max(1, peak(call(f)(), b.device) - gradients) for f in (loss, plain))
         row |= {"bytes": ours, "peers": {"unfused": {"bytes": unfused, "ratio": unfused / ours}}}
     except Exception as e:
         row["failed"] = reason(e)
     b.write(row)
 
 
-def peak(b: Bench, call: Callable) -> int:
+def peak(call: Callable, device: torch.device) -> int:
     """Most bytes of new tensors alive at once during a call."""
     gc.collect()
-    if b.cuda:
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

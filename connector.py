@@ -11,6 +11,8 @@ with a GELU turns that into the vectors which each block of the DiT attends to (
 import torch
 from torch import Tensor, nn
 
+from fused import standardise_into
+
 
 def features(hidden: list[Tensor]) -> Tensor:
     """L hidden states (N, H) -> (N, L * H), same dtype: per token and layer (h - mean) / (std + 1e-8), std unbiased, in fp32.
@@ -20,18 +22,13 @@ def features(hidden: list[Tensor]) -> Tensor:
     """
     first = hidden[0]
     width = first.shape[-1]
-    tracked = torch.is_grad_enabled() and any(h.requires_grad for h in hidden)
-    if tracked:
-        return torch.cat([_normalise(h).to(first.dtype) for h in hidden], -1)
+    if torch.is_grad_enabled() and any(h.requires_grad for h in hidden):
+        stds, means = zip(*(torch.std_mean(h.float(), -1, correction=1, keepdim=True) for h in hidden), strict=True)
+        return torch.cat([((h - m) / (s + 1e-8)).to(first.dtype) for h, s, m in zip(hidden, stds, means, strict=True)], -1)
     out = first.new_empty(first.shape[0], len(hidden) * width)
-    for i, h in enumerate(hidden):
-        out[:, i * width : (i + 1) * width] = _normalise(h)
+    for part, h in zip(out.split(width, 1), hidden, strict=True):
+        standardise_into(part, h)
     return out
-
-
-def _normalise(h: Tensor) -> Tensor:
-    std, mean = torch.std_mean(h.float(), -1, correction=1, keepdim=True)
-    return (h - mean) / (std + 1e-8)
 
 
 class Connector(nn.Sequential):

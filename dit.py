@@ -30,7 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
-from kernels import attention
+from fused import gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
+from graphs import Graph
+from kernels import Segments, attention
 
 STEM = "diffusion_pytorch_model"
 # Fields of diffusers' config that mean nothing without the parts which DiTConfig.from_json refuses.
@@ -108,7 +110,7 @@ class Pack:
 
     positions: Tensor  # (N, 3) long: index of the image in its sample, row, column
     image_ids: Tensor  # (N,) long: image in the batch
-    cu_seqlens: Tensor  # (S + 1,) int32: boundaries of the samples
+    segments: Segments  # of the samples
     shapes: list[tuple[int, int]]  # (rows, columns) of each image, in patches
     chunk: int  # greatest common divisor of the images' patch counts: so many neighbours surely share an image
 
@@ -125,9 +127,21 @@ def pack_images(sizes: list[list[tuple[int, int]]], device: str | torch.device =
     index = torch.cat([torch.arange(len(sample)) for sample in sizes])                 # (I,)
     positions = torch.stack((index[images], within // w[images], within % w[images]), 1)
     lengths = [sum(h * w for h, w in sample) for sample in sizes]
-    cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     chunk = math.gcd(*patches.tolist())
-    return Pack(positions.to(device), images.to(device), cu.to(device), shapes, chunk)
+    return Pack(positions.to(device), images.to(device), Segments(lengths, device), shapes, chunk)
+
+
+class Targets:
+    """Which patches of a pack are painted: the last layers need not compute the others."""
+
+    def __init__(self, pack: Pack, given: list[bool]):
+        """given: which images (I) are conditions."""
+        device = pack.positions.device
+        patches = torch.tensor([h * w for h, w in pack.shapes])
+        wanted = ~torch.tensor(given).repeat_interleave(patches)                       # (N,)
+        self.rows = wanted.nonzero()[:, 0].to(device)  # (P,) their places in the pack
+        self.chunks = wanted[:: pack.chunk].nonzero()[:, 0].to(device)  # (P / chunk,) the same for whole chunks
+        self.segments = Segments([int(part.sum()) for part in wanted.split(pack.segments.lengths)], device)
 
 
 def patchify(latent: Tensor, patch: int = 2) -> Tensor:
@@ -180,43 +194,10 @@ class TimeEmbedder(nn.Module):
         return F.rms_norm(e, e.shape[1:], self.norm.weight.float(), self.norm.eps), lora
 
 
-class HeadNorm(torch.autograd.Function):
-    """RMSNorm over each head's channels, then the rotary embedding if any: n = x / rms(x), y = w n, y cos + swap(y) sin.
-
-    x (N, heads, d), w (d,), cos and sin (N, 1, d) or None; channel i pairs with i + d / 2, the sign of the rotation is in sin.
-    All in fp32, the result in x's dtype. The gradient is written out because autograd takes twice the time for it (bf16, CPU),
-    and in a small model such steps between the matrix products are what one waits for.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w, eps, cos, sin):
-        n = x.float()
-        mean = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_() / n.shape[-1]
-        r = mean.add_(eps).rsqrt_()                                                    # (N, heads, 1)
-        n = n * r                                                                      # (N, heads, d)
-        ctx.save_for_backward(n, r, w, cos, sin)
-        y = n * w.float()
-        return (y if cos is None else rotate(y, cos, sin)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        n, r, w, cos, sin = ctx.saved_tensors
-        g = grad.float()
-        g = g if cos is None else rotate(g, cos, -sin)                                 # a rotation's transpose turns back
-        along = g * n
-        grad_w = along.sum((0, 1)).to(w.dtype) if ctx.needs_input_grad[1] else None
-        mean = (along @ w.float()).unsqueeze(-1) / n.shape[-1]                         # (N, heads, 1)
-        return (g * w.float()).addcmul_(n, mean, value=-1).mul_(r).to(grad.dtype), grad_w, None, None, None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
 class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, heads: int, eps: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, width // heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
@@ -224,13 +205,27 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(width // heads, eps=eps)
         self.norm_k = nn.RMSNorm(width // heads, eps=eps)
 
-    def query(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
-        q = self.to_q(x).unflatten(1, (self.heads, -1))                                # (N, heads, head_dim)
-        return HeadNorm.apply(q, self.norm_q.weight, self.norm_q.eps, cos, sin)
+    def heads_of(self, y: Tensor) -> Tensor:
+        return y.view(len(y), -1, self.head_dim)                                       # (N, heads, head_dim)
 
-    def kv(self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        k, v = (linear(x).unflatten(1, (self.heads, -1)) for linear in (self.to_k, self.to_v))
-        return HeadNorm.apply(k, self.norm_k.weight, self.norm_k.eps, cos, sin), v     # 2 x (N, heads, head_dim)
+    def query(self, x: Tensor, *rope: Tensor) -> Tensor:
+        return norm_rope(self.heads_of(self.to_q(x)), self.norm_q.weight, self.norm_q.eps, *rope)
+
+    def kv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor]:
+        parts = joint(x, self.to_k, self.to_v)
+        k, v = map(self.heads_of, parts) if len(parts) > 1 else self.heads_of(*parts).chunk(2, 1)
+        return norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope), v             # 2 x (N, heads, head_dim)
+
+    def qkv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """query and kv of the same tokens: where their projections are joint, so is their norm."""
+        parts = joint(x, self.to_q, self.to_k, self.to_v)
+        if len(parts) == 1:
+            qk, v = self.heads_of(*parts).split((2 * self.heads, self.heads), 1)
+            gains = torch.stack((self.norm_q.weight, self.norm_k.weight))              # (2, head_dim)
+            return *norm_rope(qk, gains, self.norm_q.eps, *rope).chunk(2, 1), v
+        q, k, v = map(self.heads_of, parts)                                            # 3 x (N, heads, head_dim)
+        q, k = (norm_rope(y, norm.weight, norm.eps, *rope) for y, norm in ((q, self.norm_q), (k, self.norm_k)))
+        return q, k, v
 
     def out(self, y: Tensor) -> Tensor:
         return self.to_out[0](y.flatten(1))                                            # (N, D)
@@ -260,23 +255,37 @@ class Block(nn.Module):
         self.norm3 = Modulation(width, config.adaln_lora_dim, 3)
         self.ff = FeedForward(width, int(width * config.mlp_ratio))
 
-    def forward(self, x: Tensor, table: Tensor, rows: Tensor, rope: tuple, cu: Tensor, context, kv, cu_context) -> Tensor:
-        """x (G, n, D): chunks of n patches, chunk g modulated by row rows[g] of table (T, 9D); the rest as in DiT.forward."""
+    def forward(self, x, table, rows, rope, segments, context, kv, keys, targets=None) -> Tensor:
+        """x (G, n, D): chunks of n patches, chunk g modulated by row rows[g] of table (T, 9D); the rest as in DiT.forward.
+
+        With targets, the other patches only give keys and values, and are left out of what is returned.
+        """
         dtype = working_dtype(self.attn1.to_q.weight)
-        table = table.index_select(0, rows).to(x.dtype)                                # (G, 9D)
-        shifts, scales, gates = table.view(len(rows), 3, 3, 1, -1).unbind(2)           # 3 x (G, 3, 1, D)
+        shift1, scale1, gate1, *others, own = modulation(table, rows, x)
 
-        h = modulate(x, shifts[:, 0], scales[:, 0]).to(dtype)                          # (N, D)
-        y = attention(self.attn1.query(h, *rope), *self.attn1.kv(h, *rope), cu)        # (N, heads, head_dim)
-        x = torch.addcmul(x, gates[:, 0], self.attn1.out(y).to(x.dtype).view_as(x))    # (G, n, D)
+        h = modulate(x, shift1, scale1, own, dtype)                                    # (N, D)
+        if targets is None:
+            q, k, v = self.attn1.qkv(h, *rope)                                         # (N, heads, head_dim)
+            y = attention(q, k, v, segments)
+        else:
+            q = self.attn1.query(h.index_select(0, targets.rows), *(r.index_select(0, targets.rows) for r in rope))
+            y = attention(q, *self.attn1.kv(h, *rope), targets.segments, segments)     # (P, heads, head_dim)
+            x, rows, segments = x.index_select(0, targets.chunks), rows.index_select(0, targets.chunks), targets.segments
+            _, _, gate1, *others, own = modulation(table, rows, x)
+        shift2, scale2, gate2, shift3, scale3, gate3 = others
+        x, h = gate_add_modulate(x, gate1, self.attn1.out(y), shift2, scale2, own, dtype)                # (G, n, D), (N, D)
 
-        h = modulate(x, shifts[:, 1], scales[:, 1]).to(dtype)
         k, v = self.attn2.kv(context) if kv is None else kv                            # (M, heads, head_dim)
-        y = attention(self.attn2.query(h), k, v, cu, cu_context)
-        x = torch.addcmul(x, gates[:, 1], self.attn2.out(y).to(x.dtype).view_as(x))
+        y = attention(self.attn2.query(h), k, v, segments, keys)
+        x, h = gate_add_modulate(x, gate2, self.attn2.out(y), shift3, scale3, own, dtype)
+        return gate_add(x, gate3, self.ff(h), own)
 
-        h = modulate(x, shifts[:, 2], scales[:, 2]).to(dtype)
-        return torch.addcmul(x, gates[:, 2], self.ff(h).to(x.dtype).view_as(x))
+
+def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
+    """A block's table (T, 9D) as nine (T, 1, D), and rows (G,) for fused.py. PyTorch picks the rows here, all nine at once."""
+    if not on_triton(x):
+        table, rows = table.index_select(0, rows).to(x.dtype), None
+    return [*table.view(len(table), 9, 1, -1).unbind(1), rows]
 
 
 class DiT(nn.Module):
@@ -328,15 +337,24 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
         return self
 
+    def fuse_for_inference(self) -> "DiT":
+        """Projections that read the same input become one product where no gradient is asked for. Repeat it after `.to`."""
+        for block in self.transformer_blocks:
+            own, context = block.attn1, block.attn2
+            join(own.to_q, own.to_k, own.to_v)
+            join(context.to_k, context.to_v)
+        return self
+
     def modulations(self, t: Tensor) -> list[Tensor]:
-        """t (T,) in [0, 1] -> per block (T, 9D), shift | scale | gate of its three sub-layers; for the output (T, 2D). fp32.
+        """t (T,) in [0, 1] -> per block (T, 9D), shift | 1 + scale | gate of three sub-layers; for the output (T, 2D). fp32.
 
         They depend on nothing but t: a sampler computes those of all its steps in one call. In bf16 the sinusoid alone would
         lose the difference between neighbouring steps, so neither the dtype of the weights nor autocast reaches in here.
         """
         with torch.autocast(t.device.type, enabled=False):
             emb, lora = self.time_embed(t)                                             # (T, D), (T, 3D)
-            emb = F.silu(emb)
+            emb, (shift, scale, gate) = F.silu(emb), lora.chunk(3, 1)
+            lora = torch.cat((shift, 1 + scale, gate), 1)  # the 1 enters here, once for all of them
             blocks = [[norm(emb, lora) for norm in (b.norm1, b.norm2, b.norm3)] for b in self.transformer_blocks]
             return [*(torch.cat(block, 1) for block in blocks), self.norm_out(emb, lora)]
 
@@ -365,18 +383,21 @@ class DiT(nn.Module):
         condition: Tensor,
         pack: Pack,
         context: Tensor | None,
-        cu_context: Tensor,
+        keys: Segments | Tensor,
         *,
         kv: list[tuple[Tensor, Tensor]] | None = None,
         modulations: tuple[list[Tensor], Tensor] | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        targets: Targets | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
         """x (N, C * 4) patches of noisy and clean images -> velocity (N, C * 4) in fp32, meaningless on condition images.
 
         t (I,): time of each image. condition (I,): 1 for a clean image. context (M, text_embed_dim): the connector's output for
-        all samples, boundaries cu_context (S + 1,); every token is read, none is padding. padding (N, 4): its mask, default 0.
-        For a sampler that computes them once: kv = context_kv(context) instead of context, and instead of t
-        modulations = (self.modulations(times), which of these times each image has (I,)).
+        all samples, keys: its Segments, or boundaries (S + 1,), which are read back; every token is read, none is padding.
+        padding (N, 4): its mask, default 0. For a sampler that computes them once: kv = context_kv(context) instead of context,
+        instead of t modulations = (self.modulations(times), which of these times each image has (I,)), and
+        rope = self.rope(pack.positions). With targets only their velocity is computed to the end, and returned: (P, C * 4).
         """
         n, images = len(pack.image_ids), len(pack.shapes)
         if x.shape[0] != n or condition.shape != (images,):
@@ -392,18 +413,21 @@ class DiT(nn.Module):
 
         table, rows = (self.modulations(t), torch.arange(images, device=x.device)) if modulations is None else modulations
         rows = rows[pack.image_ids[:: pack.chunk]]                                     # (G,)
-        rope = self.rope(pack.positions)                                               # 2 x (N, 1, head_dim)
+        rope = self.rope(pack.positions) if rope is None else rope                     # 2 x (N, 1, head_dim)
+        keys = Segments.of(keys, x.device)
         context = None if context is None else context.to(working_dtype(weight))
         for i, block in enumerate(self.transformer_blocks):
-            args = (x, table[i], rows, rope, pack.cu_seqlens, context, kv[i] if kv else None, cu_context)
+            last = i + 1 == len(self.transformer_blocks)
+            args = x, table[i], rows, rope, pack.segments, context, kv[i] if kv else None, keys, targets if last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
 
         with torch.autocast(x.device.type, enabled=False):                             # the whole last layer is fp32
-            shift, scale = table[-1].index_select(0, rows)[:, None].chunk(2, -1)       # (G, 1, D)
-            x = linear32(modulate(x.float(), shift, scale), self.proj_out)             # (N, 4C), channel last
+            rows = rows if targets is None else rows.index_select(0, targets.chunks)
+            shift, scale = table[-1][:, None].chunk(2, -1)                             # (T, 1, D)
+            x = linear32(modulate(x, shift, scale, rows, torch.float32), self.proj_out)                  # (N, 4C), channel last
         return x.unflatten(1, (patch, -1)).transpose(1, 2).flatten(1)                  # (N, C4), channel first like the input
 
 
@@ -416,12 +440,6 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 def linear32(x: Tensor, linear: nn.Linear) -> Tensor:
     """A bias-free linear layer in fp32, whatever its weights are stored in."""
     return F.linear(x, linear.weight.float())
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LN(x) (1 + scale) + shift over chunks (G, n, D) that share a modulation (G, 1, D) -> (G * n, D)."""
-    h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, h, 1 + scale).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- flow
@@ -543,6 +561,7 @@ def denoise(
     method: str = "unipc",
     condition_time: float | None = CONDITION_TIME,
     progress: Callable[[int, int], None] | None = None,
+    graphs: bool = False,
 ) -> list[Tensor]:
     """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
 
@@ -550,7 +569,7 @@ def denoise(
     positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
     None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
-    target, as for Cosmos' pre-trained weights.
+    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first.
     """
     if guidance != 1 and negative is None:
         raise InputError(f"guidance {guidance} needs the contexts of the negative branch; without them it is 1")
@@ -567,21 +586,24 @@ def denoise(
     pack = pack_images(grids * branches, device)
     start = torch.cat([patchify(z.float(), patch).to(device) for sample in latents for z in sample])    # (n, C4), one branch
     given = [k < len(sample) - 1 for sample in latents for k in range(len(sample))]
-    given = torch.tensor(given * branches, device=device)                              # (I,)
-    target = (~given)[pack.image_ids[: len(start)]].nonzero()[:, 0]                    # rows of one branch that are painted
-    kv = dit.context_kv(torch.cat(contexts).to(device))
-    cu_context = torch.tensor([0, *(len(c) for c in contexts)]).cumsum(0).int().to(device)
-    times = sigmas[:-1].tolist()
+    targets = Targets(pack, given * branches)
+    painted = targets.rows[: len(targets.rows) // branches]                            # (P,) of the first branch
+    given = torch.tensor(given * branches)                                             # (I,)
+    # Whatever a step needs besides x is on the device before the first: nothing of the loop waits for it.
+    kv, keys = dit.context_kv(torch.cat(contexts).to(device)), Segments([len(c) for c in contexts], device)
+    times, rope = sigmas[:-1].tolist(), dit.rope(pack.positions)
     table = dit.modulations(torch.tensor([*times, 0.0 if condition_time is None else condition_time], device=device))
+    steps = torch.arange(len(times))[:, None]
+    rows = torch.where(given & (condition_time is not None), len(times), steps).to(device)               # (steps, I)
+    given = given.to(device)
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        step = times.index(t)
-        rows = torch.where(given, step if condition_time is None else len(times), step)                # (I,)
-        x = start.index_copy(0, target, x).repeat(branches, 1)                         # (N, C4)
-        v = dit(x, None, given, pack, None, cu_context, kv=kv, modulations=(table, rows))
-        v = v.unflatten(0, (branches, -1))[:, target]                                  # (branches, targets, C4)
+    def velocity(x: Tensor, row: Tensor) -> Tensor:
+        x = start.index_copy(0, painted, x).repeat(branches, 1)                        # (N, C4)
+        v = dit(x, None, given, pack, None, keys, kv=kv, modulations=(table, row), rope=rope, targets=targets)
+        v = v.unflatten(0, (branches, -1))                                             # (branches, P, C4)
         return v[0] if branches == 1 else torch.lerp(v[1], v[0], guidance)
 
-    x = sample_flow(velocity, start[target], sigmas, method, progress)
+    step = Graph(velocity) if graphs else velocity
+    x = sample_flow(lambda x, t: step(x, rows[times.index(t)]), start[painted], sigmas, method, progress)
     shapes = [sample[-1] for sample in grids]
     return [unpatchify(z, s, patch) for z, s in zip(x.split([h * w for h, w in shapes]), shapes, strict=True)]

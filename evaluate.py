@@ -32,6 +32,7 @@ import training
 from checkpoint import InputError, pick_device, write_json
 from exam import CATEGORIES, GUIDANCES, METRICS, SPLITS, Case, Corpus, Report, Share, ablations, dialogues, evaluate
 from exam import evaluate_single, overall, single_requests, single_shares, through
+from kernels import set_backend
 from page import document
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
 from sketchbook import KINDS
@@ -184,6 +185,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--ablation-n", type=int, default=34, help="dialogues of each split for them (34)")
     parser.add_argument("--batch", type=int, default=64, help="dialogues in lockstep (64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    parser.add_argument("--attention", default="auto", help="auto, triton, sdpa; see kernels.py")
     parser.add_argument("--out", default="out/eval")
     parser.add_argument("--json-line", metavar="FILE", help="append a summary to this file, one line a call")
     group = parser.add_argument_group("sampling", "these override the checkpoint's defaults")
@@ -220,6 +222,7 @@ def trained(duo: DuoGen) -> dict:
 def load(args: argparse.Namespace, given: dict) -> tuple[DuoGen, Settings, int]:
     """The system, its settings, and the side of its pictures."""
     device = pick_device(args.device)
+    set_backend(args.attention, device)
     try:  # what cannot be written is told now, not after the work
         Path(args.out).mkdir(parents=True, exist_ok=True)
         for path in filter(None, (Path(args.out) / "table.md", args.json_line)):

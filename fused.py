@@ -315,7 +315,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _gained(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, heads, D) times weight (D,) or (G, D), in fp32."""
     weight = weight.float()
-    return x * weight if weight.ndim == 1 else (x.unflatten(1, (len(weight), -1)) * weight[:, None]).flatten(1, 2)
+    return x * (weight if weight.ndim == 1 else weight.repeat_interleave(x.shape[1] // len(weight), 0))
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -140,16 +140,19 @@ class Segments:
 _backend = "auto"
 
 
-def set_backend(name: str) -> None:
+def set_backend(name: str, device: torch.device | None = None) -> None:
     """Which attention the whole process uses: "triton" (an error where the kernels cannot), "sdpa" (PyTorch's), or "auto".
 
-    auto: the kernels for 16-bit tensors of a supported head dim on a GPU; sdpa for all else.
+    auto: the kernels for 16-bit tensors of a supported head dim on a GPU; sdpa for all else. Given the device of the models,
+    what cannot work there is told before they are loaded.
     """
     global _backend
     if name not in BACKENDS:
         raise InputError(f"attention {name!r} is none of {', '.join(BACKENDS)}")
     if name == "triton" and triton is None:
         raise InputError("attention 'triton': the package triton is not installed; choose sdpa")
+    if name == "triton" and device is not None and device.type != ("cpu" if INTERPRETED else "cuda"):
+        raise InputError(f"attention 'triton': its kernels need an NVIDIA GPU, and the device is {device}: choose auto or sdpa")
     _backend = name
 
 

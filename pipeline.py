@@ -10,9 +10,10 @@ connector's output is kept, a thousand numbers instead of the hundred thousand o
 paints under the condition of all tokens before it and of all earlier pictures; the new picture is appended to the cache, and
 the model goes on. Nothing is ever read twice.
 
-`write` is a coroutine: it yields what happens, and where a picture is due it yields a `Paint` and waits to be sent the picture.
-So one driver shows a document as it grows (`stream`), another keeps many documents in lockstep and paints what they wait for in
-one packed batch (`generate_many`), with the same results up to rounding.
+`write` is a coroutine: it yields what happens. Where tokens are to be read it yields a `Read` and waits to be sent the token
+that follows; where a picture is due it yields a `Paint` and waits for the picture. So one driver shows a document as it grows
+(`stream`), and another works on many (`write_many`): what several wait for is one packed pass, with the same results up to
+rounding.
 
 A checkpoint is a folder (or a Hub repository) with mllm/, dit/, vae/ and duogen.json:
 
@@ -33,11 +34,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import InputError, config_from_json, read_json, resolve, write_json
 from connector import features
 from dit import CONDITION_TIME, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
+from graphs import Graph
+from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from records import load_image
 from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
@@ -46,6 +49,7 @@ from vae import VAE, VAEConfig, to_image, to_tensor
 FORMAT = 1  # of duogen.json
 BUNDLED = "checkpoints/tiny"
 PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
+SIZE = 704, 1280  # (H, W) of a picture where neither dialogue nor checkpoint says anything
 SIDE = 16  # a picture's sides are multiples of it: 8 pixels a latent, 2 latents a patch
 PACK = 65536  # patches painted in one batch at most; an activation of the 2B network is then 0.5 GB in bf16
 STOPS = {
@@ -133,6 +137,17 @@ class Text:
     text: str
 
 
+@dataclass(eq=False)
+class Read:
+    """Tokens continue a document. Whoever drives `Answer.write` sends the token in reply that the model puts behind them."""
+
+    answer: "Answer"
+    ids: list[int]
+    pixels: Tensor | None  # patches of the pictures among them, (P, C * T * p * p)
+    grids: list[tuple[int, int]]  # and their sizes in patches
+    seconds: float = 0.0  # what the reading took; a batch's time is shared evenly
+
+
 @dataclass
 class Paint:
     """A picture is due. Whoever drives `Answer.write` sends it in reply."""
@@ -140,7 +155,8 @@ class Paint:
     number: int  # of the picture in the answer, from 0
     size: tuple[int, int]  # (H, W) in pixels
     seed: int  # of its noise
-    conditions: list[Tensor]  # clean latents (C, h, w) of the earlier pictures
+    conditions: list[Tensor]  # clean latents (C, h, w) of the earlier pictures; when it is painted, of all
+    unseen: list[Tensor]  # earlier pictures (3, H, W) that are yet to be encoded
     positive: Tensor  # (n, text_dim) connector rows of all tokens before BOV
     negative: Tensor | None  # (m, text_dim), m < n; None where guidance is off
     settings: Settings
@@ -164,7 +180,8 @@ class Stop:
     reason: str
 
 
-Event = Text | Paint | Picture | Stop
+Event = Text | Read | Paint | Picture | Stop
+Reply = int | Image.Image | None  # to a Read, to a Paint, to the others
 
 
 # ----------------------------------------------------------------------------------------------------------------- answer
@@ -180,20 +197,17 @@ class Answer:
         self.parts: list[str | Picture] = []
         self.stop = "interrupted"  # until it ends otherwise
         self.tokens = 0  # written by the language model, control tokens included
+        self.cache: KVCache | None = None  # of it alone, unless a driver gives it a place in one that several share
+        self.step: Callable | None = None  # what reads a token more of each document in the cache
+        self.document = 0  # its place there
         self.text_seconds = self.paint_seconds = 0.0
 
-        patches = [duo.processor(image) for image in self.images]
-        self._grids = [grid for _, grid in patches]
-        self._pixels = torch.cat([p for p, _ in patches]) if patches else None
-        grids = [duo.processor.merged(grid) for grid in self._grids]
+        grids = [self._merged(image.height, image.width) for image in self.images]
         rendered = render(duo.tokenizer, self.messages, grids, generation_prompt=True, default_system=settings.system)
         self._ids = rendered.ids
         self.prompt_tokens = len(rendered.ids)
         self._chunk = rendered.images[-1].end + 1 if rendered.images else rendered.system_end
-        # What the DiT is shown of every picture so far, and the latents of those that it has been shown already.
-        self._pictures = [to_tensor(image, SIDE, settings.max_area) for image in self.images]
-        self._latents: list[Tensor] = []
-        self.size = tuple(self._pictures[-1].shape[1:]) if self.images else duo.size
+        self.size = to_tensor(self.images[-1], SIDE, settings.max_area).shape[1:] if self.images else duo.size
         self.size = settings.height or self.size[0], settings.width or self.size[1]
         if self.prompt_tokens >= duo.context:
             raise InputError(f"the prompt has {self.prompt_tokens:,} tokens, the limit is {duo.context - 1:,}: shorten it")
@@ -213,21 +227,29 @@ class Answer:
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p.image} for p in self.parts]
         return {"role": "assistant", "content": parts}
 
-    def write(self) -> Generator[Event, Image.Image | None, None]:
-        """The loop. Yields Text, Picture, at the end one Stop, and Paint, to which the reply must be the picture."""
+    def write(self) -> Generator[Event, Reply, None]:
+        """The loop. Yields Text, Picture, at the end one Stop; Read, to be answered by a token, and Paint, by a picture."""
         duo, s, tokenizer = self.duo, self.settings, self.duo.tokenizer
-        decoder = StreamDecoder(tokenizer)
-        choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
-        self._cache, self._rows, self._position = duo.cache(self._capacity()), [], 0
-        unread, pixels, grids = self._ids, self._pixels, self._grids
-        reason, painted, began = "max_tokens", 0, time.perf_counter()
+        decoder, capacity = StreamDecoder(tokenizer), self.capacity
+        self.choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
+        if self.cache is None:
+            self.cache = duo.cache(capacity)
+            self.step = duo.step(self.cache)
+        self.rows, self.position = [], 0
+        # What the DiT has not been shown yet, and the latents of what it has.
+        unseen, latents = [to_tensor(image, SIDE, s.max_area) for image in self.images], []
+        patches = [duo.processor(image) for image in self.images]
+        unread, pixels, grids = self._ids, torch.cat([p for p, _ in patches]) if patches else None, [g for _, g in patches]
+        reason, painted, length = "max_tokens", 0, 0
         while self.tokens < s.max_tokens:
-            if self._cache.length + len(unread) > self._cache.capacity:
+            if length + len(unread) > capacity:
                 reason = "context"
                 break
-            logits = self._read(unread, pixels, grids)
-            token = duo.choose(logits, s, choices)
+            reading = Read(self, unread, pixels, grids)
+            token = yield reading
+            self.text_seconds += reading.seconds
             self.tokens += 1
+            length += len(unread)
             if token in (tokenizer.im_end, tokenizer.endoftext):
                 reason = "end"
                 break
@@ -236,37 +258,46 @@ class Answer:
                     reason = "max_images"
                     break
                 yield from self._write(decoder.flush())
-                self.text_seconds += time.perf_counter() - began
-                request = self._request(painted)
-                image = yield request
-                self.paint_seconds += request.seconds
-                began = time.perf_counter()
-                context = len(request.positive), 0 if request.negative is None else len(request.negative)
-                self.parts.append(Picture(image, request.seed, context, request.seconds))
+                rows = torch.cat(self.rows)                                            # (n, text_dim)
+                self.rows = [rows]
+                # The negative branch is a slice: causal states before the last chunk of text know nothing of it.
+                negative = None if s.scale == 1 else rows[: self._chunk if s.negative == "chunk" else 0]
+                shown = (latents, unseen) if s.use_condition_images else ([], [])
+                paint = Paint(painted, self.size, derive(s.seed, self.index, painted), *shown, rows, negative, s)
+                image = yield paint
+                self.paint_seconds += paint.seconds
+                context = len(rows), 0 if negative is None else len(negative)
+                self.parts.append(Picture(image, paint.seed, context, paint.seconds))
                 yield self.parts[-1]
                 painted += 1
-                self._pictures.append(to_tensor(image, SIDE, s.max_area))
+                # A generated picture conditions the later ones by what it is as a file: decoded, rounded to 8 bits and encoded
+                # again. Its own latent, fresh from the sampler, would be another distribution than the encoded pictures of the
+                # training, and an answer that is continued from its saved pages would differ from one continued at once.
+                latents, unseen = paint.conditions, [to_tensor(image, SIDE, s.max_area)]
                 pixels, grid = duo.processor(image)
                 grids, (h, w) = [grid], duo.processor.merged(grid)
                 unread = [token, *[tokenizer.image_pad] * (h * w), tokenizer.vision_end]
-                self._chunk = self._cache.length + len(unread)
+                self._chunk = length + len(unread)
                 continue
             yield from self._write(decoder.push(token))
             unread, pixels, grids = [token], None, []
         yield from self._write(decoder.flush())
-        self.text_seconds += time.perf_counter() - began
-        self.stop = reason
-        self._cache = self._rows = self._pixels = None  # a list of finished answers is light
-        self._latents, self._pictures = [], []
+        self.stop, self.cache, self.step, self.rows = reason, None, None, []  # a list of finished answers is light
         yield Stop(reason)
 
-    def _capacity(self) -> int:
-        """Tokens that this answer can reach, so that the cache is allocated once."""
+    @property
+    def capacity(self) -> int:
+        """Tokens that this answer can reach, so that its cache is allocated once."""
+        h, w = self._merged(*self.size)
+        most = self.prompt_tokens + self.settings.max_tokens + self.settings.max_images * (h * w + 2)
+        return min(self.duo.context, most)
+
+    def _merged(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens (rows, columns) of a picture of that size in pixels."""
         p = self.duo.processor
         unit = p.patch_size * p.merge_size
-        h, w = smart_resize(*self.size, unit, p.min_pixels, p.max_pixels)
-        picture = (h // unit) * (w // unit) + 2
-        return min(self.duo.context, self.prompt_tokens + self.settings.max_tokens + self.settings.max_images * picture)
+        h, w = smart_resize(height, width, unit, p.min_pixels, p.max_pixels)
+        return h // unit, w // unit
 
     def _write(self, text: str) -> Iterator[Text]:
         if not text:
@@ -276,40 +307,6 @@ class Answer:
         else:
             self.parts.append(text)
         yield Text(text)
-
-    @torch.no_grad()
-    def _read(self, ids: list[int], pixels: Tensor | None, grids: list[tuple[int, int]]) -> Tensor:
-        """Append ids to the cache and their connector rows to the context -> logits (vocab,) of what comes next."""
-        duo = self.duo
-        positions, after = mrope_positions(ids, [duo.processor.merged(grid) for grid in grids], duo.tokenizer.image_pad)
-        hidden = duo.mllm(
-            torch.tensor(ids, device=duo.device),
-            (positions + self._position).to(duo.device),
-            torch.tensor([0, len(ids)], dtype=torch.int32, device=duo.device),
-            None if pixels is None else pixels.to(duo.device),
-            grids or None,
-            cache=self._cache,
-        )
-        self._position += after
-        self._rows.append(duo.connect(hidden))
-        return duo.mllm.logits(hidden[-1][-1:])[0]
-
-    def _request(self, number: int) -> Paint:
-        """What the DiT needs for the picture that is due now.
-
-        A generated picture conditions the later ones by what it is as a file: decoded, rounded to 8 bits and encoded again. Its
-        own latent, fresh from the sampler, would be another distribution than the encoded pictures of the training, and an
-        answer that is continued from its saved pages would differ from one continued at once.
-        """
-        s, began = self.settings, time.perf_counter()
-        if s.use_condition_images:
-            self._latents += self.duo.encode(self._pictures[len(self._latents) :])
-        rows = torch.cat(self._rows)                                                   # (n, text_dim)
-        self._rows = [rows]
-        # The negative branch is a slice: causal states before the last chunk of text know nothing of it.
-        negative = None if s.scale == 1 else rows[: self._chunk if s.negative == "chunk" else 0]
-        self.paint_seconds += time.perf_counter() - began
-        return Paint(number, self.size, derive(s.seed, self.index, number), [*self._latents], rows, negative, s)
 
 
 def read_dialogue(messages: str | list[dict]) -> list[dict]:
@@ -340,6 +337,55 @@ def derive(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
+# ---------------------------------------------------------------------------------------------------------------- offload
+
+
+class Offload:
+    """Weights in host memory, of which only those of the parts at work are on the device too: for a GPU too small for all.
+
+    Here no weight ever changes: a part comes by a copy out of pinned memory and goes by being forgotten. It comes whole, each
+    storage at once, so what `fused.join` laid side by side stays so.
+    """
+
+    def __init__(self, parts: dict[str, list[nn.Module]], device: torch.device):
+        self.device, self.present = device, set()
+        self.home: dict[str, list[tuple[Tensor, list]]] = {}  # storages as bytes, and the tensors in each with their layouts
+        for name, modules in parts.items():
+            storages = {}
+            for t in (t for m in modules for t in (*m.parameters(), *m.buffers())):
+                storage = t.untyped_storage()
+                _, views = storages.setdefault(storage.data_ptr(), (storage, []))
+                views.append((t, t.dtype, t.storage_offset(), t.shape, t.stride()))
+            self.home[name] = []
+            for storage, views in storages.values():
+                flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.home[name].append((flat.pin_memory() if device.type == "cuda" else flat, views))
+            self.leave(name)
+
+    def bring(self, *names: str) -> None:
+        """Only these parts are at work now."""
+        for name in self.present - {*names}:
+            self.leave(name)
+        for name in names:
+            if name not in self.present:
+                self.arrive(name)
+        self.present = {*names}
+
+    def leave(self, name: str) -> None:
+        for flat, views in self.home[name]:
+            point(views, flat)
+
+    def arrive(self, name: str) -> None:
+        for flat, views in self.home[name]:
+            point(views, flat.to(self.device, non_blocking=True, copy=True))
+
+
+def point(views: list, flat: Tensor) -> None:
+    """Let tensors see the bytes in `flat`."""
+    for t, dtype, offset, shape, stride in views:
+        t.data = torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
+
+
 # ----------------------------------------------------------------------------------------------------------------- system
 
 
@@ -347,7 +393,8 @@ class DuoGen:
     """The parts of the system, checked to fit together.
 
     defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
-    from, for the record.
+    from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
+    graphs: steps are recorded as CUDA graphs (graphs.py).
     """
 
     def __init__(
@@ -358,14 +405,23 @@ class DuoGen:
         dit: DiT,
         vae: VAE,
         defaults: Settings | None = None,
-        size: tuple[int, int] = (704, 1280),
+        size: tuple[int, int] = SIZE,
         sources: dict[str, str] | None = None,
+        offload: torch.device | None = None,
+        graphs: bool = False,
     ):
         check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
         self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
+        self.mllm.fuse_for_inference(), self.dit.fuse_for_inference()
         self.tokenizer, self.processor = tokenizer, processor
         self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
-        self.device = mllm.model.embed_tokens.weight.device
+        self.device, self.offload = offload or mllm.model.embed_tokens.weight.device, None
+        self.graphs = graphs
+        if offload:
+            connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
+            decoder = [mllm.model, mllm.lm_head, connector]
+            painter = [m for m in dit.children() if m is not connector]
+            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
         self.context = mllm.config.max_position_embeddings
         # The model may write ordinary tokens, ask for a picture, and end. Everything else is for others to write.
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
@@ -383,13 +439,19 @@ class DuoGen:
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        offload: bool = False,
+        graphs: bool = False,
     ) -> "DuoGen":
         """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
 
         mllm, dit, vae: take this part from elsewhere: a folder that holds it, a folder with a subfolder of the part's name, or
         a Hub name as in the module's docstring. With all three given and no ckpt, the sampling defaults are those of Cosmos.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
+        offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
+        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
         """
+        check_device(device, offload, graphs)
+        home = "cpu" if offload else device
         named = {"mllm": mllm, "dit": dit, "vae": vae}
         sources, sampling, base = dict(named), {}, None
         if ckpt is not None or not all(named.values()):
@@ -410,16 +472,18 @@ class DuoGen:
         tokenizer = Tokenizer.from_pretrained(folders["mllm"])
         processor = ImageProcessor.from_pretrained(folders["mllm"])
         check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])  # before gigabytes are read
-        size = sampling.pop("height", None) or 704, sampling.pop("width", None) or 1280
+        size = sampling.pop("height", None) or SIZE[0], sampling.pop("width", None) or SIZE[1]
         return cls(
-            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=device),
+            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
             tokenizer,
             processor,
-            DiT.from_pretrained(folders["dit"], dtype=dtype, device=device),
-            VAE.from_pretrained(folders["vae"], device=device),
+            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
+            VAE.from_pretrained(folders["vae"], device=home),
             override(Settings(), sampling, "sampling of duogen.json"),
             size,
             {part: origin(f) for part, f in [*folders.items(), *([("ckpt", base)] if base else [])]},
+            torch.device(device) if offload else None,
+            graphs,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -449,6 +513,9 @@ class DuoGen:
                 event = writer.send(reply)
             except StopIteration:
                 return
+            if isinstance(event, Read):
+                reply = self.read([event])[0]
+                continue
             yield event
             reply = self.paint([event], progress)[0] if isinstance(event, Paint) else None
 
@@ -467,35 +534,78 @@ class DuoGen:
         first: int = 0,
         done: Callable[[Answer], None] | None = None,
     ) -> list[Answer]:
-        """One answer for each dialogue, up to `batch` of them in lockstep: all write until each needs a picture or has ended,
-        then all pictures are painted together. Answer i is that of generate(dialogues[i], settings, first + i), up to rounding.
+        """One answer for each dialogue by `write_many`: answer i is that of generate(dialogues[i], settings, first + i).
 
-        settings: one for all, or one each. done(answer) is called as soon as an answer is finished. Memory: `batch` KV caches.
+        settings: one for all, or one each.
         """
         each = settings if isinstance(settings, list) else [settings] * len(dialogues)
         answers = [self.answer(m, s, first + i) for i, (m, s) in enumerate(zip(dialogues, each, strict=True))]
-        queue, active = deque(answers), {}  # answer -> (its coroutine, the picture it waits for)
-        while queue or active:
-            while queue and len(active) < batch:
-                answer = queue.popleft()
-                active[answer] = answer.write(), None
-            requests = {}
-            for answer, (writer, reply) in list(active.items()):
-                request = until_paint(writer, reply)
-                if request is not None:
-                    requests[answer] = request
-                    continue
-                del active[answer]
-                if done is not None:
-                    done(answer)
-            for answer, image in zip(requests, self.paint(list(requests.values())), strict=True):
-                active[answer] = active[answer][0], image
+        self.write_many(answers, batch=batch, done=done)
         return answers
+
+    def write_many(
+        self,
+        answers: list[Answer],
+        *,
+        batch: int = 64,
+        done: Callable[[Answer], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write answers, up to `batch` of them at a time, each as it would be alone, up to rounding.
+
+        All that have something to read take part in one pass for the next token of each. One that ends makes room for the next
+        in the queue, one that needs a picture waits; when all wait, their pictures are painted together. done(answer) is called
+        as soon as one is finished, progress(done, steps) while pictures are painted. Memory: `batch` KV caches.
+        """
+        queue, active = deque(answers), {}  # answer -> (its coroutine, what it waits for)
+        if not queue:
+            return
+        places = [*range(min(batch, len(queue)))]
+        cache = self.cache(max(a.capacity for a in answers), len(places))
+        step = self.step(cache)
+
+        def go_on(answer: Answer, writer: Generator, reply: Reply) -> None:
+            event = until_waiting(writer, reply)
+            if event is not None:
+                active[answer] = writer, event
+                return
+            del active[answer]
+            places.append(answer.document)
+            if done is not None:
+                done(answer)
+
+        while queue or active:
+            while queue and places:
+                answer = queue.popleft()
+                answer.cache, answer.step, answer.document = cache, step, places.pop()
+                cache.truncate(answer.document, 0)
+                active[answer] = answer.write(), None
+                go_on(answer, active[answer][0], None)
+            reading = [a for a, (_, event) in active.items() if isinstance(event, Read)]
+            waiting = reading or list(active)
+            requests = [active[a][1] for a in waiting]
+            replies = self.read(requests) if reading else self.paint(requests, progress)
+            for answer, reply in zip(waiting, replies, strict=True):
+                go_on(answer, active[answer][0], reply)
 
     # --------------------------------------------------------------------------------------------------------- the parts
 
-    def cache(self, capacity: int) -> KVCache:
-        return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device)
+    def at_work(self, *parts: str) -> None:
+        """These parts are needed next, and no others: "decoder" (with the connector), "vision", "dit", "vae"."""
+        if self.offload:
+            self.offload.bring(*parts)
+
+    def cache(self, capacity: int, documents: int = 1) -> KVCache:
+        return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device, documents)
+
+    def step(self, cache: KVCache) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """ids, positions (S,) -> connector rows (S, text_dim) and logits (S, vocab) of a token more in each of S documents."""
+
+        def step(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.mllm.decode(ids, positions, cache)
+            return self.connect(hidden), self.mllm.logits(hidden[-1])
+
+        return Graph(step) if self.graphs else step
 
     def connect(self, hidden: list[Tensor]) -> Tensor:
         """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
@@ -523,8 +633,66 @@ class DuoGen:
         return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
 
     @torch.no_grad()
+    def read(self, requests: list[Read]) -> list[int]:
+        """Append what is to be read to each document -> the token that follows it.
+
+        Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
+        """
+        self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
+        tokens, step = {}, [r for r in requests if len(r.ids) == 1]
+        # A step costs a CPU as much for a place where nobody reads.
+        if self.device.type == "cpu" and step and len(step) <= max(1, len(step[0].answer.cache.counts) // 8):
+            step = []
+        for batch in [*([r] for r in requests if r not in step), *([step] if step else [])]:
+            began = time.perf_counter()
+            rows, logits = self._step(batch) if batch is step else self._append(batch[0])
+            for r, own, row in zip(batch, rows.chunk(len(batch)), logits, strict=True):
+                r.answer.rows.append(own)
+                tokens[id(r)] = self.choose(row, r.answer.settings, r.answer.choices)
+            for r in batch:
+                r.seconds = (time.perf_counter() - began) / len(batch)
+        return [tokens[id(r)] for r in requests]
+
+    def _append(self, r: Read) -> tuple[Tensor, Tensor]:
+        """What one document is to read -> connector rows (N, text_dim) and the logits of what follows (1, vocab)."""
+        merged = [self.processor.merged(grid) for grid in r.grids]
+        positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
+        positions, r.answer.position = positions + r.answer.position, r.answer.position + after
+        hidden = self.mllm(
+            torch.tensor(r.ids, device=self.device),
+            positions.to(self.device),
+            Segments([len(r.ids)], self.device),
+            None if r.pixels is None else r.pixels.to(self.device),
+            r.grids or None,
+            cache=r.answer.cache,
+            document=r.answer.document,
+        )
+        return self.connect(hidden), self.mllm.logits(hidden[-1][-1:])
+
+    def _step(self, batch: list[Read]) -> tuple[Tensor, Tensor]:
+        """A token more in each of S documents of one cache -> connector rows (S, text_dim), logits (S, vocab)."""
+        cache, places = batch[0].answer.cache, [r.answer.document for r in batch]
+        ids, positions = torch.zeros(2, len(cache.counts), dtype=torch.long)               # of those that wait: anything
+        for r in batch:
+            ids[r.answer.document], positions[r.answer.document] = r.ids[0], r.answer.position
+            r.answer.position += 1
+        cache.advance(places)
+        rows, logits = batch[0].answer.step(ids.to(self.device), positions.to(self.device))
+        return rows[places], logits[places]  # copies: a graph writes its next result to the same place
+
+    @torch.no_grad()
     def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
-        """The pictures of all requests, in packed batches: one for all with the same settings that fit into PACK patches."""
+        """The pictures of all requests, in packed batches: one for all with the same settings that fit into PACK patches.
+
+        One part of the system after the other: all encoding, then all painting, then all decoding.
+        """
+        if any(r.unseen for r in requests):
+            self.at_work("vae")
+        for r in requests:
+            began = time.perf_counter()
+            r.conditions, r.unseen = r.conditions + self.encode(r.unseen), []
+            r.seconds += time.perf_counter() - began
+        self.at_work("dit")
         batches: dict[tuple, list[list[Paint]]] = {}
         room: dict[tuple, int] = {}
         for r in requests:
@@ -535,10 +703,10 @@ class DuoGen:
                 room[r.settings.painting] = PACK
             batches[r.settings.painting][-1].append(r)
             room[r.settings.painting] -= patches
-        images = {}
+        latents, images = {}, []
         for batch in (b for group in batches.values() for b in group):
             began, s, factor = time.perf_counter(), batch[0].settings, self.vae.config.factor
-            latents = denoise(
+            painted = denoise(
                 self.dit,
                 [r.conditions for r in batch],
                 [(r.size[0] // factor, r.size[1] // factor) for r in batch],
@@ -550,22 +718,27 @@ class DuoGen:
                 method=s.sampler,
                 condition_time=s.condition_time,
                 progress=progress,
+                graphs=self.graphs,
             )
-            for r, z in zip(batch, latents, strict=True):
-                images[id(r)] = to_image(self.vae.decode_latents(z[None])[0])
-            for r in batch:
-                r.seconds = (time.perf_counter() - began) / len(batch)
-        return [images[id(r)] for r in requests]
+            for r, z in zip(batch, painted, strict=True):
+                latents[id(r)] = z
+                r.seconds += (time.perf_counter() - began) / len(batch)
+        self.at_work("vae")
+        for r in requests:
+            began = time.perf_counter()
+            images.append(to_image(self.vae.decode_latents(latents[id(r)][None])[0]))
+            r.seconds += time.perf_counter() - began
+        return images
 
 
-def until_paint(writer: Generator[Event, Image.Image | None, None], reply: Image.Image | None) -> Paint | None:
-    """Let a coroutine go on to its next picture; None: it has ended."""
+def until_waiting(writer: Generator[Event, Reply, None], reply: Reply) -> Read | Paint | None:
+    """Let a coroutine go on to where it needs something again; None: it has ended."""
     while True:
         try:
             event = writer.send(reply)
         except StopIteration:
             return None
-        if isinstance(event, Paint):
+        if isinstance(event, Read | Paint):
             return event
         reply = None
 
@@ -598,6 +771,15 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
     ids, known = (tokenizer.image_pad, tokenizer.vision_start), (mllm.image_token_id, mllm.vision_start_token_id)
     if ids != known:
         raise InputError(f"the tokenizer's <|image_pad|>, <|vision_start|> are {ids}, the language model's are {known}")
+
+
+def check_device(device: str | torch.device, offload: bool, graphs: bool) -> None:
+    """InputError for what only a GPU of NVIDIA's can do."""
+    for name, asked in (("offload", offload), ("graphs", graphs)):
+        if asked and torch.device(device).type != "cuda":
+            raise InputError(f"--{name} is for NVIDIA GPUs, and the device is {device}: leave it out")
+    if offload and graphs:
+        raise InputError("--offload and --graphs exclude each other: a graph knows its weights by their addresses")
 
 
 def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:

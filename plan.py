@@ -169,10 +169,10 @@ def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int,
     """The same of a DiT block on n patches that read m context tokens; groups: chunks with a modulation of their own."""
     d, heads = c.width, 4 * c.num_attention_heads
     sub = 3 * (3 * 4 * d + 8 + d * e)  # input, its LayerNorm, what is gated, mean and 1 / std, modulated input of the linears
-    attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # HeadNorm's, q k v and result, cross q and result
+    attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # norms of q, k, q; q k v, result; q, result
     mlp = 2 * int(d * c.mlp_ratio) * e
     context = 4 * d + heads + 2 * d * e
-    return n * (sub + attended + mlp) + m * context + groups * 4 * 12 * d, n * 4 * d, n * mlp // 2
+    return n * (sub + attended + mlp) + m * context + groups * 4 * 9 * d, n * 4 * d, n * mlp // 2
 
 
 def peak(segments: list[Segment], checkpointing: bool, stay: bool = False) -> int:

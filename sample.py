@@ -5,6 +5,7 @@
     python sample.py --prompts prompts.jsonl --steps 20                          many, with an overview page
     python sample.py --ckpt owner/name --dtype bf16 --device cuda --prompt "..."   a folder or a Hub name
     python sample.py --mllm Qwen/Qwen2.5-VL-7B-Instruct --dit DIT --vae VAE ...    parts from elsewhere, see pipeline.py
+    python sample.py --plan --mllm 7B --dit 2B --vae wan2.1                        what it takes of a GPU, nothing is loaded
 
 The answer appears on stdout as it is written; bars and notices are on stderr. What remains is a folder (page.py):
 
@@ -13,8 +14,9 @@ The answer appears on stdout as it is written; bars and notices are on stderr. W
                               answer.json    the parts in order, every setting, seed and model source, timings
 
 A line of --prompts is {"prompt": "...", "images": ["a.png"], "name": "...", and any setting}, with paths relative to the file,
-or a record as in data.py, of which answers at the end are left off. The folders lie in out/prompts/, beside an overview; each
-answer is what it would be if asked for alone. Ctrl-C ends an answer and saves what is there.
+or a record as in data.py, of which answers at the end are left off. --batch of them are written and painted together, and each
+appears when it is finished; it is what it would be if asked for alone. The folders lie in out/prompts/, beside an overview.
+Ctrl-C ends the answers that are being written and saves what is there.
 """
 
 import argparse
@@ -28,16 +30,20 @@ import types
 import typing
 import unicodedata
 from dataclasses import dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 
 from tqdm import tqdm
 
 from checkpoint import InputError, parse_dtype, pick_device
+from fit import planned
+from kernels import set_backend
 from page import fresh, overview, prompt_of, save, write_text
-from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, override
+from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records import Problem, load_image, normalise, read_records, validate
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
+BATCH = 8
 ALIASES = {"steps": ["--num-steps", "--num-inference-steps"], "guidance": ["--guidance-scale"]}
 
 # ----------------------------------------------------------------------------------------------------------- command line
@@ -54,12 +60,17 @@ def parser() -> Parser:
     p.add_argument("--prompt", help=f"what you want (default: {PROMPT})")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture to go with it; repeat it for more")
     p.add_argument("--prompts", metavar="FILE", help="many prompts, one JSON object a line")
+    p.add_argument("--batch", type=int, help=f"of --prompts, how many are answered at a time (default: {BATCH})")
     p.add_argument("--ckpt", help="checkpoint: folder or Hub name (default: the bundled miniature)")
     p.add_argument("--revision", help="branch, tag or commit of a --ckpt on the Hub")
     for part in ("mllm", "dit", "vae"):
         p.add_argument(f"--{part}", help="take this part from another folder or Hub name")
     p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
+    p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
+    p.add_argument("--graphs", action="store_true", help="CUDA graphs of the steps: fewer launches; no GPU has run it yet")
+    p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see fit.py")
+    p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
     group = p.add_argument_group("settings (defaults: the checkpoint's)")
@@ -224,45 +235,97 @@ def run(argv: list[str]) -> int:
     args, values = parse(argv)
     if args.name is not None:
         check_name(args.name, "--name")
+    if args.batch is not None and args.batch < 1:
+        raise InputError(f"--batch {args.batch}: must be 1 or more")
+    if args.plan:
+        batch = args.batch or (BATCH if args.prompts else 1)
+        parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
+        print(planned(args.ckpt, parts, values, batch, len(args.image), args.dtype).report())
+        return 0
     jobs = read_jobs(args, values)
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype, device)
+    set_backend(args.attention, device)
+    check_device(device, args.offload, args.graphs)
     out = make_out(Path(args.out))
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
-        parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
-        duo = DuoGen.from_pretrained(args.ckpt, **parts, revision=args.revision, dtype=dtype, device=device)
+        options = {name: getattr(args, name) for name in ("mllm", "dit", "vae", "revision", "offload", "graphs")}
+        duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
-    many = args.prompts is not None
-    if many:
-        out = fresh(out, args.name or slug(Path(args.prompts).stem))
-        out.mkdir()
-    finished: list[tuple[Path, Answer]] = []
-    for n, job in enumerate(jobs, 1):
-        if many:
-            print(f"[{n}/{len(jobs)}] {printable(prompt_of(job.messages))}\n", flush=True)
+    answers = []
+    for job in jobs:
         try:
-            answer = duo.answer(job.messages, override(duo.defaults, job.values, "settings"))
+            answers.append(duo.answer(job.messages, override(duo.defaults, job.values, "settings")))
         except InputError as e:
             raise InputError(f"{job.where}: {e}") from None
-        began = time.perf_counter()
-        try:
-            show(duo, answer)
-        except KeyboardInterrupt:
-            print(f"\n{STOPS['interrupted']}; saving what is there", file=sys.stderr)
+    if args.prompts is None:
+        return one(duo, answers[0], out, jobs[0].name, about)
+    folder = fresh(out, args.name or slug(Path(args.prompts).stem))
+    folder.mkdir()
+    return many(duo, answers, folder, unique([job.name for job in jobs]), about, args.batch or BATCH, Path(args.prompts).name)
+
+
+def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:
+    """Write an answer, to the terminal as it grows, and save it."""
+    began = time.perf_counter()
+    try:
+        show(duo, answer)
+    except KeyboardInterrupt:
+        print(f"\n{STOPS['interrupted']}; saving what is there", file=sys.stderr)
+    if answer.stop != "end":
+        print(f"[ends here: {STOPS[answer.stop]}]")
+    folder = save(out, name, answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
+    print(f"\n{folder / 'index.html'}", flush=True)
+    return 130 if answer.stop == "interrupted" else 0
+
+
+def many(duo: DuoGen, answers: list[Answer], out: Path, names: list[str], about: dict, batch: int, title: str) -> int:
+    """Write answers together, and save and print each as soon as it is finished."""
+    began, number, finished = time.perf_counter(), {a: n for n, a in enumerate(answers)}, {}
+
+    def done(answer: Answer) -> None:
+        n = number[answer]
+        folder = save(out, names[n], answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
+        finished[n] = folder, answer
+        write_text(out / "index.html", overview(title, [finished[k] for k in sorted(finished)], len(answers)))
+        bar.clear()
+        print(f"[{n + 1}/{len(answers)}] {printable(prompt_of(answer.messages))}\n")
+        for k, part in enumerate(answer.parts):
+            if isinstance(part, str):
+                print(printable(part).strip("\n"))
+            else:
+                print(caption(sum(isinstance(p, Picture) for p in answer.parts[: k + 1]), part))
         if answer.stop != "end":
             print(f"[ends here: {STOPS[answer.stop]}]")
-        folder = save(out, job.name, answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
-        finished.append((folder, answer))
-        if many:
-            write_text(out / "index.html", overview(Path(args.prompts).name, finished, len(jobs)))
-        print(f"\n{folder / 'index.html'}\n" if many else f"\n{folder / 'index.html'}", flush=True)
-        if answer.stop == "interrupted":
+        print(f"\n{folder / 'index.html'}\n", flush=True)
+        bar.update()
+
+    def progress(step: int, steps: int) -> None:
+        bar.set_postfix_str(f"painting, step {step} of {steps}" if step < steps else "")
+
+    with tqdm(total=len(answers), unit="answer", leave=False, disable=None) as bar:
+        try:
+            duo.write_many(answers, batch=batch, done=done, progress=progress)
+        except KeyboardInterrupt:
+            print(f"\n{STOPS['interrupted']}; saving what is there", file=sys.stderr)
+            for answer in answers:
+                if answer.parts and number[answer] not in finished:
+                    done(answer)
+            if not finished:
+                out.rmdir()
             return 130
-    if many:
-        print(f"{len(jobs)} answers: {out / 'index.html'}")
+    print(f"{len(answers)} answers: {out / 'index.html'}")
     return 0
+
+
+def unique(names: list[str]) -> list[str]:
+    """The names, a second "a" as "a-2": known before anything is saved, whatever is finished first."""
+    taken = []
+    for name in names:
+        taken.append(next(n for k in count(1) for n in [name if k == 1 else f"{name}-{k}"] if n not in taken))
+    return taken
 
 
 def make_out(out: Path) -> Path:
@@ -296,11 +359,15 @@ def show(duo: DuoGen, answer: Answer) -> None:
                 bar = tqdm(total=answer.settings.steps, desc=f"picture {number}", leave=False, disable=None)
             elif isinstance(event, Picture):
                 bar.close()
-                print(f"[picture {number}: {event.image.width} x {event.image.height}, {event.seconds:.1f} s]", flush=True)
+                print(caption(number, event), flush=True)
                 new_line = True
     finally:
         bar.close()
         print("" if new_line else "\n", end="", flush=True)
+
+
+def caption(number: int, picture: Picture) -> str:
+    return f"[picture {number}: {picture.image.width} x {picture.image.height}, {picture.seconds:.1f} s]"
 
 
 def printable(text: str) -> str:

@@ -16,12 +16,14 @@ def attention(q, k, v, sq, sk, causal, scale, k_lengths):
     if k_lengths is not None:
         return (_host_cache if k.device.type == "cpu" else _device_cache)(q, k, v, k_lengths, scale)
     runs = _runs(zip(sq.lengths, sk.lengths, strict=True))
-    # Split once: the backward pass of a split is one concatenation, that of a slice a full tensor of zeros each.
-    qs = q.split([count * lq for (lq, _), count in runs])
-    ks, vs = (x.split([count * lk for (_, lk), count in runs]) for x in (k, v))
+    qs, ks, vs = [q], [k], [v]
+    if len(runs) > 1:
+        # Split once: the backward pass of a split is one concatenation, that of a slice a full tensor of zeros each.
+        qs = q.split([count * lq for (lq, _), count in runs])
+        ks, vs = (x.split([count * lk for (_, lk), count in runs]) for x in (k, v))
     return _joined(
-        _dense(*(x.unflatten(0, (count, -1)) for x in pack), causal, scale)
-        for (_, count), *pack in zip(runs, qs, ks, vs, strict=True)
+        _dense(*(x.view(count, n, *x.shape[1:]) for x, n in zip(pack, (lq, lk, lk), strict=True)), causal, scale)
+        for ((lq, lk), count), *pack in zip(runs, qs, ks, vs, strict=True)
     )
 
 

@@ -55,6 +55,7 @@ from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
 from fused import linear_cross_entropy
+from kernels import Segments, set_backend
 from model import MLLM
 from plan import Plan, PlanConfig
 from vae import VAE
@@ -78,6 +79,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
+    attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see kernels.set_backend
     compile: bool = False  # torch.compile of the loss
     zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
     timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
@@ -232,6 +234,7 @@ class Run:
             raise InputError(f"--keep {config.keep}: keep 2 checkpoints at least, for the newest may turn out damaged")
         self.folder, self.code = Path(config.out), code_hash()
         config.dtype = world.pick_dtype(config.dtype)
+        set_backend(config.attention, world.device)
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.params = [p for p in module.parameters() if p.requires_grad]
         if not self.params:
@@ -704,8 +707,7 @@ class FlowLoss(nn.Module):
         x = torch.where(given_token, x0, interpolate(x0, eps, t_token))                # (N, C4)
         rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows]).to(device)
         context = self.dit.crossattn_proj(samples.features).index_select(0, rows)      # (M', D_text)
-        cu_context = torch.tensor([0, *map(len, samples.rows)]).cumsum(0).int().to(device)
-        v = self.dit(x, times, given, pack, context, cu_context)                       # (N, C4)
+        v = self.dit(x, times, given, pack, context, Segments([*map(len, samples.rows)], device))      # (N, C4)
         error = (v.float() - velocity_target(x0, eps)).square().mean(1)                # (N,)
 
         target = (~given_token[:, 0]).float()

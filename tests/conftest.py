@@ -1,7 +1,9 @@
 """What every test shares: the repository root on the import path, one thread per core, fixed seeds, no network, real data."""
 
+import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +34,23 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_for_hopper():
+    """A function: name of a script in tests/ -> what it says of the machine code of the pinned Triton."""
+    folder = ROOT / ".venv-aot"
+    env = os.environ | {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
+    env.pop("TRITON_INTERPRET", None)
+
+    def run(script: str) -> dict:
+        if not (folder / "triton").is_dir():
+            pytest.fail("the pinned compiler is missing: run `make .venv-aot/triton`")
+        done = subprocess.run([sys.executable, f"tests/{script}"], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 def make_parts(folder: Path) -> Path:

@@ -1,28 +1,19 @@
 """Every attention configuration for Hopper, compiled without a GPU, against the committed table: no spills, no regression."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-TABLE = json.loads((ROOT / "tests/aot_sm90.json").read_text())
+TABLE = json.loads((Path(__file__).parent / "aot_sm90.json").read_text())
 SHARED = 227 * 1024  # bytes that one thread block can have on sm_90
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict:
-    if not (ROOT / ".venv-aot/triton").is_dir():
-        pytest.fail("the pinned compiler is missing: run `make .venv-aot/triton`")
-    env = os.environ | {"PYTHONPATH": str(ROOT / ".venv-aot"), "TRITON_CACHE_DIR": str(ROOT / ".venv-aot/cache")}
-    env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, "tests/aot.py"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+def compiled(compiled_for_hopper) -> dict:
+    return compiled_for_hopper("aot.py")
 
 
 def test_the_table_holds_what_is_shipped(compiled):

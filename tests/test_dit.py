@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from checkpoint import InputError, read_json
 from connector import Connector, features
-from dit import PRESETS, DiT, DiTConfig, HeadNorm, pack_images, patchify, rotate, unpatchify
+from dit import PRESETS, DiT, DiTConfig, Targets, pack_images, patchify, unpatchify
+from fused import joint
 
 SMALL = DiTConfig(2, 3, 32, adaln_lora_dim=8, text_embed_dim=24, crossattn_proj_in_channels=40, qk_norm_eps=1e-5)
 
@@ -216,8 +217,8 @@ def test_patchify_is_channel_major_and_invertible():
 def test_positions_restart_in_every_image_and_count_images_per_sample():
     pack = pack_images([[(1, 2), (2, 1)], [(2, 2)]])
     assert pack.positions.tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
-    assert pack.image_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 2] and pack.cu_seqlens.tolist() == [0, 4, 8]
-    assert pack.cu_seqlens.dtype == torch.int32 and pack.shapes == [(1, 2), (2, 1), (2, 2)]
+    assert pack.image_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 2] and pack.segments.cu.tolist() == [0, 4, 8]
+    assert pack.segments.cu.dtype == torch.int32 and pack.shapes == [(1, 2), (2, 1), (2, 2)]
     assert pack.chunk == 2
     for sizes in ([], [[]], [[(0, 3)]]):
         with pytest.raises(InputError, match="at least"):
@@ -232,10 +233,10 @@ def test_a_sample_in_a_pack_equals_it_alone(small, sizes):
     lengths = [5, 9, 1]
     x, t, condition, pack, context, cu = inputs(small, sizes, lengths)
     with torch.no_grad():
-        together = small(x, t, condition, pack, context, cu).split(pack.cu_seqlens.diff().tolist())
+        together = small(x, t, condition, pack, context, cu).split(pack.segments.cu.diff().tolist())
         image = 0
         for s, sample in enumerate(sizes):
-            own = slice(pack.cu_seqlens[s], pack.cu_seqlens[s + 1])
+            own = slice(pack.segments.cu[s], pack.segments.cu[s + 1])
             images = slice(image, image := image + len(sample))
             text = context[cu[s] : cu[s + 1]]
             ends = torch.tensor([0, lengths[s]], dtype=torch.int32)
@@ -248,7 +249,7 @@ def test_samples_never_influence_each_other(small):
     x, t, condition, pack, context, cu = inputs(small, MIXED, [5, 9, 4])
     with torch.no_grad():
         before = small(x, t, condition, pack, context, cu)
-        a, b = pack.cu_seqlens[1:3].tolist()
+        a, b = pack.segments.cu[1:3].tolist()
         x, t, condition, context = x.clone(), t.clone(), condition.clone(), context.clone()
         x[a:b], t[3], condition[3], context[5:14] = 7.0, 0.9, True, -3.0
         after = small(x, t, condition, pack, context, cu)
@@ -290,6 +291,33 @@ def test_precomputed_context_and_modulations_change_nothing(small):
         assert torch.allclose(v, small(x, None, condition, pack, context, cu, modulations=(table, rows)), atol=1e-6)
 
 
+def test_targets_alone_are_computed_to_the_end(small):
+    x, t, condition, pack, context, cu = inputs(small, MIXED, [5, 9, 4])
+    targets = Targets(pack, condition.tolist())
+    with torch.no_grad():
+        v = small(x, t, condition, pack, context, cu)
+        ours = small(x, t, condition, pack, context, cu, rope=small.rope(pack.positions), targets=targets)
+    assert torch.equal(targets.rows, (~condition)[pack.image_ids].nonzero()[:, 0])
+    assert torch.allclose(ours, v[targets.rows], atol=2e-6)
+
+
+def test_joint_projections_change_neither_results_nor_names_nor_memory(small):
+    """Parameters are views of the joint ones; gradients, which take each by itself, still reach all of them."""
+    batch = inputs(small, MIXED, [5, 9, 4])
+    joined = copy.deepcopy(small).fuse_for_inference()
+    assert joined.state_dict().keys() == small.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(joined.parameters(), small.parameters(), strict=True))
+    memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in joined.parameters()}
+    assert sum(memory.values()) == sum(p.nbytes for p in small.parameters())
+    own, context = joined.transformer_blocks[0].attn1, joined.transformer_blocks[0].attn2
+    with torch.no_grad():
+        assert len(joint(torch.randn(2, 96), own.to_q, own.to_k, own.to_v)) == 1
+        assert len(joint(torch.randn(2, 24), context.to_k, context.to_v)) == 1
+        assert torch.allclose(joined(*batch), small(*batch), atol=2e-6)
+    joined(*batch).square().mean().backward()
+    assert all(p.grad.any() for name, p in joined.named_parameters() if "crossattn_proj" not in name)
+
+
 def test_a_sample_without_context_gets_nothing_from_it(small):
     """Equal to a sample whose cross-attention returns zeros; the neighbour with a context is untouched."""
     x, t, condition, pack, context, cu = inputs(small, [[(2, 2)], [(2, 2)]], [0, 6])
@@ -315,7 +343,10 @@ def test_fresh_weights_predict_zero_and_blocks_are_the_identity():
     dit = DiT.from_config(SMALL)
     batch = inputs(dit, MIXED, [5, 9, 4])
     assert torch.equal(dit(*batch), torch.zeros_like(batch[0]))
-    assert all(torch.equal(m, torch.zeros_like(m)) for m in dit.modulations(torch.rand(4)))
+    *blocks, out = dit.modulations(torch.rand(4))
+    for m, parts in ((out, 2), *((block, 9) for block in blocks)):
+        for k, part in enumerate(m.chunk(parts, 1)):
+            assert torch.equal(part, torch.full_like(part, float(k % 3 == 1)))  # shift 0, 1 + scale 1, gate 0
     for name, p in dit.named_parameters():
         if p.ndim == 2 and p.any():
             assert p.std().item() == pytest.approx(p.shape[1] ** -0.5, rel=0.2), name
@@ -346,22 +377,6 @@ def test_gradient_checkpointing_changes_no_gradient(small):
         dit(*batch).square().mean().backward()
         gradients.append({n: p.grad for n, p in dit.named_parameters() if "crossattn_proj" not in n})
     assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items()) and all(g.any() for g in gradients[0].values())
-
-
-@pytest.mark.parametrize("turned", [True, False])
-def test_head_norm_and_its_gradient_equal_autograd(turned):
-    x, w = torch.randn(7, 3, 8, requires_grad=True), torch.rand(8, requires_grad=True)
-    angles = torch.rand(7, 1, 4)
-    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
-    cos, sin = (cos, sin) if turned else (None, None)
-    y = F.rms_norm(x, (8,), w, 1e-6)
-    y = rotate(y, cos, sin) if turned else y
-    weights = torch.randn_like(y)
-    expected = torch.autograd.grad((y * weights).sum(), (x, w))
-    ours = HeadNorm.apply(x, w, 1e-6, cos, sin)
-    assert torch.allclose(ours, y, atol=1e-6)
-    for a, b in zip(torch.autograd.grad((ours * weights).sum(), (x, w)), expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_bf16_is_close_to_fp32_in_weights_and_in_autocast(small):

@@ -1,11 +1,6 @@
 """Every fused step, in PyTorch and as a kernel in Triton's interpreter, against its formula in float64; gradients too."""
 
-import gc
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +8,7 @@ import torch.nn.functional as F
 
 import fused
 import kernels
+from bench import peak
 from checkpoint import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter
@@ -263,18 +259,6 @@ def test_a_second_backward_pass_raises():
         loss.backward()
 
 
-def peak(function) -> int:
-    """Most bytes of new tensors alive at once while `function` runs."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    alive = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
-
-
 def test_logits_are_never_whole():
     """New memory beyond the gradients stays within the two tensors of one chunk; the plain loss takes many times that."""
     tokens, vocab, width, chunk = 128, 10000, 16, 4
@@ -283,11 +267,10 @@ def test_logits_are_never_whole():
     grads = 4 * (vocab + tokens) * width
 
     def run(loss):
-        gc.collect()
-        return peak(lambda: torch.autograd.grad(loss(), (h, w)))
+        return peak(lambda: torch.autograd.grad(loss(), (h, w)), h.device) - grads
 
-    ours = run(lambda: fused.linear_cross_entropy(h, w, labels, chunk)) - grads
-    plain = run(lambda: F.cross_entropy(h @ w.T, labels, reduction="sum")) - grads
+    ours = run(lambda: fused.linear_cross_entropy(h, w, labels, chunk))
+    plain = run(lambda: F.cross_entropy(h @ w.T, labels, reduction="sum"))
     assert plain > 2 * 4 * tokens * vocab  # else the measure is wrong
     assert ours < 2.2 * 4 * chunk * vocab
     assert ours < 0.15 * plain
@@ -314,16 +297,9 @@ def test_what_the_kernels_cannot_do_raises(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
-def test_every_launch_compiles_for_hopper():
+def test_every_launch_compiles_for_hopper(compiled_for_hopper):
     """At the models' sizes: no spills beyond a pair of registers that ptxas parks, and rows are read 16 bytes at a time."""
-    root = Path(__file__).parent.parent
-    if not (root / ".venv-aot/triton").is_dir():
-        pytest.fail("the pinned compiler is missing: run `make .venv-aot/triton`")
-    env = os.environ | {"PYTHONPATH": str(root / ".venv-aot"), "TRITON_CACHE_DIR": str(root / ".venv-aot/cache")}
-    env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, "tests/aot_fused.py"], cwd=root, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)
+    rows = compiled_for_hopper("aot_fused.py")
     kernels_met = {label.split("(")[0] for label in rows}
     assert kernels_met == {name for name in vars(fused) if name.endswith("_kernel")}
     for label, row in rows.items():

@@ -1,7 +1,9 @@
 """The loop on small random parts, the language model's choices written by hand: what is read, painted, kept and said."""
 
+import copy
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from checkpoint import InputError
 from connector import features
 from dit import DiT, DiTConfig
 from model import MLLM, ImageProcessor, MLLMConfig, VisionConfig, mrope_positions
-from pipeline import Answer, DuoGen, Paint, Picture, Settings, Stop, Text, derive, override, until_paint
+from pipeline import Answer, DuoGen, Paint, Picture, Settings, Stop, Text, derive, override
 from tokenizer import render, train_bpe
 from vae import VAE, VAEConfig, to_image, to_tensor
 
@@ -119,8 +121,8 @@ def test_cache_with_appended_pictures_equals_the_full_pass(duo, monkeypatch):
     fed, seen, rows = [], [], []
     forward = duo.mllm.forward
 
-    def spy(ids, positions, cu, pixels=None, grids=None, cache=None):
-        hidden = forward(ids, positions, cu, pixels, grids, cache=cache)
+    def spy(ids, positions, cu, pixels=None, grids=None, cache=None, document=0):
+        hidden = forward(ids, positions, cu, pixels, grids, cache=cache, document=document)
         fed.append((ids, positions, pixels, grids))
         seen.append(hidden)
         return hidden
@@ -209,7 +211,7 @@ def test_one_packed_call_a_step_and_context_once_a_picture(duo, monkeypatch):
     def count(name, function):
         def counted(*args, **kwargs):
             if name == "dit":
-                calls["dit"].append(len(args[3].cu_seqlens) - 1)
+                calls["dit"].append(len(args[3].segments))
             else:
                 calls[name] += 1 if name == "kv" else len(args[0])
             return function(*args, **kwargs)
@@ -361,6 +363,37 @@ def test_many_in_lockstep_equal_each_alone(duo, monkeypatch):
                 assert x.seed == y.seed and x.context == y.context and same(x.image, y.image, 1)
 
 
+def test_text_is_written_in_one_batch_that_answers_enter_and_leave(parts, monkeypatch):
+    """Five that draw their tokens, three at a time: those of each alone, from a generator of its own, in far fewer passes."""
+    dialogues = ["Draw.", question(picture(3)), "Two", "Three more words", "x"]
+    settings = [parts.settings(temperature=1.0, seed=s, max_tokens=12 + 6 * s, max_images=1, steps=1) for s in range(5)]
+    draw, drawn = parts.choose, Counter()
+
+    def choose(logits, settings, generator):  # every second asks for a picture after the fifth token
+        drawn[generator] += 1
+        token = draw(logits, settings, generator)
+        return parts.tokenizer.vision_start if settings.seed % 2 and drawn[generator] == 6 else token
+
+    monkeypatch.setattr(parts, "choose", choose)
+    alone = [parts.generate(m, s, i) for i, (m, s) in enumerate(zip(dialogues, settings, strict=True))]
+    decode, passes = parts.mllm.decode, []
+
+    def spy(ids, positions, cache):
+        before = cache.lengths.clone()
+        hidden = decode(ids, positions, cache)
+        passes.append(int((cache.lengths - before).sum()))
+        return hidden
+
+    monkeypatch.setattr(parts.mllm, "decode", spy)
+    together = parts.generate_many(dialogues, settings, batch=3)
+    assert len({a.text for a in alone}) == 5 and [len(a.pictures) for a in alone] == [0, 1, 0, 1, 0]
+    for a, b in zip(alone, together, strict=True):
+        assert (a.text, a.stop, a.tokens) == (b.text, b.stop, b.tokens) and len(a.pictures) == len(b.pictures)
+        assert all(same(x.image, y.image, 1) for x, y in zip(a.pictures, b.pictures, strict=True))
+    assert parts.generate_many([]) == []
+    assert max(passes) == 3 and min(passes) >= 2 and len(passes) < 0.5 * sum(a.tokens for a in alone)
+
+
 def test_pictures_with_other_settings_are_other_batches(duo, monkeypatch):
     duo.say(TWO, TWO, TWO)
     calls, denoise = [], pipeline.denoise
@@ -382,9 +415,59 @@ def test_pictures_with_other_settings_are_other_batches(duo, monkeypatch):
 def test_an_interrupted_answer_keeps_what_is_there(duo):
     duo.say(TWO)
     answer = duo.answer("x")
-    writer = answer.write()
-    assert isinstance(until_paint(writer, None), Paint)
+    assert any(isinstance(event, Paint) for event in duo.stream(answer))
     assert answer.stop == "interrupted" and answer.text == TWO[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- offload
+
+
+class Strict(pipeline.Offload):
+    """The CPU in place of a GPU. Weights that are away are NaN: who uses them without a call gets nonsense. Notes who comes."""
+
+    def __init__(self, *args):
+        self.came = []
+        super().__init__(*args)
+
+    def leave(self, name):
+        super().leave(name)
+        for _, views in self.home[name]:
+            for t, *_ in views:
+                t.data = torch.full_like(t, torch.nan)
+
+    def arrive(self, name):
+        super().arrive(name)
+        self.came.append(name)
+
+
+def test_offload_moves_each_part_once_a_turn_and_changes_nothing(duo, monkeypatch):
+    """Each part comes whole before it is used, and never inside a loop over tokens or steps."""
+    monkeypatch.setattr(pipeline, "Offload", Strict)
+    asked = [question(picture(3)), "Draw a house"]
+    duo.say(TWO, TWO)
+    alone = [duo.generate(m, index=i) for i, m in enumerate(asked)]
+    mllm, dit, vae = (copy.deepcopy(part) for part in (duo.mllm, duo.dit, duo.vae))
+    other = DuoGen(mllm, duo.tokenizer, duo.processor, dit, vae, duo.defaults, duo.size, offload=torch.device("cpu"))
+    monkeypatch.setattr(other, "choose", duo.choose)
+    tensors = [t for part in (mllm, dit, vae) for t in (*part.parameters(), *part.buffers())]
+    assert all(t.isnan().all() for t in tensors)
+    turn = ["vae", "dit", "vae", "decoder", "vision"]
+    # The decoder is still there when the second begins, and with no picture before its first one there is nothing to encode.
+    for i, (m, expected) in enumerate(zip(asked, (["decoder", "vision", *turn, *turn], [*turn[1:], *turn]), strict=True)):
+        duo.say(TWO, TWO)
+        other.offload.came.clear()
+        answer = other.generate(m, index=i)
+        assert other.offload.came == expected
+        assert answer.text == alone[i].text
+        assert all(same(x.image, y.image) for x, y in zip(answer.pictures, alone[i].pictures, strict=True))
+    duo.say(TWO, TWO)
+    other.offload.came.clear()
+    together = other.generate_many(asked)
+    assert other.offload.came == ["vision", *turn, *turn]
+    for a, b in zip(alone, together, strict=True):
+        assert all(same(x.image, y.image, 1) for x, y in zip(a.pictures, b.pictures, strict=True))
+    storages = [layer.self_attn.q_proj.weight.untyped_storage().data_ptr() for layer in mllm.model.layers]
+    assert storages == [layer.self_attn.v_proj.weight.untyped_storage().data_ptr() for layer in mllm.model.layers]
 
 
 # ------------------------------------------------------------------------------------------------------------------- size

@@ -18,6 +18,7 @@ import plan
 import vae
 from checkpoint import InputError
 from data import MLLMBatch
+from kernels import Segments
 from plan import Batch
 from train_stage1 import Stage1Config
 from train_stage2 import Stage2Config
@@ -174,7 +175,7 @@ def test_kept_bytes_of_every_kind_of_block(dtype):
     context = torch.randn(m, d.text_embed_dim, dtype=torch.bfloat16 if cast else None, requires_grad=True)
     expected = plan.block_bytes(d, n, m, 2, e)[0] + matrices(block.attn1) + matrices(block.attn2) + matrices(block.ff)
     expected += n * 2 * 4 * d.attention_head_dim + m * d.text_embed_dim * e
-    got = kept(block, dtype, x, table, torch.arange(2), rope, cu, context, None, torch.tensor([0, m], dtype=torch.int32))
+    got = kept(block, dtype, x, table, torch.arange(2), rope, Segments([n]), context, None, Segments([m]))
     assert got == pytest.approx(expected, rel=1e-3)  # but for indices and modulations of a few bytes
 
 

@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import BOV, END, PLAIN, TWO, make_duo, picture
+from test_pipeline import BOV, END, PLAIN, TWO, make_duo, picture, same
 
+import evaluate
+import kernels
 import page
 import sample
+import training
+from checkpoint import InputError
 from page import escape_markdown
 from pipeline import STOPS, derive
 from sample import main, printable, slug
@@ -36,11 +40,17 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def duo(parts, monkeypatch):
-    """Loaded in place of any checkpoint; `duo.say(script, ...)` are its answers, one after the other."""
-    scripts, loaded = [], []
+    """Loaded in place of any checkpoint; `duo.say(script, ...)` are its answers in the order in which they begin."""
+    scripts, begun, loaded = [], [], []
 
     def say(*texts):
-        scripts[:] = [t for script in texts for x in script for t in parts.tokenizer.encode_with_control(x)]
+        scripts[:] = [[t for x in script for t in parts.tokenizer.encode_with_control(x)] for script in texts]
+        begun.clear()
+
+    def choose(logits, settings, generator):
+        if not any(g is generator for g in begun):
+            begun.append(generator)
+        return scripts[next(i for i, g in enumerate(begun) if g is generator)].pop(0)
 
     def load(ckpt, **options):
         loaded.append((ckpt, options))
@@ -48,11 +58,18 @@ def duo(parts, monkeypatch):
         return parts
 
     monkeypatch.setattr(sample.DuoGen, "from_pretrained", load)
-    monkeypatch.setattr(parts, "choose", lambda *_: scripts.pop(0))
+    monkeypatch.setattr(parts, "choose", choose)
     monkeypatch.setattr(parts, "say", say, raising=False)
     monkeypatch.setattr(parts, "loaded", loaded, raising=False)
     monkeypatch.setattr(parts, "sources", {"ckpt": "here", "dit": "nvidia/x@abc"})
     return parts
+
+
+@pytest.fixture(autouse=True)
+def attention():
+    """--attention is a choice for the whole process: undone here."""
+    yield
+    kernels.set_backend("auto")
 
 
 @pytest.fixture
@@ -252,6 +269,36 @@ def test_flags_reach_the_settings(duo, here):
     assert Image.open(here / "out/x/image_01.png").size == (64, 32)
 
 
+def test_the_choice_of_attention_changes_no_result(duo, here, monkeypatch):
+    """--attention reaches every call of it, and logits and picture stay what they were."""
+    seen, ran = [], {"triton": 0, "sdpa": 0}
+    for name, module, function in (("triton", kernels, "_triton_packed"), ("sdpa", kernels.sdpa, "attention")):
+        real = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *a, n=name, f=real: ran.update({n: ran[n] + 1}) or f(*a))
+    choose = duo.choose
+    monkeypatch.setattr(duo, "choose", lambda logits, *rest: seen.append(logits) or choose(logits, *rest))
+    small = "--steps 1 --height 16 --width 16 --guidance 1".split()
+    for name in ("sdpa", "triton"):
+        duo.say(["", BOV, END])
+        assert main(["--prompt", "x", "--name", name, "--system", "", "--attention", name, *small]) == 0
+        assert kernels.get_backend() == name
+    assert ran["triton"] > 10 and ran["sdpa"] == ran["triton"] + 2  # the VAE has one of its own, and always PyTorch's
+    one, other = torch.stack(seen[: len(seen) // 2]), torch.stack(seen[len(seen) // 2 :])
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    images = [Image.open(here / "out" / name / "image_01.png") for name in ("sdpa", "triton")]
+    assert same(*images, levels=1)
+
+
+def test_an_attention_that_cannot_be_is_told_before_anything_is_loaded(here, monkeypatch, capsys):
+    monkeypatch.setattr(sample.DuoGen, "from_pretrained", None)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)  # as it is outside the tests
+    check_one_line(main(["--prompt", "x", "--attention", "triton", "--device", "cpu"]), capsys, "need an NVIDIA GPU")
+    with pytest.raises(InputError, match="'flash' is none of"):
+        evaluate.main(["sketchbook", "--attention", "flash"])
+    with pytest.raises(InputError, match="'flash' is none of"):
+        training.Run(training.TrainConfig(attention="flash"), training.World("cpu"), torch.nn.Linear(2, 2), None)
+
+
 def test_without_a_prompt_there_is_a_house(duo, here):
     duo.say(PLAIN)
     assert main([]) == 0 and (here / "out" / slug(sample.PROMPT)).is_dir()
@@ -306,13 +353,47 @@ def test_an_answer_of_a_file_is_that_of_its_prompt_alone(parts, here, monkeypatc
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_ctrl_c_ends_a_file_of_prompts(duo, here, monkeypatch):
-    write("p.jsonl", {"prompt": "One"}, {"prompt": "Two"}, {"prompt": "Three"})
-    duo.say(PLAIN, TWO)
+@pytest.mark.parametrize("batch, saved", [("1", ["one", "two"]), ("2", ["one", "three", "two"])])
+def test_ctrl_c_ends_a_file_of_prompts(duo, here, monkeypatch, capsys, batch, saved):
+    """Finished ones stay, those at work are saved as far as they are, others have not begun."""
+    write("p.jsonl", *({"prompt": p} for p in ("One", "Two", "Three", "Four")))
+    duo.say(PLAIN, TWO, TWO, TWO)
     monkeypatch.setattr(duo, "paint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(["--prompts", "p.jsonl"]) == 130
-    assert sorted(os.listdir(here / "out/p")) == ["index.html", "one", "two"]
-    assert "2 of 3" in Page((here / "out/p/index.html").read_text()).text
+    assert main(["--prompts", "p.jsonl", "--batch", batch]) == 130
+    assert sorted(os.listdir(here / "out/p")) == ["index.html", *saved]
+    assert f"{len(saved)} of 4" in Page((here / "out/p/index.html").read_text()).text
+    stops = [json.loads((here / "out/p" / name / "answer.json").read_text())["stop"] for name in saved]
+    assert stops == ["end", *["interrupted"] * (len(saved) - 1)]
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and out.count("[ends here: it was interrupted]") == len(saved) - 1
+
+
+def test_ctrl_c_before_the_first_word_leaves_nothing(duo, here, monkeypatch):
+    monkeypatch.setattr(duo, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["--prompts", write("p.jsonl", {"prompt": "One"}, {"prompt": "Two"})]) == 130
+    assert os.listdir(here / "out") == []
+
+
+def test_answers_of_a_file_appear_as_they_are_finished(duo, here, capsys):
+    """A short one overtakes a long one; names, numbers and the overview follow the file."""
+    write("p.jsonl", {"prompt": "Draw"}, {"prompt": "Draw", "name": "draw-2"}, {"prompt": "Draw"})
+    duo.say(TWO, PLAIN, ["", BOV, END])
+    assert main(["--prompts", "p.jsonl", "--batch", "3"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"\[(\d)/3\] Draw|out/p/(.*)/index", out) == [
+        ("2", ""), ("", "draw-2"), ("3", ""), ("", "draw-3"), ("1", ""), ("", "draw")
+    ]  # fmt: skip
+    lines = out[out.index("[1/3]") :].split("\n")
+    assert lines[2] == TWO[0] and lines[3].startswith("[picture 1: 48 x 32, ") and lines[4] == TWO[2]
+    overview = Page((here / "out/p/index.html").read_text())
+    assert [a["href"].split("/")[0] for tag, a in overview.tags if tag == "a"] == ["draw", "draw-2", "draw-3"]
+
+
+def test_a_prompt_that_is_too_long_stops_a_file_before_it_begins(duo, here, monkeypatch, capsys):
+    monkeypatch.setattr(duo, "context", 40)
+    monkeypatch.setattr(duo, "read", None)
+    assert main(["--prompts", write("p.jsonl", {"prompt": "x"}, {"prompt": "x " * 100})]) == 2
+    assert err_line(capsys).startswith("error: p.jsonl:2: the prompt has") and not (here / "out/p").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -356,11 +437,15 @@ BAD = [
     (["--prompt", "x", "--device", "tpu"], "device tpu: unknown"),
     (["--prompt", "x", "--device", "cuda:99"], "device cuda:99"),
     (["--prompt", "x", "--dtype", "int3"], "dtype int3: unknown"),
+    (["--prompt", "x", "--offload", "--device", "cpu"], "--offload is for NVIDIA GPUs, and the device is cpu: leave it out"),
+    (["--prompt", "x", "--graphs", "--device", "cpu"], "--graphs is for NVIDIA GPUs, and the device is cpu"),
+    (["--prompt", "x", "--attention", "flash"], "attention 'flash' is none of auto, triton, sdpa"),
     (["--prompt", "x", "--prompts", "p.jsonl"], "--prompt and --prompts exclude each other"),
     (["--image", "a.png", "--prompts", "p.jsonl"], "--image and --prompts exclude each other"),
     (["--prompts", "none.jsonl"], "none.jsonl: no such file"),
     (["--prompts", "."], ".: is a folder"),
     (["--prompts", "empty.jsonl"], "empty.jsonl: no prompt in it"),
+    (["--prompts", "p.jsonl", "--batch", "0"], "--batch 0: must be 1 or more"),
 ]
 
 
