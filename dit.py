@@ -261,9 +261,9 @@ class Block(nn.Module):
         With targets, the other patches only give keys and values, and are left out of what is returned.
         """
         dtype = working_dtype(self.attn1.to_q.weight)
-        shift1, scale1, gate1, *others, own = modulation(table, rows, x)
+        shift1, scale1, gate1, *others, index = modulation(table, rows, x)
 
-        h = modulate(x, shift1, scale1, own, dtype)                                    # (N, D)
+        h = modulate(x, shift1, scale1, index, dtype)                                  # (N, D)
         if targets is None:
             q, k, v = self.attn1.qkv(h, *rope)                                         # (N, heads, head_dim)
             y = attention(q, k, v, segments)
@@ -271,14 +271,14 @@ class Block(nn.Module):
             q = self.attn1.query(h.index_select(0, targets.rows), *(r.index_select(0, targets.rows) for r in rope))
             y = attention(q, *self.attn1.kv(h, *rope), targets.segments, segments)     # (P, heads, head_dim)
             x, rows, segments = x.index_select(0, targets.chunks), rows.index_select(0, targets.chunks), targets.segments
-            _, _, gate1, *others, own = modulation(table, rows, x)
+            _, _, gate1, *others, index = modulation(table, rows, x)
         shift2, scale2, gate2, shift3, scale3, gate3 = others
-        x, h = gate_add_modulate(x, gate1, self.attn1.out(y), shift2, scale2, own, dtype)                # (G, n, D), (N, D)
+        x, h = gate_add_modulate(x, gate1, self.attn1.out(y), shift2, scale2, index, dtype)              # (G, n, D), (N, D)
 
         k, v = self.attn2.kv(context) if kv is None else kv                            # (M, heads, head_dim)
         y = attention(self.attn2.query(h), k, v, segments, keys)
-        x, h = gate_add_modulate(x, gate2, self.attn2.out(y), shift3, scale3, own, dtype)
-        return gate_add(x, gate3, self.ff(h), own)
+        x, h = gate_add_modulate(x, gate2, self.attn2.out(y), shift3, scale3, index, dtype)
+        return gate_add(x, gate3, self.ff(h), index)
 
 
 def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
@@ -427,7 +427,7 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):                             # the whole last layer is fp32
             rows = rows if targets is None else rows.index_select(0, targets.chunks)
             shift, scale = table[-1][:, None].chunk(2, -1)                             # (T, 1, D)
-            x = linear32(modulate(x, shift, scale, rows, torch.float32), self.proj_out)                  # (N, 4C), channel last
+            x = linear32(modulate(x.float(), shift, scale, rows), self.proj_out)       # (N, 4C), channel last
         return x.unflatten(1, (patch, -1)).transpose(1, 2).flatten(1)                  # (N, C4), channel first like the input
 
 

@@ -1,6 +1,7 @@
 """dit.py and connector.py: equal to diffusers on its checkpoints, packed pictures equal single ones, training reaches all."""
 
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ from diffusers import CosmosTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 from safetensors.torch import load_file
 
+import kernels
 from checkpoint import InputError, read_json
 from connector import Connector, features
 from dit import PRESETS, DiT, DiTConfig, Targets, pack_images, patchify, unpatchify
-from fused import joint
+from kernels import Segments
+from launches import Launches
 
 SMALL = DiTConfig(2, 3, 32, adaln_lora_dim=8, text_embed_dim=24, crossattn_proj_in_channels=40, qk_norm_eps=1e-5)
 
@@ -301,21 +304,25 @@ def test_targets_alone_are_computed_to_the_end(small):
     assert torch.allclose(ours, v[targets.rows], atol=2e-6)
 
 
-def test_joint_projections_change_neither_results_nor_names_nor_memory(small):
-    """Parameters are views of the joint ones; gradients, which take each by itself, still reach all of them."""
-    batch = inputs(small, MIXED, [5, 9, 4])
+def test_kernels_and_joint_projections_change_nothing(monkeypatch):
+    """Triton's kernels read the modulations row by row, and the joint projections, whose parameters are views of them."""
+    small = randomise(DiT.from_config(dataclasses.replace(SMALL, num_attention_heads=1)))
+    x, t, condition, pack, context, _ = inputs(small, [[(1, 1), (1, 1)], [(1, 2)]], [3, 2])
     joined = copy.deepcopy(small).fuse_for_inference()
-    assert joined.state_dict().keys() == small.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(joined.parameters(), small.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(joined.parameters(), small.parameters(), strict=True))
     memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in joined.parameters()}
     assert sum(memory.values()) == sum(p.nbytes for p in small.parameters())
-    own, context = joined.transformer_blocks[0].attn1, joined.transformer_blocks[0].attn2
-    with torch.no_grad():
-        assert len(joint(torch.randn(2, 96), own.to_q, own.to_k, own.to_v)) == 1
-        assert len(joint(torch.randn(2, 24), context.to_k, context.to_v)) == 1
-        assert torch.allclose(joined(*batch), small(*batch), atol=2e-6)
-    joined(*batch).square().mean().backward()
-    assert all(p.grad.any() for name, p in joined.named_parameters() if "crossattn_proj" not in name)
+    results = []
+    for dit, backend in ((small, "sdpa"), (joined, "triton")):
+        monkeypatch.setattr(kernels, "_backend", backend)
+        with torch.no_grad(), Launches() as count:
+            v = dit(x, t, condition, pack, context, Segments([3, 2]), targets=Targets(pack, condition.tolist()))
+        dit(x, t, condition, pack, context, Segments([3, 2])).square().mean().backward()
+        results.append((v, {n: p.grad for n, p in dit.named_parameters() if "crossattn_proj" not in n}))
+    assert count.by_name["_norm_rope_kernel"] == 3 + 4  # only the last block, with fewer queries than keys, takes them apart
+    (v, gradients), (ours, ours_gradients) = results
+    assert torch.allclose(ours, v, atol=5e-6)
+    assert all((ours_gradients[n] - g).norm() <= 1e-5 * g.norm() for n, g in gradients.items())
 
 
 def test_a_sample_without_context_gets_nothing_from_it(small):
