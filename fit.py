@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from checkpoint import parse_dtype
 from dit import PRESETS as DITS
@@ -20,7 +19,7 @@ from dit import DiT, DiTConfig
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, smart_resize
 from model import PRESETS as MLLMS
 from pipeline import BUNDLED, PACK, PARTS, SIDE, SIZE, Settings, override, read_manifest
-from plan import GB, config_of
+from plan import GB, config_of, count
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
@@ -37,10 +36,6 @@ class Load:
     size: tuple[int, int]  # (H, W) of the pictures in pixels
     batch: int = 1  # answers written at a time
     given: int = 0  # pictures in each prompt
-
-
-def count(*modules: nn.Module) -> int:
-    return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
 
 
 class Fit:

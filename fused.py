@@ -96,7 +96,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _AddNorm.apply(x[None], None, None, None, weight[None, None], None, x.dtype, eps)
     if torch.is_grad_enabled():
         return _NormRope.apply(x[:, None], weight, eps, None, None)[:, 0]              # half of autograd's time (CPU)
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if x.device.type != "cpu":
+        return F.rms_norm(x, weight.shape, weight, eps)
+    n = x.float()  # two thirds of the time of what F.rms_norm is on a CPU
+    return (n * _inverse_rms(n, eps)).mul_(weight).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -315,11 +318,16 @@ def _gained(x: Tensor, weight: Tensor) -> Tensor:
     return x * (weight if weight.ndim == 1 else weight.repeat_interleave(x.shape[1] // len(weight), 0))
 
 
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """(..., W) -> (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
 def _norm_rope(x, weight, eps, cos, sin):
     """The result in x's dtype; in fp32 the normalised heads and 1 / rms."""
     n = x.float()
-    r = torch.linalg.vector_norm(n, dim=-1, keepdim=True)
-    r = torch.addcmul(r.new_full((), eps), r, r, value=1 / x.shape[-1]).rsqrt_()       # (N, heads, 1)
+    r = _inverse_rms(n, eps)                                                           # (N, heads, 1)
     n = n * r                                                                          # (N, heads, D)
     y = _gained(n, weight)
     return (y if cos is None else _rotate(y, cos, sin)).to(x.dtype), n, r

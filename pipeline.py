@@ -558,8 +558,10 @@ class DuoGen:
         as soon as one is finished, progress(done, steps) while pictures are painted. Memory: `batch` KV caches.
         """
         queue, active = deque(answers), {}  # answer -> (its coroutine, what it waits for)
+        if not queue:
+            return
         places = [*range(min(batch, len(queue)))]
-        cache = self.cache(max((a.capacity for a in answers), default=0), len(places))
+        cache = self.cache(max(a.capacity for a in answers), len(places))
         step = self.step(cache)
 
         def go_on(answer: Answer, writer: Generator, reply: Reply) -> None:

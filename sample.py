@@ -5,6 +5,7 @@
     python sample.py --prompts prompts.jsonl --steps 20                          many, with an overview page
     python sample.py --ckpt owner/name --dtype bf16 --device cuda --prompt "..."   a folder or a Hub name
     python sample.py --mllm Qwen/Qwen2.5-VL-7B-Instruct --dit DIT --vae VAE ...    parts from elsewhere, see pipeline.py
+    python sample.py --plan --mllm 7B --dit 2B --vae wan2.1                        what it takes of a GPU, nothing is loaded
 
 The answer appears on stdout as it is written; bars and notices are on stderr. What remains is a folder (page.py):
 
@@ -312,6 +313,8 @@ def many(duo: DuoGen, answers: list[Answer], out: Path, names: list[str], about:
             for answer in answers:
                 if answer.parts and number[answer] not in finished:
                     done(answer)
+            if not finished:
+                out.rmdir()
             return 130
     print(f"{len(answers)} answers: {out / 'index.html'}")
     return 0

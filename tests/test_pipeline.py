@@ -390,6 +390,7 @@ def test_text_is_written_in_one_batch_that_answers_enter_and_leave(parts, monkey
     for a, b in zip(alone, together, strict=True):
         assert (a.text, a.stop, a.tokens) == (b.text, b.stop, b.tokens) and len(a.pictures) == len(b.pictures)
         assert all(same(x.image, y.image, 1) for x, y in zip(a.pictures, b.pictures, strict=True))
+    assert parts.generate_many([]) == []
     assert max(passes) == 3 and min(passes) >= 2 and len(passes) < 0.5 * sum(a.tokens for a in alone)
 
 

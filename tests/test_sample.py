@@ -279,7 +279,7 @@ def test_the_choice_of_attention_changes_no_result(duo, here, monkeypatch):
     monkeypatch.setattr(duo, "choose", lambda logits, *rest: seen.append(logits) or choose(logits, *rest))
     small = "--steps 1 --height 16 --width 16 --guidance 1".split()
     for name in ("sdpa", "triton"):
-        duo.say(["a", BOV, END])
+        duo.say(["", BOV, END])
         assert main(["--prompt", "x", "--name", name, "--system", "", "--attention", name, *small]) == 0
         assert kernels.get_backend() == name
     assert ran["triton"] > 10 and ran["sdpa"] == ran["triton"] + 2  # the VAE has one of its own, and always PyTorch's
@@ -366,6 +366,12 @@ def test_ctrl_c_ends_a_file_of_prompts(duo, here, monkeypatch, capsys, batch, sa
     assert stops == ["end", *["interrupted"] * (len(saved) - 1)]
     out, err = capsys.readouterr()
     assert "Traceback" not in err and out.count("[ends here: it was interrupted]") == len(saved) - 1
+
+
+def test_ctrl_c_before_the_first_word_leaves_nothing(duo, here, monkeypatch):
+    monkeypatch.setattr(duo, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["--prompts", write("p.jsonl", {"prompt": "One"}, {"prompt": "Two"})]) == 130
+    assert os.listdir(here / "out") == []
 
 
 def test_answers_of_a_file_appear_as_they_are_finished(duo, here, capsys):
