@@ -137,7 +137,8 @@ def test_twenty_steps_with_either_backend(monkeypatch):
         torch.manual_seed(1)
         kernels.set_backend(backend)
         embed, qkv, head = torch.nn.Embedding(11, 32), torch.nn.Linear(32, 64), torch.nn.Linear(32, 11)
-        optimizer = torch.optim.AdamW([*embed.parameters(), *qkv.parameters(), *head.parameters()], lr=1e-2)
+        # AdamW divides by the size of the gradients, and so makes whole steps of what is rounding in the smallest.
+        optimizer = torch.optim.SGD([*embed.parameters(), *qkv.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
         ids, losses[backend] = torch.randint(11, (24,)), []
         for _ in range(20):
             x = embed(ids[:-1])
@@ -147,7 +148,7 @@ def test_twenty_steps_with_either_backend(monkeypatch):
             loss.backward()
             optimizer.step()
             losses[backend].append(loss.item())
-    assert losses["triton"] == pytest.approx(losses["sdpa"], rel=1e-5) and losses["sdpa"][-1] < 0.5 * losses["sdpa"][0]
+    assert losses["triton"] == pytest.approx(losses["sdpa"], rel=2e-6) and losses["sdpa"][-1] < 0.5 * losses["sdpa"][0]
 
 
 @pytest.mark.parametrize(
