@@ -361,7 +361,8 @@ class DiT(nn.Module):
     def context_kv(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (M, heads, head_dim) of every block's cross-attention: the same in all steps of a picture."""
         context = context.to(working_dtype(self.proj_out.weight))
-        return [block.attn2.kv(context) for block in self.transformer_blocks]
+        pairs = (block.attn2.kv(context) for block in self.transformer_blocks)
+        return [(k, v.contiguous()) for k, v in pairs]  # as part of a joint projection v would keep the raw keys alive
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3) positions -> cos, sin (N, 1, head_dim) in fp32: frequencies of image, row, column, and the same again."""

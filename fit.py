@@ -133,9 +133,9 @@ def reading_bytes(c: MLLMConfig, n: int, patches: int, e: int) -> int:
 
 def painting_bytes(c: DiTConfig, n: int, context: int, steps: int, e: int) -> int:
     """n patches of both branches reading `context` tokens: keys and values of all blocks, modulations of all steps, one block,
-    whose MLP is four times as wide twice over. A value is a view beside its key before the norm, which thereby stays."""
+    whose MLP is four times as wide twice over."""
     d, patch = c.width, c.out_channels * c.patch_size[1] ** 2
-    kept = 3 * c.num_layers * context * d * e + (steps + 1) * (9 * c.num_layers + 2) * d * 4
+    kept = 2 * c.num_layers * context * d * e + (steps + 1) * (9 * c.num_layers + 2) * d * 4
     return kept + n * (int(5 + 2 * c.mlp_ratio) * d * e + 2 * 4 * c.attention_head_dim + 8 * 4 * patch)
 
 

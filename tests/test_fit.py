@@ -106,10 +106,10 @@ def test_the_table_of_the_document():
 
 def test_the_command(full, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.DuoGen.from_pretrained", None)
-    flags = "--plan --mllm 7B --dit 2B --vae wan2.1 --height 480 --width 480 --batch 8".split()
+    flags = "--plan --mllm 7B --dit 2B --vae wan2.1 --height 704 --width 1280 --batch 8".split()
     assert main(flags) == 0
     out = capsys.readouterr().out
-    full.ask(Load(Settings(), (480, 480), 8))
+    full.ask(Load(Settings(), (704, 1280), 8))
     assert re.search(rf"with --offload +{full.need(True):.2f} GB +fits on 24 GB: no, 48 GB: yes", out) and "8 at a time" in out
     assert main(["--plan"]) == 0 and "64 x 64" in capsys.readouterr().out  # the bundled miniature's own settings
     assert main(["--plan", "--mllm", "9B"]) == 2
