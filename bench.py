@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 import bench_peers as theirs
 import fused
-from checkpoint import InputError
+from checkpoint import InputError, Parser
 from dit import CONDITION_TIME, DiT, DiTConfig, denoise, shift_schedule
 from graphs import Graph
 from kernels import Segments, attention
@@ -869,11 +869,6 @@ def run(suite: str, device: str, out: Path) -> int:
     wrong = [r for r in b.rows if r.get("failed", "skipped").split(":")[0] != "skipped"]
     print(f"{len(b.rows)} rows in {time.monotonic() - b.started:.0f} s, {len(wrong)} failed: {b.file.name}")
     return len(wrong)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
 
 
 def command() -> None:

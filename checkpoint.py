@@ -10,6 +10,7 @@ once. Whatever is missing, left over or misshapen stops with its name, and every
     load_weights(model, folder, dtype=parse_dtype("bf16"), device=pick_device("auto"))
 """
 
+import argparse
 import difflib
 import errno
 import json
@@ -37,6 +38,13 @@ DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()
 
 class InputError(ValueError):
     """Something a user can put right: the message is one line that names the thing and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose mistakes are those of a user, like all others."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(message)
 
 
 def pick_device(name: str = "auto") -> torch.device:

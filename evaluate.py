@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 import training
-from checkpoint import InputError, pick_device, write_json
+from checkpoint import InputError, Parser, pick_device, write_json
 from exam import CATEGORIES, GUIDANCES, METRICS, SPLITS, Case, Corpus, Report, Share, ablations, dialogues, evaluate
 from exam import evaluate_single, overall, single_requests, single_shares, through
 from kernels import set_backend
@@ -162,11 +162,6 @@ def page(title: str, tables: list[Table], report: Report, single: list[dict], wo
 
 
 # ------------------------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise InputError(message)
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:

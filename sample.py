@@ -35,7 +35,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import InputError, parse_dtype, pick_device
+from checkpoint import InputError, Parser, parse_dtype, pick_device
 from fit import planned
 from kernels import set_backend
 from page import fresh, overview, prompt_of, save, write_text
@@ -47,11 +47,6 @@ BATCH = 8
 ALIASES = {"steps": ["--num-steps", "--num-inference-steps"], "guidance": ["--guidance-scale"]}
 
 # ----------------------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise InputError(message)
 
 
 def parser() -> Parser:
