@@ -207,11 +207,11 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
 def trained(duo: DuoGen) -> dict:
     """Step and hours of the training run that the DiT was taken from, if it was."""
-    state = Path(duo.sources.get("dit", "")).parent / "state.json"
-    if not state.is_file():
+    about = Path(duo.sources.get("dit", "")).parent / "about.json"
+    if not about.is_file():
         return {}
-    state = json.loads(state.read_text())
-    return {"step": state["step"], "hours": round(state["seconds"] / 3600, 4)}
+    about = json.loads(about.read_text())
+    return {"step": about["step"], "hours": round(about["seconds"] / 3600, 4)}
 
 
 def load(args: argparse.Namespace, given: dict) -> tuple[DuoGen, Settings, int]:

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dit
+import evaluate
 import model
 import sketchbook
 import train_stage1
@@ -22,7 +24,7 @@ from data import tokenize
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT, DiTConfig, denoise, shift_schedule
 from model import MLLM, ImageProcessor
-from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, generator
+from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, generator, latest
 from vae import VAE
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +77,9 @@ def test_resumed_run_equals_the_straight_one(stage, parts, tmp_path):
     STAGES[stage](interrupted)
     a, b = weights(straight), weights(halves)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+    told = evaluate.trained(SimpleNamespace(sources={"dit": str(latest(halves) / "dit")}))  # an evaluation names its run
+    assert told["step"] == 4 and 0 < told["hours"] < 1
 
 
 @pytest.mark.parametrize("stage", [1, 2])
