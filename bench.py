@@ -46,6 +46,7 @@ from graphs import Graph
 from kernels import Segments, attention
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
 from model import PRESETS as MLLMS
+from plan import count
 from training import FlowLoss, LanguageLoss, Samples, main
 from vae import VAE, VAEConfig
 
@@ -674,10 +675,6 @@ def decode(b: Bench) -> None:
         b.row("system", "decode token", f"{b_of(mllm)}, {prompt} tokens before", partial(ours, ids, where, prompt), peers,
               own=True, moved=sum(p.nbytes for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters())),
               limit=b.limit(1e-1, 1e-4))  # fmt: skip
-
-
-def count(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def b_of(module: nn.Module) -> str:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -45,6 +46,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(message)
+
+
+def abandon_stdout() -> None:
+    """For a BrokenPipeError: `| head` has seen enough, and the interpreter must not write to the pipe again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -31,7 +31,6 @@ Exit status: 0 all is well, 1 some records are not, 2 there is nothing to work w
 import argparse
 import json
 import logging
-import os
 import random
 import sys
 from collections import Counter, deque
@@ -45,7 +44,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import InputError
+from checkpoint import InputError, abandon_stdout
 from files import Files, Shard, pack_shards
 from formats import CONVERTERS, convert
 from model import ImageProcessor, mrope_positions
@@ -414,8 +413,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not write to the pipe again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        abandon_stdout()
         return 1
     except OSError as e:  # a full disk, a folder that may not be written
         print(f"error: {one_line(e)}", file=sys.stderr)

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import InputError, Parser, parse_dtype, pick_device
+from checkpoint import InputError, Parser, abandon_stdout, parse_dtype, pick_device
 from fit import planned
 from kernels import set_backend
 from page import fresh, overview, prompt_of, save, write_text
@@ -221,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away: nobody is left to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        abandon_stdout()
         return 1
 
 

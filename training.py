@@ -56,7 +56,7 @@ from torch import Tensor, nn
 import dit
 import model
 import runpage
-from checkpoint import InputError, pick_device, write_json
+from checkpoint import InputError, abandon_stdout, pick_device, write_json
 from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
@@ -714,8 +714,8 @@ def main(function: Callable[[], None]) -> None:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not write to the pipe again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        abandon_stdout()
         sys.exit(1)
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
