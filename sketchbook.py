@@ -52,7 +52,7 @@ from phrases import (
     part_phrase,
     plural,
     sentence,
-    unseen,
+    ways,
     with_parts,
 )
 from scenes import (
@@ -562,10 +562,10 @@ def questions(d: Dialogue, scene: Scene) -> list[tuple[str, list[str], str, list
     x = t.subject
     same = [u for u in things if u.subject == x]
     ax = noun_phrase(x, t.main)
-    item("background", ["What colour is the background?", "Which colour is the paper?", *unseen("q_background")],
+    item("background", ["What colour is the background?", "Which colour is the paper?", *ways("q_background")],
          [f"The background is {page}.", f"It is {page}."], [page], [b for b in BACKGROUNDS if b not in page])
     absent = d.subject(besides=subjects)
-    item("no", [f"Is there {a(absent)}?", f"Do you see {a(absent)}?", *unseen("q_is", x=a(absent))],
+    item("no", [f"Is there {a(absent)}?", f"Do you see {a(absent)}?", *ways("q_is", x=a(absent))],
          [f"No, there is no {absent}."], ["no", absent], ["yes"])
     item("total", ["How many things are there?", "How many objects do you see?"],
          ["There is one thing." if len(things) == 1 else f"There are {NUMBERS[len(things)]} things."], [NUMBERS[len(things)]],
@@ -575,23 +575,23 @@ def questions(d: Dialogue, scene: Scene) -> list[tuple[str, list[str], str, list
         i = d.rng.randrange(t.drawn)
         part, c, verb = parts[i].name, t.colours[i], is_are(parts[i].name)
         item("part", [f"What colour {verb} the {part}?", f"What colour {verb} the {part} of the {x}?",
-                      *unseen("q_colour", p=part)],
+                      *ways("q_colour", p=part)],
              [f"The {part} {verb} {c}."], [c], set(COLOURS) - {c})
         if t.colours[:t.drawn].count(c) == 1:
             item("which", [f"Which part is {c}?"], [f"The {part} {verb} {c}."], [part], {p.name for p in parts} - {part})
     if t.drawn <= main_part(x):
         return items                                            # what has not got its main part yet has no colour of its own
-    item("yes", [f"Is there {a(x)}?", f"Do you see {a(x)}?", *unseen("q_is", x=a(x))],
+    item("yes", [f"Is there {a(x)}?", f"Do you see {a(x)}?", *ways("q_is", x=a(x))],
          [f"Yes, there is {ax}."], ["yes", x], ["no"])
     number = NUMBERS[len(same)]
     item("count", [f"How many {plural(x)} are there?", f"How many {plural(x)} do you see?",
-                   *unseen("q_count", xs=plural(x))],
+                   *ways("q_count", xs=plural(x))],
          [f"There is one {x}." if len(same) == 1 else f"There are {number} {plural(x)}."], [number], set(NUMBERS) - {number})
     if len(things) == 1:
-        item("what", ["What is this?", "What do you see?", "What is in the picture?", *unseen("q_what")],
+        item("what", ["What is this?", "What do you see?", "What is in the picture?", *ways("q_what")],
              [f"It is {ax}.", f"This is {ax}.", f"I see {ax}."], [t.main, x])
     if len({u.main for u in same}) == 1:
-        item("colour", [f"What colour is the {x}?", f"Which colour has the {x}?", *unseen("q_colour", p=x)],
+        item("colour", [f"What colour is the {x}?", f"Which colour has the {x}?", *ways("q_colour", p=x)],
              [f"The {x} is {t.main}."], [t.main], set(COLOURS) - {t.main})
         other = d.rng.choice([c for c in COLOURS if c not in (t.main, HELD_OUT_COLOURS[x])])
         item("colour no", [f"Is the {x} {other}?"], [f"No, the {x} is {t.main}."], ["no", t.main], ["yes"])
@@ -603,7 +603,7 @@ def questions(d: Dialogue, scene: Scene) -> list[tuple[str, list[str], str, list
         word = axis if first == x else OPPOSITE[axis]
         r = d.rng.choice(RELATION_WORDS[word])
         item("relation", [f"What is {r} the {u.subject}?"], [f"{ax} is {r} the {u.subject}."], [t.main, x])
-        item("where", [f"Where is the {x}?", *unseen("q_where", x=f"the {x}")],
+        item("where", [f"Where is the {x}?", *ways("q_where", x=f"the {x}")],
              [f"The {x} is {r} the {u.subject}."], [RELATION_WORDS[word]])
     return items
 
