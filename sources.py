@@ -22,6 +22,7 @@ import ctypes
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -322,7 +323,7 @@ class Stream:
                 worker_init_fn=end_with_training,
                 generator=torch.Generator(),
             )
-            items = map(pickle.loads, items)
+            items = until_closed(items)
         else:
             items = map(self.__getitem__, self._numbers())
         idle = 0
@@ -343,11 +344,24 @@ class Stream:
                 yield item
 
 
+def until_closed(loader: DataLoader) -> Iterator[object]:
+    """The loader's items, unpickled. When nobody wants more of them its workers are gone, whatever they were doing."""
+    before = multiprocessing.active_children()
+    items = iter(loader)
+    workers = [p for p in multiprocessing.active_children() if p not in before]
+    try:
+        yield from map(pickle.loads, items)
+    finally:
+        del items  # asks them to end, waits 5 s, sends SIGTERM
+        for worker in workers:  # One that was not running meanwhile takes that and the SIGTERM at this process' end for one.
+            worker.kill()
+
+
 def end_with_training(worker: int) -> None:
     """A data worker ends when its training does: not before, and not after.
 
     A SIGTERM to the whole process group asks the training to finish its step, for which it needs its workers: a worker outlives
-    the first one. The second one, which the loader sends to a worker that is left over, ends it.
+    the first one. A second one ends it.
     """
     if sys.platform == "linux":  # a killed training cannot end its workers, and they wait for ever on their own full pipe
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 context = multiprocessing.get_context("forkserver")
 # A first optimizer step imports torch._dynamo, which takes as long as torch itself.
-context.set_forkserver_preload(["runs", "train_stage1", "train_stage2", "pretrain", "torch._dynamo"])
+context.set_forkserver_preload(["train_stage1", "train_stage2", "pretrain", "torch._dynamo"])
 KINDS = ("stage1", "stage2", "vae", "mllm", "dit")
 
 
@@ -122,7 +122,7 @@ def finish(processes: list, seconds: float = 120) -> list[int]:
 def run(kind, c, log: Path, ranks: int = 1, hook=None) -> str:
     """A run that ends well; what it printed."""
     statuses = finish(start(kind, c, log, ranks, hook))
-    assert statuses == [0] * ranks, log.read_text()[-3000:]
+    assert statuses == [0] * ranks, f"{statuses}\n{log.read_text()[-3000:]}"
     return log.read_text()
 
 

@@ -1,7 +1,10 @@
 """The order in which records are read, its position, packs to a budget, and what happens to records that cannot be used."""
 
 import json
+import multiprocessing
+import os
 import random
+import signal
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -73,6 +76,18 @@ def test_the_order_is_a_function_of_seed_and_number_alone(tmp_path: Path):
     for workers in (0, 2):
         ranks = [iter(Stream(source, 1, rank, 3, workers=workers)) for rank in range(3)]
         assert [said(next(rank)) for _ in range(3) for rank in ranks] == got
+
+
+def test_no_worker_outlives_its_training(tmp_path: Path):
+    """One that is not scheduled while its training ends gets several SIGTERMs as one, and must not be waited for for ever."""
+    write(tmp_path / "a.jsonl", 10)
+    items = iter(Stream(open_source(str(tmp_path / "a.jsonl")), 1, workers=1))
+    next(items)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    items.close()
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_a_mixture_keeps_its_weights_and_every_epoch_is_whole(tmp_path: Path):
