@@ -35,6 +35,7 @@ from graphs import Graph
 from kernels import Segments, attention
 
 STEM = "diffusion_pytorch_model"
+SAMPLERS = "unipc", "euler", "ancestral"  # of sample_flow
 # Fields of diffusers' config that mean nothing without the parts which DiTConfig.from_json refuses.
 UNREAD = ("encoder_hidden_states_channels", "controlnet_block_every_n", "img_context_num_tokens", "img_context_dim_out")
 CONDITION_TIME = 1e-4  # t of clean images for the post-trained Cosmos checkpoint (its pipeline's default)
@@ -484,23 +485,32 @@ def sample_flow(
     sigmas: Tensor,
     method: str = "unipc",
     progress: Callable[[int, int], None] | None = None,
+    eta: float = 1.0,
+    noise: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Walk from noise x at sigmas[0] to data at sigmas[-1] = 0 in len(sigmas) - 1 calls of velocity(x, t); state in fp32.
 
     "euler": x += (t' - t) v. "unipc": UniPC of order 2 on the prediction of x_0 with B(h) = e^-h - 1 (Zhao et al. 2302.04867;
-    diffusers' "bh2"), each call of the network correcting the last step before it predicts the next. progress(done, steps).
+    diffusers' "bh2"), each call of the network correcting the last step before it predicts the next. "ancestral": Euler which
+    in each step replaces a part of the noise in x by fresh noise(), shaped like x, so that later steps mend what earlier ones
+    did wrong: DDIM's eta (Song et al. 2010.02502, eq. 16) for this flow; above 1, pictures vary less. progress(done, steps).
     """
     s = sigmas.tolist()
     steps = len(s) - 1
     if steps < 1 or s[-1] != 0 or any(a <= b for a, b in zip(s, s[1:], strict=False)) or not s[0] < 1:
         raise InputError("a schedule falls from below 1 to 0 in at least one step")
-    if method not in ("euler", "unipc"):
-        raise InputError(f"no sampler {method!r}; there are euler and unipc")
+    if method not in SAMPLERS:
+        raise InputError(f"no sampler {method!r}; there are {', '.join(SAMPLERS)}")
     x = x.float()
     solver = UniPC(s)
     for i in range(steps):
         v = velocity(x, s[i]).float()
-        x = x + (s[i + 1] - s[i]) * v if method == "euler" else solver.step(i, x, v)
+        x = solver.step(i, x, v) if method == "unipc" else x + (s[i + 1] - s[i]) * v
+        if method == "ancestral" and s[i + 1]:
+            kept = (1 - s[i]) * s[i + 1] / ((1 - s[i + 1]) * s[i])
+            fresh = min(1, eta * math.sqrt(1 - kept**2))                               # share of the noise, in amplitude
+            eps = x + (1 - s[i + 1]) * v                                               # all of it, as predicted
+            x = x + s[i + 1] * ((math.sqrt(1 - fresh**2) - 1) * eps + fresh * noise())
         if progress is not None:
             progress(i + 1, steps)
     return x
@@ -563,6 +573,7 @@ def denoise(
     condition_time: float | None = CONDITION_TIME,
     progress: Callable[[int, int], None] | None = None,
     graphs: bool = False,
+    eta: float = 1.0,
 ) -> list[Tensor]:
     """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
 
@@ -570,7 +581,7 @@ def denoise(
     positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
     None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
-    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first.
+    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first. method, eta: sample_flow.
     """
     if guidance != 1 and negative is None:
         raise InputError(f"guidance {guidance} needs the contexts of the negative branch; without them it is 1")
@@ -579,10 +590,12 @@ def denoise(
     if not len(conditions) == len(sizes) == len(seeds) == len(contexts) // branches or len(contexts) % branches:
         raise InputError("denoise: conditions, sizes, contexts and seeds must be of one length")
     device, patch = dit.proj_out.weight.device, dit.config.patch_size[1]
-    latents = []
-    for clean, size, seed in zip(conditions, sizes, seeds, strict=True):
-        noise = torch.randn(dit.config.out_channels, *size, generator=torch.Generator().manual_seed(seed))
-        latents.append([*clean, noise])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise() -> list[Tensor]:
+        return [torch.randn(dit.config.out_channels, *size, generator=g) for size, g in zip(sizes, generators, strict=True)]
+
+    latents = [[*clean, start] for clean, start in zip(conditions, noise(), strict=True)]
     grids = [[(z.shape[1] // patch, z.shape[2] // patch) for z in sample] for sample in latents]
     pack = pack_images(grids * branches, device)
     start = torch.cat([patchify(z.float(), patch).to(device) for sample in latents for z in sample])    # (n, C4), one branch
@@ -605,6 +618,7 @@ def denoise(
         return v[0] if branches == 1 else torch.lerp(v[1], v[0], guidance)
 
     step = Graph(velocity) if graphs else velocity
-    x = sample_flow(lambda x, t: step(x, rows[times.index(t)]), start[painted], sigmas, method, progress)
+    x = sample_flow(lambda x, t: step(x, rows[times.index(t)]), start[painted], sigmas, method, progress, eta,
+                    lambda: torch.cat([patchify(z, patch) for z in noise()]).to(device))  # fmt: skip
     shapes = [sample[-1] for sample in grids]
     return [unpatchify(z, s, patch) for z, s in zip(x.split([h * w for h, w in shapes]), shapes, strict=True)]

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from checkpoint import InputError, config_from_json, read_json, resolve, write_json
 from connector import features
-from dit import CONDITION_TIME, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
+from dit import CONDITION_TIME, SAMPLERS, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
 from graphs import Graph
 from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
@@ -71,7 +71,8 @@ class Settings:
     seed: int = 0  # of the text's sampling and of every picture's noise
     steps: int = 35  # calls of the DiT for a picture
     guidance: float = 8.0  # v = v_neg + guidance (v_pos - v_neg); 1 is none
-    sampler: str = "unipc"  # or "euler"
+    sampler: str = "unipc"  # or "euler", or "ancestral": Euler with fresh noise in every step
+    eta: float = 1.0  # how much of it, for the sampler ancestral; 0 is euler
     schedule: str = "shift"  # noise levels: "shift" as in training, or "karras" as for Cosmos' post-trained weights
     shift: float = 5.0
     height: int | None = None  # pixels; None: like the last picture of the dialogue, else the checkpoint's default
@@ -94,7 +95,8 @@ class Settings:
         need(0 <= self.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
         need(1 <= self.steps <= 1000, "steps", "from 1 to 1000")
         need(math.isfinite(self.guidance), "guidance", "a finite number, 1 for none")
-        need(self.sampler in ("unipc", "euler"), "sampler", "unipc or euler")
+        need(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
+        need(math.isfinite(self.eta) and self.eta >= 0, "eta", "0 or more")
         need(self.schedule in ("shift", "karras"), "schedule", "shift or karras")
         need(math.isfinite(self.shift) and self.shift > 0, "shift", "above 0")
         for name in ("height", "width"):
@@ -116,7 +118,7 @@ class Settings:
     @property
     def painting(self) -> tuple:
         """What pictures that are painted in one batch have in common."""
-        return self.steps, self.schedule, self.shift, self.scale, self.sampler, self.condition_time
+        return self.steps, self.schedule, self.shift, self.scale, self.sampler, self.eta, self.condition_time
 
 
 def override(settings: Settings, values: dict, where: str) -> Settings:
@@ -716,6 +718,7 @@ class DuoGen:
                 sigmas=shift_schedule(s.steps, s.shift) if s.schedule == "shift" else karras_schedule(s.steps),
                 guidance=s.scale,
                 method=s.sampler,
+                eta=s.eta,
                 condition_time=s.condition_time,
                 progress=progress,
                 graphs=self.graphs,

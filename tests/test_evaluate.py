@@ -518,7 +518,7 @@ def test_the_truth_through_a_poor_vae_is_no_longer_accepted(checkpoint, drawn):
         ("sketchbook --batch 0", "--batch 0"),
         ("sketchbook --kinds lesson,poem", "no kind called 'poem'; there are lesson"),
         ("sketchbook --split train", "invalid choice: 'train'"),
-        ("sketchbook --sampler heun", "sampler heun: must be unipc or euler"),
+        ("sketchbook --sampler heun", "sampler heun: must be one of unipc, euler, ancestral"),
         ("sketchbook --seed -1", "seed -1"),
         ("sketchbook --ckpt nowhere/at-all-x --device cpu", "nowhere/at-all-x"),
         ("sketchbook --ckpt CKPT --height 32 --device cpu", "give --height and --width"),

@@ -9,6 +9,7 @@ from diffusers import UniPCMultistepScheduler
 import dit as dit_module
 from checkpoint import InputError
 from dit import (
+    SAMPLERS,
     DiT,
     DiTConfig,
     denoise,
@@ -131,8 +132,46 @@ def test_a_schedule_that_does_not_fall_to_0_is_refused(sigmas):
 
 
 def test_an_unknown_sampler_is_refused():
-    with pytest.raises(InputError, match="no sampler 'heun'; there are euler and unipc"):
+    with pytest.raises(InputError, match="no sampler 'heun'; there are unipc, euler, ancestral"):
         sample_flow(lambda x, t: x, torch.zeros(1), shift_schedule(2), "heun")
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_fresh_noise_keeps_the_distribution(eta):
+    """Data of a known mean and spread, whose true velocity is known too: the samples have both, whatever noise is renewed."""
+    mean, std = 0.7, 0.4
+
+    def velocity(x, t):
+        share = (1 - t) * std**2 / ((1 - t) ** 2 * std**2 + t**2)
+        return (x - mean - share * (x - (1 - t) * mean)) / t
+
+    noise = lambda: torch.randn(20_000)  # noqa: E731
+    x = sample_flow(velocity, noise(), shift_schedule(200, 3.0), "ancestral", None, eta, noise)
+    assert x.mean().item() == pytest.approx(mean, abs=0.02) and x.std().item() == pytest.approx(std, abs=0.02)
+
+
+def test_renewed_noise_is_new_noise():
+    """At eta 1 what is left of the start is what the ancestral sampler leaves; far above, every step starts anew."""
+    start, sigmas, drawn = torch.randn(50_000), torch.tensor([0.8, 0.5, 0.0]), []
+    seen = []
+
+    def velocity(x, t):
+        seen.append(x)
+        return start / 0.8 if t > 0.5 else x                                           # the data is 0, start all noise
+
+    for eta, kept in ((1.0, 0.25), (100.0, 0.0)):
+        seen.clear(), drawn.clear()
+        noise = lambda: drawn.append(torch.randn(50_000)) or drawn[-1]  # noqa: E731
+        sample_flow(velocity, start, sigmas, "ancestral", None, eta, noise)
+        assert len(drawn) == 1                                                         # none behind the last step
+        expected = 0.5 * (kept * start / 0.8 + (1 - kept**2) ** 0.5 * drawn[0])
+        assert torch.allclose(seen[1], expected, atol=1e-5)
+
+
+def test_without_fresh_noise_it_is_euler():
+    x, sigmas, velocity = torch.randn(50), shift_schedule(5), lambda x, t: x.sin() + t
+    euler = sample_flow(velocity, x, sigmas, "euler")
+    assert torch.equal(sample_flow(velocity, x, sigmas, "ancestral", None, 0.0, lambda: torch.randn(50)), euler)
 
 
 # ---------------------------------------------------------------------------------------------------------------- denoise
@@ -156,7 +195,7 @@ def batch():
     return conditions, [(4, 4), (6, 2), (2, 10)], positive, [p[: n + 1] for n, p in enumerate(positive)], [5, 6, 7]
 
 
-@pytest.mark.parametrize("method", ["euler", "unipc"])
+@pytest.mark.parametrize("method", SAMPLERS)
 def test_a_picture_is_the_same_alone_and_in_a_batch(dit, method):
     everything = batch()
     options = {"sigmas": shift_schedule(4), "guidance": 3.0, "method": method}

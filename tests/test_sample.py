@@ -412,7 +412,7 @@ BAD = [
     (["--steps", "2.5"], "invalid int value"),
     (["--guidance", "nan"], "--guidance nan: must be a finite number"),
     (["--guidance", "inf"], "--guidance inf"),
-    (["--sampler", "ddim"], "--sampler ddim: must be unipc or euler"),
+    (["--sampler", "ddim"], "--sampler ddim: must be one of unipc, euler, ancestral"),
     (["--height", "100"], "--height 100: must be a multiple of 16"),
     (["--width", "0"], "--width 0: must be a multiple of 16"),
     (["--height", "16384"], "from 16 to 8192"),
