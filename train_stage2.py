@@ -2,7 +2,7 @@
 
     python train_stage2.py                                    the miniature, from runs/tiny, on the sketchbook
     torchrun --nproc_per_node=2 train_stage2.py               the same in two processes, the same loss
-    torchrun --nproc_per_node=8 train_stage2.py --mllm runs/s1 --dit COSMOS --vae COSMOS/vae --data a.jsonl --lr 3e-5 --out r
+    torchrun --nproc_per_node=8 train_stage2.py --mllm runs/s1 --dit COSMOS --vae COSMOS/vae --data a.jsonl --lr 3e-5 --shift 5
 
 Any picture of the assistant's can be the target; all earlier pictures, the user's too, are given clean (paper, stage 2). The
 MLLM is causal, so one frozen pass over a document serves several of its targets, and each picture is encoded once. A target is
@@ -46,7 +46,7 @@ class Stage2Config(TrainConfig):
     beta2: float = 0.99
     ema: float = 0.9995
     drop: float = 0.15  # share of samples that lose their last chunk of text
-    shift: float = 5.0  # of the training times towards noise, Cosmos' own
+    shift: float = 1.75  # of the training times towards noise: the miniature's, whose shapes are decided midway; 5, Cosmos' own
     condition_time: float = CONDITION_TIME  # time the DiT is told for clean pictures, that of the post-trained Cosmos
     checkpointing: bool = False  # recompute activations in the backward pass
 
@@ -130,7 +130,7 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
         given = [z[:j] for z, j in zip(latents, chosen, strict=True)]
         sizes = [tuple(z[j].shape[-2:]) for z, j in zip(latents, chosen, strict=True)]
         positive, negative = ([context[a : a + n[k]] for a, n in zip(first, lengths, strict=False)] for k in (0, 1))
-        sigmas = shift_schedule(20, c.shift)
+        sigmas = shift_schedule(20)
         painted = denoise(dit, given, sizes, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0,
                           condition_time=c.condition_time)  # fmt: skip
         rows = []
