@@ -339,6 +339,8 @@ class BundleConfig:
     size: int = 64  # pixels; this and what follows become the defaults of sampling
     steps: int = 20
     guidance: float = 3.0
+    sampler: str = "ancestral"
+    eta: float = 1.5
     max_tokens: int = 512
 
 
@@ -354,7 +356,8 @@ def bundle(c: BundleConfig) -> None:
         cls.from_pretrained(sources["mllm"]).save_pretrained(out / "mllm", **options)
     DiT.from_pretrained(sources["dit"]).save_pretrained(out / "dit")
     VAE.from_pretrained(sources["vae"]).save_pretrained(out / "vae", dtype=torch.float16)
-    defaults = Settings(steps=c.steps, guidance=c.guidance, max_tokens=c.max_tokens, max_area=c.size**2)
+    defaults = Settings(steps=c.steps, guidance=c.guidance, sampler=c.sampler, eta=c.eta, max_tokens=c.max_tokens,
+                        max_area=c.size**2)  # fmt: skip
     write_manifest(out, defaults, (c.size, c.size))
 
 
