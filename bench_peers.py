@@ -389,14 +389,17 @@ def document(duo, prompt: str, settings) -> Callable:
                 continue
             states = torch.cat(rows)
             generator = torch.Generator().manual_seed(derive(settings.seed, 0, len(pictures)))
-            noise = torch.randn(16, size[0] // 8, size[1] // 8, generator=generator)
+
+            def noise(shape=(16, size[0] // 8, size[1] // 8), generator=generator):
+                return torch.randn(shape, generator=generator).to(device)
 
             def step(x, t, branches=(states[:chunk], states)):
                 times = [settings.condition_time] * len(latents) + [t]
                 negative, positive = (velocity(dit, [*latents, x], times, h) for h in branches)
                 return torch.lerp(negative, positive, settings.scale)
 
-            z = sample_flow(step, noise.to(device), shift_schedule(settings.steps, settings.shift), settings.sampler)
+            sigmas = shift_schedule(settings.steps, settings.shift)
+            z = sample_flow(step, noise(), sigmas, settings.sampler, eta=settings.eta, noise=noise)
             image = to_image(vae.decode((z * std + mean)[None, :, None]).sample[0, :, 0])
             pictures.append(image)
             text.append([])
