@@ -1,5 +1,6 @@
 """Training processes for tests: forked from a server that has everything imported, so that a rank starts in a moment."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -70,6 +71,7 @@ def rank_main(kind, c, rank, size, port, log, hook) -> None:
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    faulthandler.enable(2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
@@ -113,7 +115,9 @@ def finish(processes: list, seconds: float = 120) -> list[int]:
     """Their exit statuses."""
     for process in processes:
         process.join(seconds)
-        if process.exitcode is None:
+        if process.exitcode is None:  # it hangs: its log gets the stacks of its threads
+            os.kill(process.pid, signal.SIGABRT)
+            process.join(5)
             process.kill()
             process.join()
     return [process.exitcode for process in processes]
