@@ -141,7 +141,7 @@ TALK = [
     (["How do I clean a brush?"], ["Clean the brush with water."], ["water"]),
     (["Is drawing hard?", "Is it hard to draw?"], ["No, it is easy, step by step.", "No, drawing is easy."], ["easy"]),
 ]
-TALK = [([*asks, *(ways(asks[0]) if asks[0] in ASK else ())], replies, words) for asks, replies, words in TALK]
+TALK = [([*said, *(ways(said[0]) if said[0] in ASK else ())], replies, words) for said, replies, words in TALK]
 MIXES = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("red", "blue"): "purple", ("red", "green"): "brown"}
 
 
