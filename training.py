@@ -142,6 +142,7 @@ class World:
             limit = datetime.timedelta(seconds=timeout + 5)  # later than `_watch`, which knows where the rank is
             dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
         self.main, self.timeout, self.due = self.rank == 0, timeout, math.inf
+        self.wrapped: list[nn.parallel.DistributedDataParallel] = []
         threading.Thread(target=self._watch, daemon=True).start()
 
     def alive(self) -> None:
@@ -198,7 +199,8 @@ class World:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         options = {"device_ids": ids, "find_unused_parameters": find_unused, "gradient_as_bucket_view": True}
-        return nn.parallel.DistributedDataParallel(module, **options)
+        self.wrapped.append(nn.parallel.DistributedDataParallel(module, **options))
+        return self.wrapped[-1]
 
     def gather(self, value: object) -> list:
         """That value of every rank."""
@@ -232,6 +234,10 @@ class World:
 
     def close(self) -> None:
         self.unwatched()
+        # A reducer that held the group last would wait for gloo's threads to end, under the interpreter's lock; one of them may
+        # itself wait for that lock, to free the last tensor it summed.
+        for module in self.wrapped:
+            module.reducer = module.logger = None
         if dist.is_initialized():
             dist.destroy_process_group()
 

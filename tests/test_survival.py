@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_parts  # its import puts the repository on the path, also where this file is a script
 from safetensors.torch import load_file
 from test_resume import assert_same
@@ -218,6 +219,30 @@ def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, 
     assert sign in printed and sign in printed[first:].split("all_reduce")[0]
     line = {"raise": "error: rank 0 has lost another rank", "hang": "error: rank 1 did not come on for 8 s"}[how]
     assert line in printed
+
+
+def end_often(rank: int, port: int) -> None:
+    sys.setswitchinterval(1)  # a thread of gloo's that frees a tensor has to wait for the interpreter's lock
+    for n in range(10):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + n)}
+        step_and_close(training.World("cpu"))
+
+
+def step_and_close(world: training.World) -> None:
+    module = world.wrap(torch.nn.Linear(4, 4))
+    module(torch.ones(2, 4)).sum().backward()
+    for _ in range(20):
+        world.sum(1.0)
+    world.close()
+
+
+def test_a_training_that_is_done_ends():
+    """The group's threads may still be busy with the last sum when the group is destroyed."""
+    port = random.randrange(20000, 30000)
+    processes = [runs.context.Process(target=end_often, args=(rank, port)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    assert runs.finish(processes, 60) == [0, 0]
 
 
 def test_restarts_without_the_switch_they_need_are_refused(monkeypatch):
