@@ -458,7 +458,8 @@ class MLLM(nn.Module):
         self.config = config
         self.visual = VisionTower(config.vision)
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn at random, as nn.Embedding would: on the meta device that alone imports torch._dynamo, which takes seconds.
+        self.model.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.model.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
