@@ -425,9 +425,8 @@ class DuoGen:
             painter = [m for m in dit.children() if m is not connector]
             self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
         self.context = mllm.config.max_position_embeddings
-        # The model may write ordinary tokens, ask for a picture, and end. Everything else is for others to write.
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
-        allowed[[*tokenizer.vocab.values(), tokenizer.vision_start, tokenizer.im_end, tokenizer.endoftext]] = True
+        allowed[tokenizer.writable] = True
         self.allowed = allowed.to(self.device)
 
     @classmethod

@@ -82,6 +82,8 @@ class Tokenizer:
         self.endoftext, self.im_start, self.im_end = (self.added[f"<|{n}|>"] for n in ("endoftext", "im_start", "im_end"))
         self.vision_start, self.vision_end = self.added["<|vision_start|>"], self.added["<|vision_end|>"]
         self.image_pad, self.video_pad = self.added["<|image_pad|>"], self.added["<|video_pad|>"]
+        # A model may write ordinary tokens, ask for a picture, and end. Everything else is for others to write.
+        self.writable = [*vocab.values(), self.vision_start, self.im_end, self.endoftext]
 
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str | None = None, revision: str | None = None) -> "Tokenizer":

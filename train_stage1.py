@@ -91,6 +91,7 @@ def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: 
     """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
     documents, _ = next(loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, pictures=False))
     answers = [Answer(d, tokenizer, processor) for d in documents]
+    writable = torch.tensor(tokenizer.writable, device=run.world.device)
     with run.averaged():
         for _ in range(most):
             open_ones = [a for a in answers if a.open]
@@ -98,7 +99,8 @@ def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: 
                 break
             pack = pack_documents([a.so_far() for a in open_ones]).to(run.world.device)
             hidden = mllm(pack.ids, pack.positions, pack.cu_seqlens, pack.pixels, pack.grids)[-1]
-            for a, token in zip(open_ones, mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1]).argmax(1).tolist(), strict=True):
+            logits = mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1])                               # (answers, vocab)
+            for a, token in zip(open_ones, writable[logits[:, writable].argmax(1)].tolist(), strict=True):
                 a.push(token)
     lines = [f"# Step {run.step}\n"]
     for a in answers:

@@ -24,6 +24,7 @@ from data import tokenize
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT, DiTConfig, denoise, shift_schedule
 from model import MLLM, ImageProcessor
+from tokenizer import Tokenizer
 from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, generator, latest
 from vae import VAE
 
@@ -349,7 +350,11 @@ def test_generators_depend_on_every_number():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_sheets_of_samples(stage, parts, tmp_path):
+def test_sheets_of_samples(stage, parts, tmp_path, monkeypatch):
+    """Also of a model that wants to write what stands for pictures."""
+    logits = MLLM.logits
+    pad = Tokenizer.from_pretrained(parts / "mllm").image_pad
+    monkeypatch.setattr(MLLM, "logits", lambda self, h: logits(self, h).index_fill(-1, torch.tensor(pad), 99))
     STAGES[stage](config(stage, parts, tmp_path, steps=1, sheet_every=1, kinds="recolour"))
     made = tmp_path / "samples" / f"step_000001.{'md' if stage == 1 else 'png'}"
     assert made.stat().st_size > 300 and (stage == 2 or "asked:" in made.read_text())
