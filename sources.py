@@ -19,6 +19,7 @@ Nothing is repeated or lost.
 
 import fcntl
 import ctypes
+import faulthandler
 import itertools
 import json
 import math
@@ -368,3 +369,4 @@ def end_with_training(worker: int) -> None:
     signals = itertools.count()
     signal.signal(signal.SIGTERM, lambda *_: next(signals) and os._exit(0))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2, sys.__stderr__)  # its training hangs, and asks where it is

@@ -28,6 +28,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -146,7 +147,8 @@ class World:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def alive(self) -> None:
-        """A rank that does not get here again in time says so, prints the stack of every thread and ends; so do its peers."""
+        """A rank that does not get here again in time says so, prints the stacks of its threads and data workers, and ends;
+        so do its peers."""
         self.due = time.monotonic() + self.timeout
         faulthandler.dump_traceback_later(self.timeout + 1, exit=True, file=sys.__stderr__)
 
@@ -160,6 +162,8 @@ class World:
             time.sleep(min(left, 1))
         print(f"error: rank {self.rank} did not come on for {self.timeout:g} s: it hangs, or it waits for a rank that hangs or "
               "that the network has lost; this is where it is:", file=sys.__stderr__, flush=True)  # fmt: skip
+        for worker in multiprocessing.active_children():  # data workers say where they are, too: it may be a slow disk
+            os.kill(worker.pid, signal.SIGUSR2)
 
     def pick_dtype(self, name: str) -> str:
         """"bf16" or "fp32"; "auto" is bf16 on a GPU and on a CPU that computes in it. Others emulate it, ten times slower."""

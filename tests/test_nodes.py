@@ -14,7 +14,7 @@ from test_resume import assert_same
 
 import runs
 
-TIMEOUT = 10  # seconds of --timeout
+TIMEOUT = 20  # seconds of --timeout
 SCRIPT = """
 import itertools, os, sys, time
 from pathlib import Path

@@ -208,6 +208,21 @@ def culprit_sleeps() -> None:
     time.sleep(600)
 
 
+def starve(rank: int) -> None:
+    """The last rank's data worker reads for ever."""
+    from sources import Stream
+
+    if rank == 1:
+        Stream.__getitem__ = lambda self, number: culprit_sleeps()
+
+
+def test_a_data_worker_that_hangs_says_where(parts, tmp_path):
+    c = runs.config("stage2", parts, tmp_path / "run", timeout=8.0)
+    runs.finish(runs.start("stage2", c, tmp_path / "log", 2, (starve,)))
+    printed = (tmp_path / "log").read_text()
+    assert "error: rank 1 did not come on for 8 s" in printed and "in culprit_sleeps" in printed
+
+
 @pytest.mark.parametrize(("how", "sign"), [("raise", "RuntimeError: the culprit"), ("hang", "in culprit_sleeps")])
 def test_a_rank_that_dies_or_hangs_ends_all_with_its_traceback_first(how, sign, parts, tmp_path):
     c = runs.config("stage2", parts, tmp_path / "run", timeout=8.0)
