@@ -14,7 +14,7 @@ from test_resume import assert_same
 
 import runs
 
-TIMEOUT = 20  # seconds of --timeout
+TIMEOUT = 20  # seconds of --timeout; a first step, with eight processes starting on two cores, has to be ready in them, too
 SCRIPT = """
 import itertools, os, sys, time
 from pathlib import Path

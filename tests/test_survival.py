@@ -218,7 +218,7 @@ def starve(rank: int) -> None:
 
 def test_a_data_worker_that_hangs_says_where(parts, tmp_path):
     c = runs.config("stage2", parts, tmp_path / "run", timeout=8.0)
-    runs.finish(runs.start("stage2", c, tmp_path / "log", 2, (starve,)))
+    assert 0 not in runs.finish(runs.start("stage2", c, tmp_path / "log", 2, (starve,)))
     printed = (tmp_path / "log").read_text()
     assert "error: rank 1 did not come on for 8 s" in printed and "in culprit_sleeps" in printed
 
