@@ -13,6 +13,7 @@ once. Whatever is missing, left over or misshapen stops with its name, and every
 import argparse
 import difflib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 STEMS = ("model", "diffusion_pytorch_model")  # transformers' and diffusers' file names
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<folder>[^@]+))?(?:@(?P<revision>.+))?")
+SUMS = "SHA256SUMS"  # of a checkpoint of a run
 STAGING = ".saving"  # where a save is written before it takes its place
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -359,3 +361,67 @@ def save_weights(
     for file in order:
         os.replace(staging / file, folder / file)
     staging.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------------- the folder of a run
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """What is written to this file, or which names are in this folder, survives a loss of power from here on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_checksums(folder: Path) -> None:
+    """Checksums of every file, as sha256sum writes them; then all of it to the disk."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    (folder / SUMS).write_text("".join(f"{sha256(f)}  {f.relative_to(folder).as_posix()}\n" for f in files))
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def verify(checkpoint: Path, part: str = "") -> str:
+    """What is wrong with a checkpoint, or with the files of one part of it; empty when they are as they were written."""
+    if not (checkpoint / "state.json").is_file():
+        return "state.json is missing"
+    if not (checkpoint / SUMS).is_file():
+        return ""  # of a version without checksums
+    for line in (checkpoint / SUMS).read_text(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if name.startswith(part) and not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if name.startswith(part) and sha256(checkpoint / name) != digest:
+            return f"{name} is damaged: its checksum differs"
+    return ""
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(run).glob("step_*/"), key=lambda f: (len(f.name), f.name))
+
+
+def newest_sound(run: str | Path, part: str = "") -> Path:
+    """The newest of them that is sound, or whose files of that part are; newer ones that are not are named."""
+    for folder in reversed(list_checkpoints(run)):
+        problem = verify(folder, part)
+        if not problem:
+            return folder
+        print(f"{folder}: {problem}; the checkpoint before it is used", file=sys.stderr, flush=True)
+    if list_checkpoints(run):
+        raise InputError(f"{run}: every checkpoint is damaged: bring one back, or choose another --out")
+    raise InputError(f"{run}: no step_* checkpoint here; has the run saved yet?")
+
+
+def part_folder(source: str, part: str) -> str:
+    """A part given as a run (its newest checkpoint), as a folder that holds the part, or as the part's own folder or Hub id."""
+    if list_checkpoints(source):
+        return str(newest_sound(source, part) / part)
+    return str(Path(source) / part) if (Path(source) / part).is_dir() else source

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 import training
-from checkpoint import InputError, Parser, pick_device, write_json
+from checkpoint import InputError, Parser, part_folder, pick_device, write_json
 from exam import CATEGORIES, GUIDANCES, METRICS, SPLITS, Case, Corpus, Report, Share, ablations, dialogues, evaluate
 from exam import evaluate_single, overall, single_requests, single_shares, through
 from kernels import set_backend
@@ -226,7 +226,7 @@ def load(args: argparse.Namespace, given: dict) -> tuple[DuoGen, Settings, int]:
         raise InputError(f"{e.filename}: cannot be written ({e.strerror}): choose another place") from None
     np.finfo(np.float32), np.finfo(np.float64)  # numpy must have looked before:
     torch.set_flush_denormal(True)  # as in training, numbers near 1e-40 are as good as 0 and cost a CPU a hundred times as much
-    parts = {part: training.part_folder(getattr(args, part), part) for part in PARTS if getattr(args, part)}
+    parts = {part: part_folder(getattr(args, part), part) for part in PARTS if getattr(args, part)}
     duo = DuoGen.from_pretrained(args.ckpt, **parts, device=device)
     settings = duo.settings(**given)
     height, width = settings.height or duo.size[0], settings.width or duo.size[1]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import sketchbook
 from checker import judge
-from checkpoint import InputError
+from checkpoint import InputError, part_folder
 from data import Document, batches, pack_documents, tokenize
 from dit import PRESETS as DIT_PRESETS
 from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
@@ -34,7 +34,7 @@ from pipeline import Settings, write_manifest
 from sources import Stream
 from tokenizer import Tokenizer, render, train_bpe
 from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator
-from training import language_statistics, main, model_flops, parse_config, part_folder, print_trained, read, sheet
+from training import language_statistics, main, model_flops, parse_config, print_trained, read, sheet
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, to_image, to_tensor
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import part_folder
 from data import Document, fill, loader, pack_documents
 from model import MLLM, ImageProcessor, mrope_positions
 from sources import Quarantine, open_source
 from tokenizer import Rendered, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, World, add_statistics, check_step0, language_statistics, main
-from training import model_flops, parse_config, part_folder, print_trained
+from training import model_flops, parse_config, print_trained
 
 
 @dataclass

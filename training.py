@@ -57,7 +57,8 @@ from torch import Tensor, nn
 import dit
 import model
 import runpage
-from checkpoint import InputError, abandon_stdout, pick_device, write_json
+from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_sound, pick_device, sync, verify
+from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
 from dit import interpolate, pack_images, patchify, velocity_target
@@ -499,13 +500,13 @@ class Run:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 self._write(temporary, position, moments)
-                seal(temporary)
+                write_checksums(temporary)
                 os.replace(temporary, final)
                 sync(self.folder)
                 self.show()
             except (OSError, SafetensorError, InputError) as e:
                 shutil.rmtree(temporary, ignore_errors=True)
-                kept = next((f.name for f in reversed(whole(self.folder)) if not damage(f)), "none")
+                kept = next((f.name for f in reversed(list_checkpoints(self.folder)) if not verify(f)), "none")
                 raise InputError(f"{final}: this checkpoint cannot be written ({e}); the last good one is {kept}: make room "
                                  "and give the same command again") from e  # fmt: skip
             self._drop()
@@ -536,7 +537,7 @@ class Run:
 
     def _drop(self) -> None:
         every = self.config.keep_every
-        for old in whole(self.folder)[: -self.config.keep]:
+        for old in list_checkpoints(self.folder)[: -self.config.keep]:
             if not every or int(old.name.removeprefix("step_")) % every:
                 os.replace(old, self.folder / "dropping")  # a half-removed checkpoint must not look like one
                 shutil.rmtree(self.folder / "dropping")
@@ -579,10 +580,10 @@ class Run:
 
     def _newest(self) -> Path | None:
         """The newest sound checkpoint; what is newer and damaged is named and put aside."""
-        if not whole(self.folder):
+        if not list_checkpoints(self.folder):
             return None
-        good = latest(self.folder)
-        for bad in whole(self.folder):
+        good = newest_sound(self.folder)
+        for bad in list_checkpoints(self.folder):
             if bad > good:
                 shutil.rmtree(aside := self.folder / f"damaged_{bad.name}", ignore_errors=True)
                 os.replace(bad, aside)
@@ -600,7 +601,6 @@ class Run:
 
 COUNTS = ("tokens", "images", "documents", "flops")  # statistics that are logged per second
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "pillow", "huggingface_hub")
-SUMS = "SHA256SUMS"
 KINDS = ("text", "bov", "end")  # of what stage 1 learns: words, BOV (a picture is due), the end of a turn
 DECILES = [f"t{k}" for k in range(10)]  # loss at times from k/10 to (k + 1)/10, in metrics.jsonl only
 
@@ -635,60 +635,6 @@ def code_hash() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return total.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """What is written to this file, or which names are in this folder, survives a loss of power from here on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def seal(folder: Path) -> None:
-    """Checksums of every file, as sha256sum writes them; then all of it to the disk."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    (folder / SUMS).write_text("".join(f"{sha256(f)}  {f.relative_to(folder).as_posix()}\n" for f in files))
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def damage(checkpoint: Path, part: str = "") -> str:
-    """What is wrong with a checkpoint, or with the files of one part of it; empty when they are as they were written."""
-    if not (checkpoint / "state.json").is_file():
-        return "state.json is missing"
-    if not (checkpoint / SUMS).is_file():
-        return ""  # of a version without checksums
-    for line in (checkpoint / SUMS).read_text(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        if name.startswith(part) and not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if name.startswith(part) and sha256(checkpoint / name) != digest:
-            return f"{name} is damaged: its checksum differs"
-    return ""
-
-
-def whole(run: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(Path(run).glob("step_*/"), key=lambda f: (len(f.name), f.name))
-
-
-def latest(run: str | Path, part: str = "") -> Path:
-    """The newest of them that is sound, or whose files of that part are; newer ones that are not are named."""
-    for folder in reversed(whole(run)):
-        problem = damage(folder, part)
-        if not problem:
-            return folder
-        print(f"{folder}: {problem}; the checkpoint before it is used", file=sys.stderr, flush=True)
-    if whole(run):
-        raise InputError(f"{run}: every checkpoint is damaged: bring one back, or choose another --out")
-    raise InputError(f"{run}: no step_* checkpoint here; has the run saved yet?")
 
 
 def sheet(rows: list[tuple[str, list[Image.Image]]], path: str | Path, height: int = 96, wrap: int = 60) -> None:
@@ -868,10 +814,3 @@ def flow_statistics(t: Tensor, error: Tensor, count: Tensor) -> dict[str, tuple[
 def add_statistics(a: dict[str, tuple[float, float]], b: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Those of two micro-batches together; the first may be empty."""
     return {k: (v + a.get(k, (0.0, 0.0))[0], n + a.get(k, (0.0, 0.0))[1]) for k, (v, n) in b.items()}
-
-
-def part_folder(source: str, part: str) -> str:
-    """A part given as a run (its newest checkpoint), as a folder that holds the part, or as the part's own folder or Hub id."""
-    if whole(source):
-        return str(latest(source, part) / part)
-    return str(Path(source) / part) if (Path(source) / part).is_dir() else source

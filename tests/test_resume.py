@@ -8,19 +8,19 @@ import pytest
 from safetensors.torch import load_file
 
 import runs
-from training import SUMS, latest
+from checkpoint import SUMS, newest_sound
 
 WALL_CLOCK = ("about.json", SUMS)  # what no two runs share
 
 
 def files(run: Path) -> dict[str, bytes]:
     """The newest checkpoint."""
-    folder = latest(run)
+    folder = newest_sound(run)
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name not in WALL_CLOCK}
 
 
 def assert_same(a: Path, b: Path) -> None:
-    assert latest(a).name == latest(b).name
+    assert newest_sound(a).name == newest_sound(b).name
     one, other = files(a), files(b)
     assert one.keys() == other.keys() and len(one) > 2
     assert [name for name in one if one[name] != other[name]] == []
@@ -41,7 +41,7 @@ def test_a_stopped_run_equals_the_straight_one(kind, ranks, parts, tmp_path):
     assert_same(straight, halves)
     steps = [json.loads(line)["step"] for line in (halves / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-    about = json.loads((latest(halves) / "about.json").read_text())
+    about = json.loads((newest_sound(halves) / "about.json").read_text())
     assert about["seed"] == 0 and len(about["code_sha256"]) == 64
     assert about["versions"]["torch"] and about["config"]["steps"] == 4
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from test_resume import assert_same
 
 import runs
+import checkpoint
 import training
 from checkpoint import InputError
 
@@ -122,12 +123,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(parts, tmp
     assert "step_000003: dit/config.json is missing" in printed and f"resumed {tmp_path}/run/step_000002" in printed
     assert_same(tmp_path / "whole", tmp_path / "run")
     assert sorted(f.name for f in (tmp_path / "run").glob("damaged_*")) == ["damaged_step_000003", "damaged_step_000004"]
-    sums = subprocess.run(["sha256sum", "-c", "--quiet", training.SUMS], cwd=training.latest(tmp_path / "run"))
+    sums = subprocess.run(["sha256sum", "-c", "--quiet", checkpoint.SUMS], cwd=checkpoint.newest_sound(tmp_path / "run"))
     assert sums.returncode == 0
     for folder in (tmp_path / "run").glob("step_*"):
         (folder / "state.json").write_text("{}")
     with pytest.raises(InputError, match="every checkpoint is damaged"):
-        training.latest(tmp_path / "run")
+        checkpoint.newest_sound(tmp_path / "run")
 
 
 def test_the_last_and_every_mth_checkpoint_are_kept(parts, tmp_path):
@@ -149,7 +150,7 @@ def no_space(rank: int) -> None:
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "index")
 
-    training.sync = full
+    checkpoint.sync = full
 
 
 @pytest.mark.parametrize("hook", [(small_files, 60_000), (no_space,)])

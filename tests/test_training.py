@@ -19,13 +19,13 @@ import sketchbook
 import train_stage1
 import train_stage2
 import training
-from checkpoint import InputError
+from checkpoint import InputError, newest_sound
 from data import tokenize
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT, DiTConfig, denoise, shift_schedule
 from model import MLLM, ImageProcessor
 from tokenizer import Tokenizer
-from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, generator, latest
+from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, generator
 from vae import VAE
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ STAGES = {1: train_stage1.train, 2: train_stage2.train}
 def weights(run: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(training.latest(run) / "trainer.safetensors")
+    return load_file(newest_sound(run) / "trainer.safetensors")
 
 
 def logged(run: Path) -> list[dict]:
@@ -79,7 +79,7 @@ def test_resumed_run_equals_the_straight_one(stage, parts, tmp_path):
     a, b = weights(straight), weights(halves)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-    told = evaluate.trained(SimpleNamespace(sources={"dit": str(latest(halves) / "dit")}))  # an evaluation names its run
+    told = evaluate.trained(SimpleNamespace(sources={"dit": str(newest_sound(halves) / "dit")}))  # an evaluation names its run
     assert told["step"] == 4 and 0 < told["hours"] < 1
 
 
