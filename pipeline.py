@@ -43,6 +43,7 @@ from graphs import Graph
 from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from records import load_image
+from threads import Crew
 from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
 from vae import VAE, VAEConfig, to_image, to_tensor
 
@@ -425,6 +426,8 @@ class DuoGen:
             painter = [m for m in dit.children() if m is not connector]
             self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
         self.context = mllm.config.max_position_embeddings
+        largest = max(sum(p.numel() for p in part.parameters()) for part in (mllm, dit, vae))
+        self.crew = Crew(largest, self.device.type)
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
         allowed[tokenizer.writable] = True
         self.allowed = allowed.to(self.device)
@@ -639,6 +642,7 @@ class DuoGen:
 
         Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
         """
+        self.crew.adapt()
         self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
         tokens, step = {}, [r for r in requests if len(r.ids) == 1]
         # A step costs a CPU as much for a place where nobody reads.
@@ -687,6 +691,12 @@ class DuoGen:
 
         One part of the system after the other: all encoding, then all painting, then all decoding.
         """
+
+        def step_done(done: int, steps: int) -> None:
+            self.crew.adapt()
+            if progress is not None:
+                progress(done, steps)
+
         if any(r.unseen for r in requests):
             self.at_work("vae")
         for r in requests:
@@ -719,7 +729,7 @@ class DuoGen:
                 method=s.sampler,
                 eta=s.eta,
                 condition_time=s.condition_time,
-                progress=progress,
+                progress=step_done,
                 graphs=self.graphs,
             )
             for r, z in zip(batch, painted, strict=True):

@@ -66,6 +66,7 @@ from fused import linear_cross_entropy
 from kernels import Segments, attention, set_backend
 from model import MLLM
 from plan import Batch, Plan, PlanConfig, flops, peak_flops
+from threads import Crew
 from vae import VAE
 
 
@@ -319,6 +320,7 @@ class Run:
         else:
             self.optimizer = torch.optim.AdamW(groups, **options)
         self.ema = [p.detach().clone() for p in self.params]
+        self.crew = Crew(sum(p.numel() for p in module.parameters()), world.device.type)
         self.step, self.position = 0, None
         self.skipped = self.in_a_row = 0  # steps without a finite loss and gradient
         self.seconds = self.unlogged = 0.0  # training time of all sittings; since the last line of the log
@@ -343,6 +345,7 @@ class Run:
         try:
             while self.step < c.steps and not self._ending():
                 self.world.alive()
+                self.crew.adapt()
                 for group in self.optimizer.param_groups:
                     group["lr"] = c.lr * self.lr_factor(self.step)
                 yield self.step
