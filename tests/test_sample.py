@@ -389,13 +389,6 @@ def test_answers_of_a_file_appear_as_they_are_finished(duo, here, capsys):
     assert [a["href"].split("/")[0] for tag, a in overview.tags if tag == "a"] == ["draw", "draw-2", "draw-3"]
 
 
-def test_a_prompt_that_is_too_long_stops_a_file_before_it_begins(duo, here, monkeypatch, capsys):
-    monkeypatch.setattr(duo, "context", 40)
-    monkeypatch.setattr(duo, "read", None)
-    assert main(["--prompts", write("p.jsonl", {"prompt": "x"}, {"prompt": "x " * 100})]) == 2
-    assert err_line(capsys).startswith("error: p.jsonl:2: the prompt has") and not (here / "out/p").exists()
-
-
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 BAD = [
@@ -410,7 +403,7 @@ BAD = [
     (["--steps", "0"], "--steps 0: must be from 1 to 1000"),
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--steps", "2.5"], "invalid int value"),
-    (["--guidance", "nan"], "--guidance nan: must be a finite number"),
+    (["--guidance", "nan"], "--guidance nan: must be from -100 to 100, 1 for none"),
     (["--guidance", "inf"], "--guidance inf"),
     (["--sampler", "ddim"], "--sampler ddim: must be one of unipc, euler, ancestral"),
     (["--height", "100"], "--height 100: must be a multiple of 16"),
@@ -418,7 +411,11 @@ BAD = [
     (["--height", "16384"], "from 16 to 8192"),
     (["--seed", "-1"], "--seed -1: must be a whole number"),
     (["--seed", "x"], "invalid int value: 'x'"),
-    (["--temperature", "-0.5"], "--temperature -0.5: must be 0 or more"),
+    (["--temperature", "-0.5"], "--temperature -0.5: must be 0, or from 0.01 to 100"),
+    *(([f"--{n}={v}"], f"--{n} {v}: must be") for n in ("guidance", "shift", "eta") for v in ("1e+30", "-1e+30")),
+    *(([f"--{name}", "1e-300"], f"--{name} 1e-300: must be") for name in ("shift", "temperature")),
+    (["--temperature", "1e30"], "--temperature 1e+30: must be 0, or from 0.01 to 100"),
+    (["--system", "x\udcff"], "--system is not Unicode text at character 1"),
     (["--top-p", "0"], "--top_p 0.0: must be above 0"),
     (["--top_p", "1.01"], "at most 1"),
     (["--max-images", "-1"], "--max_images -1"),
@@ -431,6 +428,16 @@ BAD = [
     (["--prompt", "x", "--image", "lfs.png"], "Git LFS pointer"),
     (["--prompt", "x", "--name", "../up"], "--name '../up': must be a plain folder name"),
     (["--prompt", "x", "--name", ""], "--name ''"),
+    *((["--name", n], f"--name {n!r}: no file system") for n in ("index.html", "Index.HTML", "con", "nul.png", "a.")),
+    (["--prompt", "x", "--name", "漢" * 70], "no file system"),
+    (["--prompt", "x", "--name", "a" * 101], "must be a plain folder name"),
+    (["--prompt", "x", "--name", "a\x1b[2J"], r"--name 'a\x1b[2J': must be a plain folder name"),
+    (["--prompt", "x", "--name", "a\u202eb"], r"--name 'a\u202eb': must be"),
+    (["--prompt", "x", "--image", "a\0.png"], r"--image a\x00.png: no such file"),
+    (["--prompt", "x", "--image", "a" * 5000], "aaa: no such file"),
+    (["--prompts", "a\0.jsonl"], "a.jsonl: no such file"),
+    (["--prompt", "x", "--out", "a\0b"], "--out ab: cannot be written"),
+    (["--prompt", "x", "--out", "a" * 300], "cannot be written (File name too long)"),
     (["--prompt", "x", "--out", "a.png"], "--out a.png: cannot be written"),
     (["--prompt", "x", "--out", "a.png/b"], "--out a.png/b: cannot be written"),
     (["--prompt", "x", "--out", "/proc/none"], "--out /proc/none: cannot be written"),
@@ -467,7 +474,7 @@ def check_one_line(code, capsys, message):
 
 LINES = [
     ("{bad", "p.jsonl:2: not valid JSON"),
-    ("[1]", "p.jsonl:2: not an object"),
+    ('"a"', "p.jsonl:2: not an object"),
     ({}, "p.jsonl:2: prompt is missing"),
     ({"prompt": 3}, "p.jsonl:2: prompt is missing or no text"),
     ({"prompt": " "}, "p.jsonl:2: prompt is empty"),
@@ -484,14 +491,44 @@ LINES = [
     ({"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}, "[0].content[0].image: no such"),
     ({"messages": [{"role": "system", "content": "x"}]}, "p.jsonl:2: messages: no user message"),
     ({"conversations": []}, "p.jsonl:2: "),
+    ("a red house", 'p.jsonl:2: not valid JSON: Expecting value: line 1 column 1 (char 0); a line is {"prompt": "..."}'),
+    ({"prompt": "x", "name": "index.html"}, "p.jsonl:2: name 'index.html': no file system"),
+    ({"prompt": "x", "guidance": 1e30}, "p.jsonl:2: guidance 1e+30: must be from -100 to 100"),
+    ({"prompt": "x", "guidance": 10**400}, "p.jsonl:2: guidance has hundreds of digits"),
+    ({"prompt": "x", "\x1b[2J": 1}, "p.jsonl:2: unknown field [2J"),
+    ({"prompt": "x", "images": ["../a.png"]}, "p.jsonl:2: images[0]: path leaves the file's folder: '../a.png'"),
+    ({"prompt": "x", "images": ["/etc/hostname"]}, "p.jsonl:2: images[0]: path leaves the file's folder"),
+    ({"prompt": "x", "images": ["https://a.b/c.png"]}, "p.jsonl:2: images[0]: a URL"),
+    ({"prompt": "x", "images": ["a\0.png"]}, r"p.jsonl:2: images[0]: no such picture: 'a\x00.png'"),
+    ({"prompt": "x", "images": ["data:image/png;base64,AAAA"]}, "p.jsonl:2: images[0]: picture cannot be used: data URL"),
 ]
 
 
 @pytest.mark.parametrize("line, message", LINES, ids=range(len(LINES)))
-def test_a_bad_line_is_named(here, monkeypatch, capsys, line, message):
+def test_a_file_without_a_good_line_is_refused_before_any_model_is_loaded(here, monkeypatch, capsys, line, message):
     monkeypatch.setattr(sample.DuoGen, "from_pretrained", None)
-    code = main(["--prompts", write("p.jsonl", {"prompt": "fine"}, line)])
-    check_one_line(code, capsys, message)
+    check_one_line(main(["--prompts", write("p.jsonl", "", line)]), capsys, message)
+
+
+def test_a_bad_line_costs_its_own_answer_only(duo, here, monkeypatch, capsys):
+    """Each is one line on stderr; the others are answered, and the overview says which are not."""
+    monkeypatch.setattr(duo, "context", 200)
+    long = {"prompt": "<b>" * 3000}
+    write("p.jsonl", {"prompt": "One"}, *(line for line, _ in LINES), long, {"prompt": "Two", "name": "two"})
+    duo.say(PLAIN, PLAIN)
+    small = "--max-tokens 20 --max-images 0".split()
+    assert main(["--prompts", "p.jsonl", *small]) == 1
+    out, err = capsys.readouterr()
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    for number, (line, (_, message)) in enumerate(zip(told, LINES, strict=False), 2):
+        assert line.startswith(f"error: p.jsonl:{number}: ") and message.replace("p.jsonl:2", f"p.jsonl:{number}") in line
+    assert len(told) == len(LINES) + 1
+    assert re.search(rf"p.jsonl:{len(LINES) + 2}: the prompt has [\d,]+ tokens, the limit is 199: shorten it", told[-1])
+    assert sorted(os.listdir(here / "out/p")) == ["index.html", "one", "two"]
+    count = len(LINES) + 3
+    overview = Page((here / "out/p/index.html").read_text()).text
+    assert f"2 of {count} answers" in overview and all(line.removeprefix("error: ") in overview for line in told)
+    assert f"[{count}/{count}] Two" in out and f"2 of {count} answers: out/p/index.html" in out
 
 
 def test_bad_checkpoints_are_one_line(here, parts, capsys):
