@@ -145,7 +145,7 @@ def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
             except InputError as e:
                 jobs.append(e)
         if not jobs:
-            raise InputError(f"{args.prompts}: no prompt in it")
+            raise InputError(f"{'stdin' if args.prompts == '-' else args.prompts}: no prompt in it")
         return jobs
     if args.prompt is None and args.image:
         raise InputError("--image needs a --prompt: say what to do with it")
