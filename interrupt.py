@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a program quietly, at any moment, and not before what is finished is kept.
+"""Ctrl-C and SIGTERM end a program quietly, and not before what is finished is kept.
 
     import interrupt
 
@@ -11,7 +11,8 @@
         except KeyboardInterrupt as e:
             sys.exit(interrupt.status(e))
 
-It imports next to nothing itself: what it does must be in force before PyTorch, whose import takes seconds, is begun.
+It imports next to nothing itself: what it does must be in force before PyTorch, whose import takes seconds, is begun. Only the
+hundredths of a second in which Python itself starts remain uncovered.
 """
 
 import contextlib

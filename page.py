@@ -36,7 +36,7 @@ from checkpoint import InputError, read_json
 from pipeline import STOPS, Answer, Picture
 from records import one_line
 
-
+# Overrides and isolates of direction: text that is read in another order than it is written.
 BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
@@ -110,7 +110,8 @@ def saved(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[Path]]]:
     """What a run over many prompts has in its folder, by `asked_for`: cards of whole answers, folders of interrupted ones."""
     whole, interrupted = {}, {}
     for file in sorted(folder.glob("[!.]*/answer.json")):
-        with contextlib.suppress(InputError, KeyError, TypeError):  # else it is not one of ours, or somebody has been at it
+        # Else it is not one of ours, or somebody has been at it.
+        with contextlib.suppress(InputError, OSError, KeyError, TypeError, AttributeError):
             answer = read_json(file)
             files = ["index.html", "answer.md", *answer["user_images"]]
             files += [p["image"] for p in answer["parts"] if p["type"] == "image"]
@@ -247,7 +248,7 @@ main, header, footer { max-width: 44rem; margin: 0 auto; }
 header { padding-top: 2.5rem; padding-bottom: 1.5rem; color: var(--quiet); }
 header .turn { margin: 0 0 .75rem; }
 header .last { font-size: 1.35rem; line-height: 1.4; color: var(--ink); font-weight: 600; }
-header small { display: block; font-size: .8rem; }
+header small { display: block; font-size: .8rem; overflow-wrap: anywhere; }
 header img { margin: 0 .5rem .75rem 0; height: 7rem; width: auto; max-width: 100%; object-fit: contain; }
 p { margin: 0 0 .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
 p:last-child { margin-bottom: 0; }
@@ -351,6 +352,6 @@ def card(folder: Path) -> str:
 def overview(title: str, cards: list[str], problems: list[str], of: int) -> str:
     """The index of a run over many prompts: a card for each answer, and why the others have none."""
     number = f"<small>{len(cards)} of {of} answers</small>"
-    number += "".join(f'<small class="problem">{escape_html(problem)}</small>' for problem in problems)
+    number += "".join(f'<small>{escape_html(problem)}</small>' for problem in problems)
     header = f'<header class="wide"><div class="turn last">{escape_html(title)}</div>{number}</header>'
     return document(title, f'{header}\n<main class="wide cards">\n{"".join(cards)}</main>\n')
