@@ -6,20 +6,25 @@
 
     folder = save(Path("out"), "a-house", answer, {"load_seconds": 1.2, "total_seconds": 9.8, "dtype": "float32"})
 
-Text, whoever wrote it, stays text: in HTML, in Markdown and in a file's name.
+Text, whoever wrote it, stays text: in HTML, in Markdown and in a file's name. What is shown is free of control characters; the
+JSON file has all of them, spelt as \\u001b.
 """
 
 import base64
+import contextlib
+import hashlib
 import html
 import io
+import json
 import os
 import platform
 import re
 import shutil
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import count
+from itertools import count, takewhile
 from math import ceil
 from pathlib import Path
 from urllib.parse import quote
@@ -27,8 +32,12 @@ from urllib.parse import quote
 import torch
 from PIL import Image
 
-from checkpoint import InputError, write_json
+from checkpoint import InputError, read_json
 from pipeline import STOPS, Answer, Picture
+from records import one_line
+
+# Overrides and isolates of direction: text that is read in another order than it is written.
+BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def fresh(out: Path, name: str) -> Path:
@@ -36,36 +45,107 @@ def fresh(out: Path, name: str) -> Path:
     return next(f for n in count(1) for f in [out / (name if n == 1 else f"{name}-{n}")] if not f.exists())
 
 
+@contextlib.contextmanager
+def saving(out: Path) -> Iterator[None]:
+    """A full disk and the like, told in one line."""
+    try:
+        yield
+    except OSError as e:
+        reason = e.strerror or one_line(e)
+        raise InputError(f"{out}: it cannot be saved there ({reason}): make room, or choose another folder") from None
+
+
 def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def save(out: Path, name: str, answer: Answer, about: dict) -> Path:
-    """Write an answer's folder aside, then give it its name: it is there as a whole or not at all."""
+def save(out: Path, name: str, answer: Answer, about: dict, instead: Path | None = None) -> Path:
+    """Write an answer's folder aside, then give it its name: it is there as a whole or not at all.
+
+    instead: the folder of an earlier try at the same answer, which goes.
+    """
     aside = out / f".{name}-{os.getpid()}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for kind, images in (("input", answer.images), ("image", [p.image for p in answer.pictures])):
-            for i, image in enumerate(images, 1):
-                image.save(aside / f"{kind}_{i:02d}.png")
-        write_json(aside / "answer.json", record(answer, about))
-        write_text(aside / "answer.md", markdown(answer))
-        write_text(aside / "index.html", page(answer))
-        while True:
-            folder = fresh(out, name)
-            try:
-                os.rename(aside, folder)
-                return folder
-            except OSError:
-                if not folder.exists():  # otherwise another run took the name in between
-                    raise
-    except OSError as e:
-        raise InputError(f"{out}: it cannot be saved there ({e.strerror}): make room or choose another folder") from None
+        with saving(out):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for kind, images in (("input", answer.images), ("image", [p.image for p in answer.pictures])):
+                for i, image in enumerate(images, 1):
+                    image.save(aside / f"{kind}_{i:02d}.png")
+            write_text(aside / "answer.md", markdown(answer))
+            write_text(aside / "index.html", page(answer))
+            write_text(aside / "answer.json", harmless_json(record(answer, about)))  # last: where it is, all is
+            if instead is not None:
+                shutil.rmtree(instead)
+            while True:
+                folder = fresh(out, name)
+                try:
+                    os.rename(aside, folder)
+                    return folder
+                except OSError:
+                    if not folder.exists():  # otherwise another run took the name in between
+                        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def asked_for(answer: Answer, name: str, dtype: str) -> str:
+    """All that an answer depends on, as one number: whoever asks the same of the same model gets the same answer."""
+    pictures = [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in answer.images]
+    texts = [[m["role"], *(p.get("text") for p in m["content"])] for m in answer.messages]
+    # A folder keeps its name when its weights are trained on; a name on the Hub has its commit.
+    files = sorted(f for source in answer.duo.sources.values() for f in Path(source).glob("*.safetensors"))
+    weights = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    everything = [name, texts, pictures, asdict(answer.settings), answer.size, answer.duo.sources, weights, dtype]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def saved(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[Path]]]:
+    """What a run over many prompts has in its folder, by `asked_for`: cards of whole answers, folders of interrupted ones."""
+    whole, interrupted = {}, {}
+    for file in sorted(folder.glob("[!.]*/answer.json")):
+        # Else it is not one of ours, or somebody has been at it.
+        with contextlib.suppress(InputError, OSError, KeyError, TypeError, AttributeError):
+            answer = read_json(file)
+            files = ["index.html", "answer.md", *answer["user_images"]]
+            files += [p["image"] for p in answer["parts"] if p["type"] == "image"]
+            if answer["asked"] is None or not all((file.parent / f).is_file() for f in files):
+                continue
+            if answer["stop"] == "interrupted":
+                interrupted.setdefault(answer["asked"], []).append(file.parent)
+            else:
+                whole.setdefault(answer["asked"], []).append(card(file.parent))
+    return whole, interrupted
+
+
+def run_folder(out: Path, name: str, wanted: set[str], anew: bool = False) -> Path:
+    """Where the answers of a run go: to those of an earlier run that has some of the `wanted` ones, or to a new folder."""
+    names = (out / (name if n == 1 else f"{name}-{n}") for n in count(1))
+    for folder in [] if anew else [*takewhile(Path.is_dir, names)][::-1]:
+        if any(found.keys() & wanted for found in saved(folder)):
+            return folder
+    return fresh(out, name)
+
+
+def printable(text: str) -> str:
+    """Without what could steer a terminal, or make text look like other text: control characters, overrides of direction."""
+    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in BIDI))
+
+
+def harmless_json(value: dict) -> str:
+    """JSON in which the characters that `printable` drops are spelt out: in JSON they can only be in strings."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return "".join(c if printable(c) else f"\\u{ord(c):04x}" for c in text)
+
+
+def escape_html(text: str) -> str:
+    return html.escape(printable(text))
 
 
 def prompt_of(messages: list[dict]) -> str:
@@ -104,6 +184,7 @@ def record(answer: Answer, about: dict) -> dict:
     cuda = duo.device.type == "cuda"
     return {
         "format": 1,
+        "asked": about.get("asked"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "prompt": prompt_of(answer.messages),
         "messages": messages,
@@ -130,7 +211,7 @@ def record(answer: Answer, about: dict) -> dict:
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is; a line break stays one."""
-    text = re.sub(r"([\\`*_\[\]<>~|$&])", r"\\\1", text)
+    text = re.sub(r"([\\`*_\[\]<>~|$&])", r"\\\1", printable(text))
     text = re.sub(r"(?m)^(\s*)([#+=-]|\d+[.)])(?=\s|$)", lambda m: m[1] + re.sub(r"([^\d])", r"\\\1", m[2]), text)
     return re.sub(r"(?<!\n)\n(?!\n)", "\\\\\n", text)
 
@@ -167,7 +248,7 @@ main, header, footer { max-width: 44rem; margin: 0 auto; }
 header { padding-top: 2.5rem; padding-bottom: 1.5rem; color: var(--quiet); }
 header .turn { margin: 0 0 .75rem; }
 header .last { font-size: 1.35rem; line-height: 1.4; color: var(--ink); font-weight: 600; }
-header small { display: block; font-size: .8rem; }
+header small { display: block; font-size: .8rem; overflow-wrap: anywhere; }
 header img { margin: 0 .5rem .75rem 0; height: 7rem; width: auto; max-width: 100%; object-fit: contain; }
 p { margin: 0 0 .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
 p:last-child { margin-bottom: 0; }
@@ -198,13 +279,13 @@ td:first-child { white-space: nowrap; width: 1%; }
 
 def document(title: str, body: str) -> str:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"\n<title>{html.escape(title)}</title>\n<style>{CSS}</style>"
+    head += f"\n<title>{escape_html(title)}</title>\n<style>{CSS}</style>"
     return f"<!doctype html>\n<html>\n<head>{head}</head>\n<body>\n{body}</body>\n</html>\n"
 
 
 def paragraphs(text: str) -> str:
     blocks = (b.strip() for b in re.split(r"\n\s*\n", text))
-    return "".join(f'<p dir="auto">{html.escape(b)}</p>' for b in blocks if b)
+    return "".join(f'<p dir="auto">{escape_html(b)}</p>' for b in blocks if b)
 
 
 def inline(image: Image.Image, alt: str) -> str:
@@ -219,7 +300,7 @@ def inline(image: Image.Image, alt: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" {size} alt="{html.escape(alt)}">'
+    return f'<img src="data:image/png;base64,{data}" {size} alt="{escape_html(alt)}">'
 
 
 def page(answer: Answer) -> str:
@@ -229,7 +310,7 @@ def page(answer: Answer) -> str:
     header, body, number = "", "", count(1)
     for i, (role, part) in enumerate(asked):
         if first_of_last and (i == 0 or asked[i - 1][0] != role):
-            header += f"<small>{role}</small>"
+            header += f"<small>{escape_html(role)}</small>"
         if not isinstance(part, str):
             header += inline(part[1], f"{role}'s picture {part[0][6:8].lstrip('0')}")
         elif part.strip():
@@ -251,22 +332,26 @@ def page(answer: Answer) -> str:
     how += f", painting {answer.paint_seconds:.1f} s." if n else "."
     settings = asdict(answer.settings) | {"height": answer.size[0], "width": answer.size[1]}
     rows = {"ends because": STOPS[answer.stop]} | settings | answer.duo.sources
-    table = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+    table = "".join(f"<tr><td>{escape_html(k)}</td><td>{escape_html(str(v))}</td></tr>" for k, v in rows.items())
     details = f"<details><summary>{how} Seed {answer.settings.seed}.</summary><table>{table}</table></details>"
     title = prompt_of(answer.messages)
     return document(title[:80], f"<header>{header}</header>\n<main>\n{body}</main>\n<footer>{details}</footer>\n")
 
 
-def overview(title: str, finished: list[tuple[Path, Answer]], of: int) -> str:
-    """The index of a run over many prompts: a card for each answer, which leads to its page."""
-    cards = ""
-    for folder, answer in finished:
-        link = quote(folder.name)
-        thumbs = "".join(f'<img src="{link}/image_{i:02d}.png" alt="">' for i in range(1, len(answer.pictures) + 1))
-        lead = "" if thumbs else f"<small>{html.escape(answer.text[:160])}</small>"
-        end = "" if answer.stop == "end" else f"<small>{html.escape(STOPS[answer.stop])}</small>"
-        asked = f'<div dir="auto">{html.escape(prompt_of(answer.messages))}</div>'
-        cards += f'<a href="{link}/index.html">{asked}{thumbs}{lead}{end}</a>\n'
-    number = f"<small>{len(finished)} of {of} answers</small>"
-    header = f'<header class="wide"><div class="turn last">{html.escape(title)}</div>{number}</header>'
-    return document(title, f'{header}\n<main class="wide cards">\n{cards}</main>\n')
+def card(folder: Path) -> str:
+    """A saved answer in the overview beside its folder; it leads to its page."""
+    answer, link = read_json(folder / "answer.json"), quote(folder.name)
+    thumbs = "".join(f'<img src="{link}/{quote(p["image"])}" alt="">' for p in answer["parts"] if p["type"] == "image")
+    text = "\n".join(p["text"].strip() for p in answer["parts"] if p["type"] == "text")
+    lead = "" if thumbs else f"<small>{escape_html(text[:160])}</small>"
+    end = "" if answer["stop"] == "end" else f"<small>{escape_html(answer['stop_meaning'])}</small>"
+    question = f'<div dir="auto">{escape_html(answer["prompt"])}</div>'
+    return f'<a href="{link}/index.html">{question}{thumbs}{lead}{end}</a>\n'
+
+
+def overview(title: str, cards: list[str], problems: list[str], of: int) -> str:
+    """The index of a run over many prompts: a card for each answer, and why the others have none."""
+    number = f"<small>{len(cards)} of {of} answers</small>"
+    number += "".join(f'<small>{escape_html(problem)}</small>' for problem in problems)
+    header = f'<header class="wide"><div class="turn last">{escape_html(title)}</div>{number}</header>'
+    return document(title, f'{header}\n<main class="wide cards">\n{"".join(cards)}</main>\n')

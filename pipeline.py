@@ -95,21 +95,26 @@ class Settings:
 
         need(0 <= self.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
         need(1 <= self.steps <= 1000, "steps", "from 1 to 1000")
-        need(math.isfinite(self.guidance), "guidance", "a finite number, 1 for none")
+        # Beyond these limits nothing can be painted or written: numbers overflow, or all noise levels become one.
+        need(-100 <= self.guidance <= 100, "guidance", "from -100 to 100, 1 for none")
         need(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
-        need(math.isfinite(self.eta) and self.eta >= 0, "eta", "0 or more")
+        need(0 <= self.eta <= 100, "eta", "from 0 to 100")
         need(self.schedule in ("shift", "karras"), "schedule", "shift or karras")
-        need(math.isfinite(self.shift) and self.shift > 0, "shift", "above 0")
+        need(0.01 <= self.shift <= 100, "shift", "from 0.01 to 100")
         for name in ("height", "width"):
             side = getattr(self, name)
             need(side is None or (SIDE <= side <= 8192 and side % SIDE == 0), name, f"a multiple of {SIDE} from {SIDE} to 8192")
         need(self.max_area is None or self.max_area >= SIDE**2, "max_area", f"at least {SIDE**2} pixels")
         need(0 <= self.max_images <= 1000, "max_images", "from 0 to 1000")
         need(1 <= self.max_tokens <= 10**6, "max_tokens", "from 1 to 1000000")
-        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
+        need(self.temperature == 0 or 0.01 <= self.temperature <= 100, "temperature", "0, or from 0.01 to 100")
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.negative in ("chunk", "empty", "none"), "negative", "chunk, empty or none")
         need(self.condition_time is None or 0 <= self.condition_time < 1, "condition_time", "from 0 to below 1")
+        try:
+            self.system.encode()
+        except UnicodeEncodeError as e:
+            raise InputError(f"system is not Unicode text at character {e.start}: write it in UTF-8") from None
 
     @property
     def scale(self) -> float:
@@ -126,6 +131,9 @@ def override(settings: Settings, values: dict, where: str) -> Settings:
     """Settings with some values changed; unknown names and wrong types are an InputError that begins with `where`."""
     try:
         return config_from_json(Settings, asdict(settings) | values, where)
+    except OverflowError:
+        name = next(k for k, v in values.items() if type(v) is int and abs(v) > 1e308)
+        raise InputError(f"{where}: {name} has hundreds of digits: write a smaller number") from None
     except InputError as e:
         raise InputError(str(e) if str(e).startswith(where) else f"{where}: {e}") from None
 
@@ -632,7 +640,7 @@ class DuoGen:
             return int(logits.argmax())
         p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
         mass = p.cumsum(0)
-        keep = int((mass - p < settings.top_p).sum())  # the smallest set that has the share top_p
+        keep = max(1, int((mass - p < settings.top_p).sum()))  # the smallest set that has the share top_p
         u = torch.rand((), generator=generator) * mass[keep - 1].cpu()  # one number from the CPU: every device draws the same
         return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
 

@@ -85,8 +85,9 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
 
 
 def one_line(value: object) -> str:
-    """Text that may come from a file, fit for one printed line."""
-    return " ".join(str(value).split()).encode(errors="backslashreplace").decode()[:300]
+    """Text that may come from a file, fit for one printed line: what could steer a terminal is spelt out."""
+    text = " ".join(str(value).split())[:300]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _part_problems(part: object, role: object, at: str, folder: Folder, decode: 
     elif not isinstance(value, str | Path | bytes | Image.Image):
         yield at, f"not a path: it is {_kind(value)}"
     else:
-        yield from _picture_problems(value, at, folder, decode)
+        yield from picture_problems(value, at, folder, decode)
 
 
 def _unknown(values: dict, at: str, *known: str) -> Iterator[tuple]:
@@ -268,7 +269,8 @@ def _text_problems(text: str, at: str) -> Iterator[tuple]:
         yield at, f"not Unicode text: half a surrogate pair at character {e.start}"
 
 
-def _picture_problems(value: str | Path | bytes | Image.Image, at: str, folder: Folder, decode: bool) -> Iterator[tuple]:
+def picture_problems(value: str | Path | bytes | Image.Image, at: str, folder: Folder, decode: bool) -> Iterator[tuple]:
+    """(field, message) of what is wrong with one picture of a record. folder: an absolute one, or a function."""
     if isinstance(value, str) and not value.startswith("data:"):
         if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
             yield at, f"a URL: {value!r:.80}; download the picture and give its path"
@@ -280,7 +282,7 @@ def _picture_problems(value: str | Path | bytes | Image.Image, at: str, folder: 
                 yield at, str(e)
                 return
             if decode:
-                yield from _picture_problems(value, at, folder, decode)
+                yield from picture_problems(value, at, folder, decode)
             return
         path = picture_path(folder, value)
         if not path.is_relative_to(folder):

@@ -13,11 +13,23 @@ The answer appears on stdout as it is written; bars and notices are on stderr. W
                               answer.md      the same as Markdown, with image_01.png, image_02.png, ...
                               answer.json    the parts in order, every setting, seed and model source, timings
 
-A line of --prompts is {"prompt": "...", "images": ["a.png"], "name": "...", and any setting}, with paths relative to the file,
-or a record as in data.py, of which answers at the end are left off. --batch of them are written and painted together, and each
-appears when it is finished; it is what it would be if asked for alone. The folders lie in out/prompts/, beside an overview.
-Ctrl-C ends the answers that are being written and saves what is there.
+A line of --prompts is {"prompt": "...", "images": ["a.png"], "name": "...", and any setting}, or a record as in data.py, of
+which answers at the end are left off; data.py's rules for pictures hold for both. --prompts - reads such lines from standard
+input, with pictures relative to the working directory. --batch of them are written and painted together, and each appears when
+it is finished; it is what it would be if asked for alone. The folders lie in out/prompts/, beside an overview. A line that
+cannot be answered is reported as FILE:LINE, and the others are answered. The same command again continues: what is there as a
+whole is kept if prompt, settings, name, model and dtype are the same. --fresh, or a --name of its own, begins anew.
+
+Ctrl-C and SIGTERM end the answers that are being written and save what is there.
+
+Exit status: 0 all is well, 1 some lines were not answered or stdout took no more, 2 a mistake or a full disk, 130 Ctrl-C,
+143 SIGTERM.
 """
+
+import interrupt
+
+if __name__ == "__main__":
+    interrupt.quiet()  # until main is reached: importing PyTorch takes a second or two
 
 import argparse
 import contextlib
@@ -29,6 +41,7 @@ import time
 import types
 import typing
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
@@ -38,13 +51,17 @@ from tqdm import tqdm
 from checkpoint import InputError, Parser, abandon_stdout, parse_dtype, pick_device
 from fit import planned
 from kernels import set_backend
-from page import fresh, overview, prompt_of, save, write_text
+from page import asked_for, card, overview, printable, prompt_of, run_folder, save, saved, saving, write_text
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
-from records import Problem, load_image, normalise, read_records, validate
+from records import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate
+from records import parse as parse_line
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
 BATCH = 8
 ALIASES = {"steps": ["--num-steps", "--num-inference-steps"], "guidance": ["--guidance-scale"]}
+# Windows cannot have files of these names, whatever their ending; and index.html is the overview's.
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|index\.html", re.IGNORECASE)
+LOST: list[OSError] = []  # why stdout takes no more
 
 # ----------------------------------------------------------------------------------------------------------- command line
 
@@ -54,7 +71,8 @@ def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--prompt", help=f"what you want (default: {PROMPT})")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture to go with it; repeat it for more")
-    p.add_argument("--prompts", metavar="FILE", help="many prompts, one JSON object a line")
+    p.add_argument("--prompts", metavar="FILE", help="many prompts, one JSON object a line; - is standard input")
+    p.add_argument("--fresh", action="store_true", help="do not continue an earlier run of --prompts")
     p.add_argument("--batch", type=int, help=f"of --prompts, how many are answered at a time (default: {BATCH})")
     p.add_argument("--ckpt", help="checkpoint: folder or Hub name (default: the bundled miniature)")
     p.add_argument("--revision", help="branch, tag or commit of a --ckpt on the Hub")
@@ -114,15 +132,20 @@ class Job:
     where: str = "prompt"  # for messages about it
 
 
-def read_jobs(args: argparse.Namespace, values: dict) -> list[Job]:
-    """What is to be answered, all of it checked before any model is loaded."""
+def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
+    """What is to be answered, all of it checked before any model is loaded; a bad line of --prompts comes as its error."""
     if args.prompts is not None:
         for flag in ("prompt", "image"):
             if getattr(args, flag):
                 raise InputError(f"--{flag} and --prompts exclude each other: put it into the file")
-        jobs = [read_job(args.prompts, number, record, values) for number, record in read_records(args.prompts)]
+        jobs = []
+        for number, record in read_lines(args.prompts):
+            try:
+                jobs.append(read_job(args.prompts, number, record, values))
+            except InputError as e:
+                jobs.append(e)
         if not jobs:
-            raise InputError(f"{args.prompts}: no prompt in it")
+            raise InputError(f"{'stdin' if args.prompts == '-' else args.prompts}: no prompt in it")
         return jobs
     if args.prompt is None and args.image:
         raise InputError("--image needs a --prompt: say what to do with it")
@@ -136,11 +159,20 @@ def read_jobs(args: argparse.Namespace, values: dict) -> list[Job]:
     return [Job(ask(prompt, args.image), args.name or slug(prompt), values)]
 
 
+def read_lines(file: str) -> Iterator[tuple[int, dict | Problem]]:
+    """As records.read_records, and of standard input if the file is "-"."""
+    if file != "-":
+        yield from read_records(file)
+    elif sys.stdin is not None:  # it is None if it was closed
+        yield from ((n, parse_line(line, "stdin", n)) for n, line in enumerate(sys.stdin.buffer, 1) if line.strip(BLANK))
+
+
 def read_job(file: str, number: int, record: dict | Problem, values: dict) -> Job:
     """A line of a --prompts file. InputError says which line and field."""
-    where, folder = f"{file}:{number}", Path(file).parent
+    file, folder = ("stdin", Path()) if file == "-" else (file, Path(file).parent)
+    where = f"{file}:{number}"
     if isinstance(record, Problem):
-        raise InputError(str(record))
+        raise InputError(f'{record}; a line is {{"prompt": "..."}}')
     if "messages" in record:
         own, messages = {k: v for k, v in record.items() if k in Settings.__dataclass_fields__}, record["messages"]
         if isinstance(messages, list):
@@ -161,13 +193,10 @@ def read_job(file: str, number: int, record: dict | Problem, values: dict) -> Jo
         check_prompt(prompt, f"{where}: prompt")
         if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
             raise InputError(f"{where}: images: must be a list of paths")
-        paths = [folder / i for i in images]
-        for i, path in enumerate(paths):
-            try:
-                load_image(path)
-            except InputError as e:
-                raise InputError(f"{where}: images[{i}]: {e}") from None
-        messages = ask(prompt, paths)
+        for i, image in enumerate(images):
+            for at, problem in picture_problems(image, f"images[{i}]", folder.absolute(), True):
+                raise InputError(f"{where}: {at}: {problem}")
+        messages = ask(prompt, [i if i.startswith("data:") else picture_path(folder, i) for i in images])
     name = record.get("name", slug(prompt))
     override(Settings(), values | own, where)
     return Job(messages, check_name(name, f"{where}: name"), values | own, where)
@@ -184,7 +213,8 @@ def check_prompt(prompt: object, where: str) -> None:
 
 def ask(prompt: str, images: list[str | Path]) -> list[dict]:
     """The pictures first, as Qwen has it."""
-    content = [*({"type": "image", "image": Path(i).absolute()} for i in images), {"type": "text", "text": prompt}]
+    sources = [i if str(i).startswith("data:") else Path(i).absolute() for i in images]
+    content = [*({"type": "image", "image": i} for i in sources), {"type": "text", "text": prompt}]
     return [{"role": "user", "content": content}]
 
 
@@ -196,12 +226,14 @@ def slug(prompt: str) -> str:
         if len(name) + len(word) >= 48:
             break
         name += f"-{word}" if name else word
-    return name or "answer"
+    return f"{name}-answer" if RESERVED.fullmatch(name) else name or "answer"
 
 
 def check_name(name: object, where: str) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w .-]{0,99}", name) or name != name.strip():
         raise InputError(f"{where} {name!r:.40}: must be a plain folder name of letters, digits, blanks, dots, - and _")
+    if RESERVED.fullmatch(name) or name.endswith(".") or len(name.encode()) > 200:
+        raise InputError(f"{where} {name!r:.40}: no file system holds it beside everything else: choose another name")
     return name
 
 
@@ -209,18 +241,20 @@ def check_name(name: object, where: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: all is well, 2: a mistake of the user's, 130: interrupted."""
+    """The exit status, see the top."""
     for stream in (sys.stdout, sys.stderr):  # an answer in Chinese must not end a run in an ASCII terminal
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    LOST.clear()
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        with interrupt.heard():
+            return run(sys.argv[1:] if argv is None else argv) or int(bool(LOST))
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        report(e)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("interrupted", file=sys.stderr)
-        return 130
+        return interrupt.status(e)
     except BrokenPipeError:
         abandon_stdout()
         return 1
@@ -235,13 +269,18 @@ def run(argv: list[str]) -> int:
     if args.plan:
         batch = args.batch or (BATCH if args.prompts else 1)
         parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
-        print(planned(args.ckpt, parts, values, batch, len(args.image), args.dtype).report())
+        say(planned(args.ckpt, parts, values, batch, len(args.image), args.dtype).report())
         return 0
-    jobs = read_jobs(args, values)
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype, device)
     set_backend(args.attention, device)
     check_device(device, args.offload, args.graphs)
+    jobs = read_jobs(args, values)
+    for problem in jobs:
+        if isinstance(problem, InputError):
+            report(problem)
+    if not any(isinstance(job, Job) for job in jobs):
+        return 2
     out = make_out(Path(args.out))
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
@@ -249,70 +288,135 @@ def run(argv: list[str]) -> int:
         duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
-    answers = []
-    for job in jobs:
-        try:
-            answers.append(duo.answer(job.messages, override(duo.defaults, job.values, "settings")))
-        except InputError as e:
-            raise InputError(f"{job.where}: {e}") from None
+    answers = {}
+    for n, job in enumerate(jobs):
+        if isinstance(job, Job):
+            try:
+                answers[n] = duo.answer(job.messages, override(duo.defaults, job.values, "settings"))
+            except InputError as e:
+                jobs[n] = InputError(f"{job.where}: {e}")
+                report(jobs[n])
+    if not answers:
+        return 2
     if args.prompts is None:
         return one(duo, answers[0], out, jobs[0].name, about)
-    folder = fresh(out, args.name or slug(Path(args.prompts).stem))
-    folder.mkdir()
-    return many(duo, answers, folder, unique([job.name for job in jobs]), about, args.batch or BATCH, Path(args.prompts).name)
+    title = "prompts" if args.prompts == "-" else Path(args.prompts).name
+    wanted = {n: asked_for(answer, jobs[n].name, about["dtype"]) for n, answer in answers.items()}
+    folder = run_folder(out, args.name or slug(Path(title).stem), {*wanted.values()}, args.fresh)
+    try:
+        with saving(folder):
+            folder.mkdir(exist_ok=True)
+        return many(duo, jobs, answers, wanted, folder, about, args.batch or BATCH, title)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is still empty
 
 
 def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:
     """Write an answer, to the terminal as it grows, and save it."""
-    began = time.perf_counter()
+    began, status = time.perf_counter(), 0
     try:
         show(duo, answer)
-    except KeyboardInterrupt:
-        print(f"\n{STOPS['interrupted']}; saving what is there", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError) as e:
+        if not answer.parts:
+            raise
+        status = ended_early(e)
     if answer.stop != "end":
-        print(f"[ends here: {STOPS[answer.stop]}]")
+        say(f"[ends here: {STOPS[answer.stop]}]")
     folder = save(out, name, answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
-    print(f"\n{folder / 'index.html'}", flush=True)
-    return 130 if answer.stop == "interrupted" else 0
+    say(f"\n{folder / 'index.html'}")
+    return status
 
 
-def many(duo: DuoGen, answers: list[Answer], out: Path, names: list[str], about: dict, batch: int, title: str) -> int:
-    """Write answers together, and save and print each as soon as it is finished."""
-    began, number, finished = time.perf_counter(), {a: n for n, a in enumerate(answers)}, {}
+def many(
+    duo: DuoGen,
+    jobs: list[Job | InputError],
+    answers: dict[int, Answer],
+    wanted: dict[int, str],
+    out: Path,
+    about: dict,
+    batch: int,
+    title: str,
+) -> int:
+    """Write answers together, and save and print each as soon as it is finished. answers, wanted: by number in jobs.
+
+    Those that are in the folder already as a whole, by what is `wanted`, are kept, and interrupted ones are made again.
+    """
+    began, number = time.perf_counter(), {a: n for n, a in answers.items()}
+    problems = [str(job) for job in jobs if not isinstance(job, Job)]
+    names = dict(zip(answers, unique([jobs[n].name for n in answers]), strict=True))
+    whole, interrupted = saved(out)
+    cards = {n: whole[key].pop(0) for n, key in wanted.items() if whole.get(key)}
+    if cards:
+        print(f"{len(cards)} of {len(jobs)} are there already: {out}", file=sys.stderr)
+    waiting = [answer for n, answer in answers.items() if n not in cards]
+
+    def write_overview() -> None:
+        with saving(out):
+            write_text(out / "index.html", overview(title, [cards[n] for n in sorted(cards)], problems, len(jobs)))
 
     def done(answer: Answer) -> None:
         n = number[answer]
-        folder = save(out, names[n], answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
-        finished[n] = folder, answer
-        write_text(out / "index.html", overview(title, [finished[k] for k in sorted(finished)], len(answers)))
+        facts = about | {"asked": wanted[n], "total_seconds": round(time.perf_counter() - began, 3)}
+        earlier = interrupted.get(wanted[n])
+        folder = save(out, names[n], answer, facts, instead=earlier.pop() if earlier else None)
+        cards[n] = card(folder)
+        write_overview()
         bar.clear()
-        print(f"[{n + 1}/{len(answers)}] {printable(prompt_of(answer.messages))}\n")
+        say(f"[{n + 1}/{len(jobs)}] {printable(prompt_of(answer.messages))}\n")
         for k, part in enumerate(answer.parts):
             if isinstance(part, str):
-                print(printable(part).strip("\n"))
+                say(printable(part).strip("\n"))
             else:
-                print(caption(sum(isinstance(p, Picture) for p in answer.parts[: k + 1]), part))
+                say(caption(sum(isinstance(p, Picture) for p in answer.parts[: k + 1]), part))
         if answer.stop != "end":
-            print(f"[ends here: {STOPS[answer.stop]}]")
-        print(f"\n{folder / 'index.html'}\n", flush=True)
+            say(f"[ends here: {STOPS[answer.stop]}]")
+        say(f"\n{folder / 'index.html'}\n")
         bar.update()
 
     def progress(step: int, steps: int) -> None:
         bar.set_postfix_str(f"painting, step {step} of {steps}" if step < steps else "")
 
-    with tqdm(total=len(answers), unit="answer", leave=False, disable=None) as bar:
+    with tqdm(total=len(waiting), unit="answer", leave=False, disable=None) as bar:
         try:
-            duo.write_many(answers, batch=batch, done=done, progress=progress)
-        except KeyboardInterrupt:
-            print(f"\n{STOPS['interrupted']}; saving what is there", file=sys.stderr)
-            for answer in answers:
-                if answer.parts and number[answer] not in finished:
+            duo.write_many(waiting, batch=batch, done=done, progress=progress)
+        except (KeyboardInterrupt, BrokenPipeError) as e:
+            status = ended_early(e)
+            for answer in waiting:
+                if answer.parts and number[answer] not in cards:
                     done(answer)
-            if not finished:
-                out.rmdir()
-            return 130
-    print(f"{len(answers)} answers: {out / 'index.html'}")
-    return 0
+            if cards:
+                write_overview()
+            return status
+    write_overview()
+    say(f"{len(cards)} {f'of {len(jobs)} ' if problems else ''}answers: {out / 'index.html'}")
+    return 1 if problems else 0
+
+
+def ended_early(e: KeyboardInterrupt | BrokenPipeError) -> int:
+    """The exit status, of an end in the middle of which what is there is saved. A reader that has gone has seen enough."""
+    if isinstance(e, BrokenPipeError):
+        return 1
+    print(f"\n{STOPS['interrupted']}; saving what is there", file=sys.stderr)
+    return interrupt.status(e)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """To stdout, at once. If that takes no more, all goes on without it: what matters is saved in files."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        abandon_stdout()
+        raise
+    except OSError as e:
+        abandon_stdout()
+        LOST.append(e)
+        report(f"stdout: {e.strerror}: nothing more appears there, the answer is saved all the same")
+
+
+def report(problem: InputError | str) -> None:
+    """One line on stderr, whatever is in it."""
+    print("error:", printable(str(problem)).replace("\n", " "), file=sys.stderr)
 
 
 def unique(names: list[str]) -> list[str]:
@@ -330,8 +434,8 @@ def make_out(out: Path) -> Path:
         probe = out / f".probe-{os.getpid()}"
         probe.mkdir()
         probe.rmdir()
-    except OSError as e:
-        raise InputError(f"--out {out}: cannot be written ({e.strerror}): choose another folder") from None
+    except (OSError, ValueError) as e:  # the latter if there is a NUL in it
+        raise InputError(f"--out {out}: cannot be written ({getattr(e, 'strerror', e)}): choose another folder") from None
     return out
 
 
@@ -346,28 +450,23 @@ def show(duo: DuoGen, answer: Answer) -> None:
         for event in duo.stream(answer, progress):
             if isinstance(event, Text):
                 text = printable(event.text.lstrip("\n") if new_line else event.text)
-                print(text, end="", flush=True)
+                say(text, end="")
                 new_line = text.endswith("\n") if text else new_line
             elif isinstance(event, Paint):
                 number += 1
-                print("" if new_line else "\n", end="", flush=True)
+                say("" if new_line else "\n", end="")
                 bar = tqdm(total=answer.settings.steps, desc=f"picture {number}", leave=False, disable=None)
             elif isinstance(event, Picture):
                 bar.close()
-                print(caption(number, event), flush=True)
+                say(caption(number, event))
                 new_line = True
     finally:
         bar.close()
-        print("" if new_line else "\n", end="", flush=True)
+        say("" if new_line else "\n", end="")
 
 
 def caption(number: int, picture: Picture) -> str:
     return f"[picture {number}: {picture.image.width} x {picture.image.height}, {picture.seconds:.1f} s]"
-
-
-def printable(text: str) -> str:
-    """Without the control characters that could steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 if __name__ == "__main__":

@@ -498,10 +498,12 @@ def test_asked_for_size_is_painted(duo):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("seed", -1, "whole number"), ("steps", 0, "from 1"), ("steps", 2.5, "int is expected"), ("shift", 0.0, "above 0"),
-        ("guidance", float("nan"), "finite"), ("sampler", "ddim", "ancestral"), ("schedule", "cosine", "shift or karras"),
+        ("seed", -1, "whole number"), ("steps", 0, "from 1"), ("steps", 2.5, "int is expected"), ("shift", 0.0, "from 0.01"),
+        ("guidance", float("nan"), "from -100 to 100"), ("guidance", 10**400, "guidance has hundreds of digits"),
+        ("sampler", "ddim", "ancestral"), ("schedule", "cosine", "shift or karras"),
         ("height", 100, "multiple of 16"), ("width", 0, "multiple of 16"), ("max_images", -1, "from 0"),
-        ("max_tokens", 0, "from 1"), ("temperature", -0.1, "0 or more"), ("top_p", 0.0, "above 0"), ("top_p", 1.5, "at most 1"),
+        ("max_tokens", 0, "from 1"), ("temperature", -0.1, "0, or from 0.01"), ("top_p", 0.0, "above 0"),
+        ("top_p", 1.5, "at most 1"), ("system", "x\ud800", "not Unicode text at character 1"),
         ("negative", "all", "chunk, empty"), ("condition_time", 1.0, "below 1"), ("max_area", 10, "at least 256"),
         ("stepz", 3, "did you mean steps"),
     ],

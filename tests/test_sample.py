@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -187,6 +188,22 @@ def test_escaped_markdown_shows_the_same_text():
 
 def test_terminal_text_is_harmless():
     assert printable("a\x1b[2J\x07\r\nb\tc\x9b é 漢") == "a[2J\nb\tc é 漢"
+    assert printable("\u202eevil\u202c \u2066x\u2069 a\u200db") == "evil x a\u200db"
+
+
+def test_control_characters_reach_no_terminal_page_or_file(duo, here, capsys):
+    """In the JSON file they are spelt out, and read back as they were."""
+    evil = "a\x1b[31m\x00\x07\x9b\u202eb\u2066c\u2069"
+    duo.say([evil, END], [evil, END])
+    assert main(["--prompt", evil, "--system", evil, "--name", "one", "--max-tokens", "900"]) == 0
+    assert main(["--prompts", write("p.jsonl", {"prompt": evil, "name": "two", "system": evil}), "--max-tokens", "900"]) == 0
+    files = [f for f in (here / "out").rglob("*") if f.suffix in (".html", ".md", ".json")]
+    assert len(files) == 7
+    for text in (*capsys.readouterr(), *(f.read_text() for f in files)):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    for folder in ("one", "p/two"):
+        answer = json.loads((here / "out" / folder / "answer.json").read_text())
+        assert answer["prompt"] == answer["settings"]["system"] == answer["parts"][0]["text"] == evil
 
 
 @pytest.mark.parametrize(
@@ -194,6 +211,7 @@ def test_terminal_text_is_harmless():
     [
         ("How do I draw a house?", "how-do-i-draw-a-house"), ("../../etc/passwd", "etc-passwd"), ("...", "answer"),
         ("漢字 ok", "漢字-ok"), ("word " * 40, "word-word-word-word-word-word-word-word-word"), ("a" * 300, "answer"),
+        ("Con", "con-answer"), ("NUL?", "nul-answer"), ("index.html", "index-html"), ("console", "console"),
     ],
 )  # fmt: skip
 def test_names_from_prompts(prompt, name):
@@ -244,6 +262,12 @@ def test_ctrl_c_keeps_what_is_there(duo, here, monkeypatch, capsys):
     answer = json.loads((here / "out/how/answer.json").read_text())
     assert answer["stop"] == "interrupted" and len(answer["parts"]) == 3
     assert "interrupted" in (here / "out/how/index.html").read_text() and "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_word_leaves_no_page(duo, here, monkeypatch, capsys):
+    monkeypatch.setattr(duo, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["--prompt", "How?"]) == 130
+    assert os.listdir(here / "out") == [] and err_line(capsys) == "interrupted"
 
 
 def test_a_full_disk_leaves_nothing_half(duo, here, monkeypatch, capsys):
@@ -389,11 +413,140 @@ def test_answers_of_a_file_appear_as_they_are_finished(duo, here, capsys):
     assert [a["href"].split("/")[0] for tag, a in overview.tags if tag == "a"] == ["draw", "draw-2", "draw-3"]
 
 
-def test_a_prompt_that_is_too_long_stops_a_file_before_it_begins(duo, here, monkeypatch, capsys):
-    monkeypatch.setattr(duo, "context", 40)
-    monkeypatch.setattr(duo, "read", None)
-    assert main(["--prompts", write("p.jsonl", {"prompt": "x"}, {"prompt": "x " * 100})]) == 2
-    assert err_line(capsys).startswith("error: p.jsonl:2: the prompt has") and not (here / "out/p").exists()
+def test_pictures_of_a_prompt_obey_the_rules_of_records(duo, here):
+    """Relative to the file; links are followed, and a data URL is a picture. On the command line any path will do."""
+    (here / "sub").mkdir()
+    (here / "elsewhere").mkdir()
+    picture(5, (32, 64)).save("elsewhere/c.png")
+    (here / "sub/linked").symlink_to(here / "elsewhere")
+    url = "data:image/png;base64," + base64.b64encode(Path("a.png").read_bytes()).decode()
+    write("sub/p.jsonl", {"prompt": "One", "images": ["linked/c.png", url, "x/../linked/c.png"]})
+    duo.say(PLAIN, PLAIN)
+    assert main(["--prompts", "sub/p.jsonl"]) == 0
+    sizes = [Image.open(here / f"out/p/one/input_0{k}.png").size for k in (1, 2, 3)]
+    assert sizes == [(64, 32), Image.open("a.png").size, (64, 32)]
+    assert main(["--prompt", "Two", "--image", "sub/../a.png", "--image", str(here / "b.jpg"), "--image", url]) == 0
+    assert len(list((here / "out/two").glob("input_*"))) == 3
+
+
+def test_prompts_from_standard_input(duo, here, monkeypatch, capsys):
+    lines = ['{"prompt": "One", "images": ["a.png"]}', "", "a red house", '{"prompt": "Two"}']
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    duo.say(PLAIN, PLAIN)
+    assert main(["--prompts", "-"]) == 1
+    assert sorted(os.listdir(here / "out/prompts")) == ["index.html", "one", "two"]
+    assert (here / "out/prompts/one/input_01.png").exists()
+    assert 'error: stdin:3: not valid JSON' in (err := capsys.readouterr().err) and '; a line is {"prompt": "..."}' in err
+    monkeypatch.setattr(sys, "stdin", None)  # as after <&-
+    assert main(["--prompts", "-"]) == 2 and err_line(capsys) == "error: stdin: no prompt in it"
+
+
+# ---------------------------------------------------------------------------------------------------------- continued
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {f.parent.name: f.stat().st_mtime_ns for f in folder.glob("*/answer.json")}
+
+
+def test_the_same_command_again_makes_only_what_is_missing(duo, here, monkeypatch, capsys):
+    lines = [{"prompt": "One"}, {"prompt": "Two", "images": ["a.png"]}, {"prompt": "One"}, {"prompt": "Three"}]
+    command = ["--prompts", write("p.jsonl", *lines[:3])]
+    duo.say(PLAIN, TWO, PLAIN)
+    assert main(command) == 0
+    before = times(here / "out/p")
+    assert set(before) == {"one", "two", "one-2"} and "already" not in capsys.readouterr().err
+    # All are there: nothing is read, nothing is touched.
+    with monkeypatch.context() as patch:
+        patch.setattr(duo, "read", None)
+        assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert times(here / "out/p") == before and "3 of 3 are there already: out/p\n" in err
+    assert out == "3 answers: out/p/index.html\n"
+    # One more, one that lost a picture, and what a killed run left half-written.
+    write("p.jsonl", *lines)
+    (here / "out/p/two/image_01.png").unlink()
+    (here / "out/p/.three-1").mkdir()
+    (here / "out/p/.three-1/answer.json").write_text("{}")
+    duo.say(TWO, PLAIN)
+    assert main(command) == 0
+    after = times(here / "out/p")
+    assert "2 of 4 are there already" in capsys.readouterr().err and os.listdir(here / "out") == ["p"]
+    assert {k: after[k] for k in before} == before and set(after) - set(before) == {"two-2", "three", ".three-1"}
+    overview = Page((here / "out/p/index.html").read_text())
+    assert [a["href"].split("/")[0] for tag, a in overview.tags if tag == "a"] == ["one", "two-2", "one-2", "three"]
+    assert "4 of 4 answers" in overview.text and all((here / "out/p" / i["src"]).exists() for i in overview.images)
+
+
+def test_what_has_changed_is_made_anew(duo, here, monkeypatch, capsys):
+    """A line, a picture's content, the weights: whatever the answer depends on. Nothing that is there is overwritten."""
+    (here / "here").mkdir()
+    weights = here / "here/model.safetensors"
+    weights.write_bytes(b"1")
+    lines = [{"prompt": "One", "images": ["a.png"]}, {"prompt": "Two"}, {"prompt": "Three"}]
+
+    def again(kept: int, made: int, *flags: str) -> str:
+        write("p.jsonl", *lines)
+        duo.say(*[PLAIN] * made)
+        capsys.readouterr()
+        assert main(["--prompts", "p.jsonl", *flags]) == 0
+        out, err = capsys.readouterr()
+        assert (f"{kept} of 3 are there already" in err) if kept else "already" not in err
+        assert len(re.findall(r"^\[\d/3\]", out, re.MULTILINE)) == made
+        return str(Path(out.strip().split("answers: ")[-1]).parent)
+
+    assert again(0, 3) == "out/p"
+    lines[1]["seed"] = 5
+    assert again(2, 1) == "out/p"
+    lines[2]["name"] = "third"
+    assert again(2, 1) == "out/p"
+    picture(9).save("a.png")
+    assert again(2, 1) == "out/p"
+    assert sorted(times(here / "out/p")) == ["one", "one-2", "third", "three", "two", "two-2"]
+    assert again(0, 3, "--steps", "2") == "out/p-2"
+    assert again(3, 0, "--steps", "2") == "out/p-2" and again(3, 0) == "out/p"
+    weights.write_bytes(b"22")
+    assert again(0, 3) == "out/p-3"
+    assert again(0, 3, "--fresh") == "out/p-4" and again(3, 0) == "out/p-4"
+    assert again(0, 3, "--name", "mine") == "out/mine"
+    monkeypatch.setattr(duo, "sources", {"ckpt": "here", "dit": "nvidia/x@def"})
+    assert again(0, 3, "--name", "mine") == "out/mine-2"
+
+
+def test_an_interrupted_answer_is_finished_in_its_place(duo, here, monkeypatch, capsys):
+    write("p.jsonl", {"prompt": "One"}, {"prompt": "Two"}, {"prompt": "Three"})
+    duo.say(PLAIN, TWO, TWO)
+    with monkeypatch.context() as patch:
+        patch.setattr(duo, "paint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["--prompts", "p.jsonl", "--batch", "2"]) == 130
+    assert json.loads((here / "out/p/two/answer.json").read_text())["stop"] == "interrupted"
+    duo.say(TWO, TWO)
+    assert main(["--prompts", "p.jsonl"]) == 0
+    assert "1 of 3 are there already" in capsys.readouterr().err
+    assert sorted(os.listdir(here / "out/p")) == ["index.html", "one", "three", "two"]
+    assert json.loads((here / "out/p/two/answer.json").read_text())["stop"] == "end"
+
+
+def test_a_folder_that_is_no_run_is_never_written_to(duo, here):
+    """Of that name there may be a page, files of the user's, or strange ones."""
+    for name, files in (("p", {"answer.json": "{}", "index.html": "mine"}), ("p-2", {"x/answer.json": '{"asked": [1]}'})):
+        for file, text in files.items():
+            (here / "out" / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (here / "out" / name / file).write_text(text)
+    duo.say(PLAIN)
+    assert main(["--prompts", write("p.jsonl", {"prompt": "One"})]) == 0
+    assert (here / "out/p/index.html").read_text() == "mine" and os.listdir(here / "out/p-2") == ["x"]
+    assert sorted(os.listdir(here / "out/p-3")) == ["index.html", "one"]
+
+
+def test_a_disk_that_is_full_for_the_overview_is_one_line(duo, here, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "write_text", full)
+    duo.say(PLAIN)
+    assert main(["--prompts", write("p.jsonl", {"prompt": "One"})]) == 2
+    assert err_line(capsys).startswith("error: out/p: it cannot be saved there (No space left on device): make room")
+    assert os.listdir(here / "out/p") == ["one"]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -410,7 +563,7 @@ BAD = [
     (["--steps", "0"], "--steps 0: must be from 1 to 1000"),
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--steps", "2.5"], "invalid int value"),
-    (["--guidance", "nan"], "--guidance nan: must be a finite number"),
+    (["--guidance", "nan"], "--guidance nan: must be from -100 to 100, 1 for none"),
     (["--guidance", "inf"], "--guidance inf"),
     (["--sampler", "ddim"], "--sampler ddim: must be one of unipc, euler, ancestral"),
     (["--height", "100"], "--height 100: must be a multiple of 16"),
@@ -418,7 +571,11 @@ BAD = [
     (["--height", "16384"], "from 16 to 8192"),
     (["--seed", "-1"], "--seed -1: must be a whole number"),
     (["--seed", "x"], "invalid int value: 'x'"),
-    (["--temperature", "-0.5"], "--temperature -0.5: must be 0 or more"),
+    (["--temperature", "-0.5"], "--temperature -0.5: must be 0, or from 0.01 to 100"),
+    *(([f"--{n}={v}"], f"--{n} {v}: must be") for n in ("guidance", "shift", "eta") for v in ("1e+30", "-1e+30")),
+    *(([f"--{name}", "1e-300"], f"--{name} 1e-300: must be") for name in ("shift", "temperature")),
+    (["--temperature", "1e30"], "--temperature 1e+30: must be 0, or from 0.01 to 100"),
+    (["--system", "x\udcff"], "--system is not Unicode text at character 1"),
     (["--top-p", "0"], "--top_p 0.0: must be above 0"),
     (["--top_p", "1.01"], "at most 1"),
     (["--max-images", "-1"], "--max_images -1"),
@@ -431,6 +588,16 @@ BAD = [
     (["--prompt", "x", "--image", "lfs.png"], "Git LFS pointer"),
     (["--prompt", "x", "--name", "../up"], "--name '../up': must be a plain folder name"),
     (["--prompt", "x", "--name", ""], "--name ''"),
+    *((["--name", n], f"--name {n!r}: no file system") for n in ("index.html", "Index.HTML", "con", "nul.png", "a.")),
+    (["--prompt", "x", "--name", "漢" * 70], "no file system"),
+    (["--prompt", "x", "--name", "a" * 101], "must be a plain folder name"),
+    (["--prompt", "x", "--name", "a\x1b[2J"], r"--name 'a\x1b[2J': must be a plain folder name"),
+    (["--prompt", "x", "--name", "a\u202eb"], r"--name 'a\u202eb': must be"),
+    (["--prompt", "x", "--image", "a\0.png"], r"--image a\x00.png: no such file"),
+    (["--prompt", "x", "--image", "a" * 5000], "aaa: no such file"),
+    (["--prompts", "a\0.jsonl"], "a.jsonl: no such file"),
+    (["--prompt", "x", "--out", "a\0b"], "--out ab: cannot be written"),
+    (["--prompt", "x", "--out", "a" * 300], "cannot be written (File name too long)"),
     (["--prompt", "x", "--out", "a.png"], "--out a.png: cannot be written"),
     (["--prompt", "x", "--out", "a.png/b"], "--out a.png/b: cannot be written"),
     (["--prompt", "x", "--out", "/proc/none"], "--out /proc/none: cannot be written"),
@@ -467,7 +634,7 @@ def check_one_line(code, capsys, message):
 
 LINES = [
     ("{bad", "p.jsonl:2: not valid JSON"),
-    ("[1]", "p.jsonl:2: not an object"),
+    ('"a"', "p.jsonl:2: not an object"),
     ({}, "p.jsonl:2: prompt is missing"),
     ({"prompt": 3}, "p.jsonl:2: prompt is missing or no text"),
     ({"prompt": " "}, "p.jsonl:2: prompt is empty"),
@@ -484,14 +651,44 @@ LINES = [
     ({"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}, "[0].content[0].image: no such"),
     ({"messages": [{"role": "system", "content": "x"}]}, "p.jsonl:2: messages: no user message"),
     ({"conversations": []}, "p.jsonl:2: "),
+    ("a red house", 'p.jsonl:2: not valid JSON: Expecting value: line 1 column 1 (char 0); a line is {"prompt": "..."}'),
+    ({"prompt": "x", "name": "index.html"}, "p.jsonl:2: name 'index.html': no file system"),
+    ({"prompt": "x", "guidance": 1e30}, "p.jsonl:2: guidance 1e+30: must be from -100 to 100"),
+    ({"prompt": "x", "guidance": 10**400}, "p.jsonl:2: guidance has hundreds of digits"),
+    ({"prompt": "x", "\x1b[2J": 1}, "p.jsonl:2: unknown field [2J"),
+    ({"prompt": "x", "images": ["../a.png"]}, "p.jsonl:2: images[0]: path leaves the file's folder: '../a.png'"),
+    ({"prompt": "x", "images": ["/etc/hostname"]}, "p.jsonl:2: images[0]: path leaves the file's folder"),
+    ({"prompt": "x", "images": ["https://a.b/c.png"]}, "p.jsonl:2: images[0]: a URL"),
+    ({"prompt": "x", "images": ["a\0.png"]}, r"p.jsonl:2: images[0]: no such picture: 'a\x00.png'"),
+    ({"prompt": "x", "images": ["data:image/png;base64,AAAA"]}, "p.jsonl:2: images[0]: picture cannot be used: data URL"),
 ]
 
 
 @pytest.mark.parametrize("line, message", LINES, ids=range(len(LINES)))
-def test_a_bad_line_is_named(here, monkeypatch, capsys, line, message):
+def test_a_file_without_a_good_line_is_refused_before_any_model_is_loaded(here, monkeypatch, capsys, line, message):
     monkeypatch.setattr(sample.DuoGen, "from_pretrained", None)
-    code = main(["--prompts", write("p.jsonl", {"prompt": "fine"}, line)])
-    check_one_line(code, capsys, message)
+    check_one_line(main(["--prompts", write("p.jsonl", "", line)]), capsys, message)
+
+
+def test_a_bad_line_costs_its_own_answer_only(duo, here, monkeypatch, capsys):
+    """Each is one line on stderr; the others are answered, and the overview says which are not."""
+    monkeypatch.setattr(duo, "context", 200)
+    long = {"prompt": "<b>" * 3000}
+    write("p.jsonl", {"prompt": "One"}, *(line for line, _ in LINES), long, {"prompt": "Two", "name": "two"})
+    duo.say(PLAIN, PLAIN)
+    small = "--max-tokens 20 --max-images 0".split()
+    assert main(["--prompts", "p.jsonl", *small]) == 1
+    out, err = capsys.readouterr()
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    for number, (line, (_, message)) in enumerate(zip(told, LINES, strict=False), 2):
+        assert line.startswith(f"error: p.jsonl:{number}: ") and message.replace("p.jsonl:2", f"p.jsonl:{number}") in line
+    assert len(told) == len(LINES) + 1
+    assert re.search(rf"p.jsonl:{len(LINES) + 2}: the prompt has [\d,]+ tokens, the limit is 199: shorten it", told[-1])
+    assert sorted(os.listdir(here / "out/p")) == ["index.html", "one", "two"]
+    count = len(LINES) + 3
+    overview = Page((here / "out/p/index.html").read_text()).text
+    assert f"2 of {count} answers" in overview and all(line.removeprefix("error: ") in overview for line in told)
+    assert f"[{count}/{count}] Two" in out and f"2 of {count} answers: out/p/index.html" in out
 
 
 def test_bad_checkpoints_are_one_line(here, parts, capsys):
@@ -556,6 +753,105 @@ def test_the_program_itself(here, parts):
     finally:
         for process in (bad, good, long):
             process.kill()
+
+
+BUNDLED = ["--ckpt", str(ROOT / "checkpoints/tiny"), "--device", "cpu"]
+QUICK = {"prompt": "Draw a red house.", "name": "quick", "max_images": 0, "max_tokens": 5}
+LONG = {"prompt": "How do I draw a house?", "name": "long", "steps": 1000, "max_tokens": 500}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_sigterm_keeps_what_is_finished(here):
+    """As Ctrl-C does, of one prompt and of many, and a second one in the midst of it changes nothing."""
+    write("p.jsonl", QUICK, LONG)
+    one = run("--prompt", LONG["prompt"], "--name", "long", "--steps", "1000", *BUNDLED, cwd=here)
+    many = run("--prompts", "p.jsonl", *BUNDLED, cwd=here)
+    try:
+        assert one.stdout.read(1) and many.stdout.readline().startswith("[1/2]")  # both are at work
+        for process in (one, many, one, many):
+            process.send_signal(signal.SIGTERM)
+        for process in (one, many):
+            err = process.communicate(timeout=200)[1]
+            assert process.returncode == 143 and err.endswith("it was interrupted; saving what is there\n"), err
+            assert "Traceback" not in err
+    finally:
+        one.kill(), many.kill()
+    stops = [json.loads((here / "out" / f / "answer.json").read_text())["stop"] for f in ("long", "p/quick", "p/long")]
+    assert stops == ["interrupted", "max_tokens", "interrupted"]
+    assert "2 of 2 answers" in Page((here / "out/p/index.html").read_text()).text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process")
+def test_a_disk_that_fills_up_keeps_what_was_saved(here):
+    """The quick answer's files fit; the other's picture does not. With room, the same command makes what is missing."""
+    write("p.jsonl", QUICK, QUICK | {"name": "big", "max_images": 1, "max_tokens": 200, "steps": 2})
+    command = [sys.executable, str(ROOT / "sample.py"), "--prompts", "p.jsonl", "--batch", "1", *BUNDLED]
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
+    done = subprocess.run(command, cwd=here, preexec_fn=full, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert [e for e in done.stderr.splitlines() if "error" in e] == [
+        "error: out/p: it cannot be saved there (File too large): make room, or choose another folder"
+    ]
+    assert sorted(os.listdir(here / "out/p")) == ["index.html", "quick"]
+    assert "1 of 2 answers" in Page((here / "out/p/index.html").read_text()).text
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "1 of 2 are there already" in done.stderr, done.stderr
+    assert sorted(os.listdir(here / "out/p")) == ["big", "index.html", "quick"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_stdout_costs_no_page(here):
+    write("p.jsonl", QUICK, QUICK | {"name": "second"})
+    few = ["--steps", "2", "--max-images", "1"]
+    with open("/dev/full", "w") as full:
+        both = [
+            subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *flags, *BUNDLED], cwd=here, stdout=full,
+                             stderr=subprocess.PIPE, text=True)
+            for flags in (["--prompt", "Draw a red house.", "--name", "one", *few], ["--prompts", "p.jsonl"])
+        ]  # fmt: skip
+    for process in both:
+        err = process.communicate(timeout=200)[1]
+        told = [line for line in err.splitlines() if "tensors" not in line]
+        assert process.returncode == 1 and len(told) == 1 and told[0].startswith("error: stdout: No space left"), err
+    assert json.loads((here / "out/one/answer.json").read_text())["parts"][1]["type"] == "image"
+    assert sorted(os.listdir(here / "out/p")) == ["index.html", "quick", "second"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+def test_a_reader_that_goes_away_leaves_a_page(here):
+    """As in `| head -1`: the answer ends there, and is saved as far as it is."""
+    process = run("--prompt", LONG["prompt"], "--name", "long", "--steps", "2", *BUNDLED, cwd=here)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=200) == 1 and all("tensors" in line for line in err.splitlines()), err
+    assert json.loads((here / "out/long/answer.json").read_text())["stop"] == "interrupted"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(here):
+    """A module that takes the place of PyTorch presses it, and swallows the exception that it must not become."""
+    press = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    (here / "torch.py").write_text(press + "except BaseException:\n    pass\n")
+    process = run("--prompt", "x", cwd=here, env=os.environ | {"PYTHONPATH": str(here)})
+    assert process.communicate(timeout=50) == ("", "interrupted\n") and process.returncode == 130
+
+
+def test_the_limits_of_the_settings_still_paint(here):
+    """Neither black nor broken: values just inside give pictures with something in them."""
+    duo = sample.DuoGen.from_pretrained(ROOT / "checkpoints/tiny")
+    extremes = [("guidance", 100.0), ("guidance", -100.0), ("shift", 0.01), ("shift", 100.0), ("eta", 100.0)]
+    extremes += [("temperature", 0.01)]
+    answers = [duo.answer("Draw a red house.", duo.settings(steps=3, max_images=1, **{name: v})) for name, v in extremes]
+    duo.write_many(answers)
+    for (name, value), answer in zip(extremes, answers, strict=True):
+        assert all(low < high for low, high in answer.pictures[0].image.getextrema()), (name, value)
+        assert sum(answer.pictures[0].image.resize((1, 1)).getpixel((0, 0))) > 60, (name, value)
+    hot = duo.generate("x", duo.settings(temperature=100.0, max_tokens=20, max_images=0))
+    assert hot.tokens > 0
+    # So small a share is that of the likeliest token.
+    sure = duo.generate("Draw a red house.", duo.settings(temperature=1.0, top_p=1e-300, max_tokens=8, max_images=0))
+    assert sure.text == duo.generate("Draw a red house.", duo.settings(max_tokens=8, max_images=0)).text
 
 
 def test_bars_need_a_terminal(duo, here, monkeypatch):
