@@ -31,8 +31,8 @@ from PIL import Image
 
 import training
 from checkpoint import InputError, Parser, part_folder, pick_device, write_json
-from exam import ASKED, CATEGORIES, GUIDANCES, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share, ablations
-from exam import dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares, through
+from exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
+from exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares, through
 from kernels import set_backend
 from page import document
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
@@ -85,7 +85,7 @@ def kinds_table(report: Report, truth: Report, vae: Report) -> Table:
     notes = [("kind", "of the dialogue's first request; the columns count all that follows in it, too"),
              *((name, MEANS[m]) for m, name in METRICS.items()),
              ("truth / VAE", "percent of image-text for the corpus' own pictures, and for these through the VAE")]  # fmt: skip
-    if idle := [k for k in ("question", "text") if k in next(iter(shares.values()))]:
+    if idle := [k for k in IDLE if k in next(iter(shares.values()))]:
         notes.append((f"kind {' and '.join(idle)}", "owes no picture: what stands under image-text and image consistency are "
                       "pictures of later requests; how questions are answered stands in the next table"))  # fmt: skip
     weak = [note for m in ("shows", "text") for note in weakest(f"{METRICS[m]}, splits together", report.weakest(m))]
@@ -96,10 +96,10 @@ def questions_table(report: Report, truth: Report) -> Table:
     """Questions about a picture, in whatever dialogue they are asked, by what they ask for."""
     found, splits = [s for s in SORTS if report.questions(None, s)], list(report.shares())
     rows = [[sort or "all", *(str(report.answered(s, sort)) for s in splits), str(truth.answered(None, sort)),
-             f"{100 * report.guessed(sort).share:.0f}%"] for sort in (None, *found)]  # fmt: skip
+             "{0.share:.0%} /{0.n}".format(truth.guessed(sort))] for sort in (None, *found)]  # fmt: skip
     notes = [("answers right", "the answer has the words that are true of the picture, and none of those that would be false"),
              *((s, SORTS[s]) for s in found), CEILINGS[0],
-             ("guessing", "percent right if each sort always got its most frequent right answer"), CELL]  # fmt: skip
+             ("guessing", "percent right if a sort always got its most frequent right answer, /of how many"), CELL]  # fmt: skip
     low = lowest([(s, report.answered(None, s)) for s in found], report.answered())
     weak = weakest("answers right, splits together", low)
     head = ["asked", *(SPLITS[s] for s in splits), "truth", "guessing"]
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         single["VAE"] = evaluate_single(Corpus(asked, through(duo.vae, asked)), asked, **quiet)
         tables.append(single_table(single))
     if args.ablations:
-        drawing = [k for k in args.kinds if k not in ("question", "text")] or args.kinds
+        drawing = [k for k in args.kinds if k not in IDLE] or args.kinds
         runs = ablations(duo, dialogues(args.ablation_n, args.seed, splits, drawing, side), settings, batch=args.batch)
         tables += ablation_tables(runs)
 

@@ -77,6 +77,7 @@ CATEGORIES = {"single object": "one", "two objects": "two", "counting": "count",
 ASKED = {"single object": "one thing by its name", "two objects": "two things by their names", "counting": "so many things",
          "colours": "a thing in a colour", "position": "one thing beside, above or below another",
          "colour attribution": "two things, each in its own colour"}  # fmt: skip
+IDLE = ("question", "text")  # kinds of dialogue whose first request owes no picture
 GUIDANCES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
 # ---------------------------------------------------------------------------------------------------------------- dialogues
@@ -377,8 +378,11 @@ class Report:
         return Share(sum(max(Counter(k).values()) for k in keys if k), sum(map(len, keys)))
 
     def weakest(self, metric: str, n: int = 3) -> list[tuple[str, Share]]:
-        """The n kinds of dialogue lowest in a metric, splits together, the lowest first; of those below the share of all."""
-        kinds = [(k, self.share(metric, kind=k)) for k in KINDS]
+        """The n kinds of dialogue lowest in a metric, splits together, the lowest first; of those below the share of all.
+
+        By pictures the kinds that owe none are not judged: theirs are of whatever request comes later.
+        """
+        kinds = [(k, self.share(metric, kind=k)) for k in KINDS if k not in IDLE or metric not in ("drawn", "stays", "shows")]
         return lowest(kinds, self.share(metric), n)
 
     def shares(self) -> dict[str, dict[str, dict[str, Share]]]:

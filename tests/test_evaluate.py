@@ -466,6 +466,16 @@ def test_the_weakest_kinds_are_the_lowest_three_below_the_share_of_all():
     assert exam.lowest(shares, Share(0, 10)) == []
 
 
+def test_a_kind_that_owes_no_picture_is_never_the_weakest_by_pictures():
+    def case(kind, **marks):
+        return SimpleNamespace(record={"split": "seen", "kind": kind, "held_out_by": []}, turns=[],
+                               marks=lambda: dict.fromkeys(exam.METRICS, []) | marks)  # fmt: skip
+
+    found = Report([case("question", shows=[False], text=[False]), case("one", shows=[True] * 9, text=[True] * 9),
+                    case("two", shows=[False, True], text=[True])], 1.0)  # fmt: skip
+    assert found.weakest("shows") == [("two", Share(1, 2))] and found.weakest("text") == [("question", Share(0, 1))]
+
+
 def test_every_table_says_what_its_columns_mean_and_which_rows_are_weakest(drawn):
     talk = single("question", 3) + single("text", 2)
 
@@ -490,6 +500,7 @@ def test_every_table_says_what_its_columns_mean_and_which_rows_are_weakest(drawn
     assert summary.rows[-1][-2].startswith("100%") and summary.rows[-1][1].startswith("0%")
     told = dict(kinds.notes + kinds.weak)
     assert re.fullmatch(r"re\w+ 0% .*, re\w+ 0% .*", told["weakest in image-text, splits together"])
+    assert "question" not in told["weakest in image-text, splits together"]
     assert told["weakest in text complete, splits together"].startswith("question 0% ")
     assert "pictures of later requests" in told["kind question and text"]
     assert ev.kinds_table(truth, truth, truth).weak == [] == ev.questions_table(truth, truth).weak
