@@ -21,7 +21,7 @@ A text-to-image pair, an edit, a video transition and a how-to are all this reco
     python data.py check train.jsonl                     every problem as FILE:LINE: field: message, then a summary
     python data.py check train.jsonl --no-images         the same without opening the pictures
     python data.py check train.jsonl --tokenizer MLLM    counts tokens too; MLLM is a checkpoint's mllm/ folder or a Hub id
-    python data.py convert --from llava in.json out.jsonl --images coco     also llama-factory, obelics (formats.py)
+    python data.py convert --from llava in.json out.jsonl --images coco     also llama-factory, alpaca, obelics: formats.py
     python data.py pack train.jsonl shards/train         records and pictures into shards/train-000000.tar, ... (files.py)
     python data.py check shards/train-000000.tar         the same for a shard
 

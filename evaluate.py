@@ -7,7 +7,8 @@
 
 It prints the tables and writes out/eval/results.json (settings, sources, every verdict with its reasons), table.md and
 index.html (the worst answers first, with what the checker objected to). A cell reads: percent right, 95 % interval, /how many.
-What the columns mean stands in exam.py. The same seed gives the same dialogues and, on the same machine, the same answers.
+What the columns mean stands under each table, and at length in exam.py. The same seed gives the same dialogues and, on the same
+machine, the same answers.
 """
 
 import argparse
@@ -30,21 +31,48 @@ from PIL import Image
 
 import training
 from checkpoint import InputError, Parser, part_folder, pick_device, write_json
-from exam import CATEGORIES, GUIDANCES, METRICS, SPLITS, Case, Corpus, Report, Share, ablations, dialogues, evaluate
-from exam import evaluate_single, overall, single_requests, single_shares, through
+from exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
+from exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares, through
 from kernels import set_backend
 from page import document
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
 from sketchbook import KINDS
 
-Table = tuple[str, list[str], list[list[str]]]  # caption, head, rows
+class Table(typing.NamedTuple):
+    """What stands under it: weak, as ("weakest in ...", the lowest rows), then notes, as (column or row, what it means)."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    notes: list[tuple[str, str]] = []
+    weak: list[tuple[str, str]] = []
+
+
+CELL = ("a cell", "percent right, 95 % interval, /of how many; - where there is none")
+CEILINGS = [("truth", "the corpus' own answers to the same dialogues: what is lost there is the checker's own error"),
+            ("truth by VAE", "the same with their pictures encoded and decoded by the VAE")]  # fmt: skip
+DRAWN = {"held_out": "dialogues whose requests have a colour, an arrangement or a phrasing that training never shows",
+         "seen": "new dialogues of what training shows"}  # fmt: skip
+BY = {"colour": "a thing in a colour that training never shows on it", "phrasing": "words in which training never asks",
+      "relation": "an arrangement of two things that training never shows"}  # fmt: skip
+
+
+def weakest(what: str, found: list[tuple[str, Share]]) -> list[tuple[str, str]]:
+    """A note that names the lowest rows; none where there is no lowest."""
+    return [(f"weakest in {what}", ", ".join(f"{name} {share}" for name, share in found))] if found else []
 
 
 def summary_table(report: Report, truth: Report, vae: Report) -> Table:
+    splits = list(report.shares())
     rows = [[name, *(str(kinds["all"][m]) for kinds in report.shares().values()), str(truth.share(m)), str(vae.share(m))]
             for m, name in METRICS.items()]  # fmt: skip
-    head = ["", *(SPLITS[s] for s in report.shares()), "truth", "truth by VAE"]
-    return "Percent right, 95 % interval, of how many", head, rows
+    notes = [(name, MEANS[m]) for m, name in METRICS.items()]
+    if report.questions():  # these answers have no pictures, so the VAE has no part in them
+        rows.append(["answers right", *(str(report.answered(s)) for s in splits), str(truth.answered()), "-"])
+        notes.append(("answers right", "answers to questions about a picture that are right; of these answers, by sort below"))
+    head = ["", *(SPLITS[s] for s in splits), "truth", "truth by VAE"]
+    notes += [*((SPLITS[s], DRAWN[s]) for s in splits), *CEILINGS, CELL]
+    return Table("Percent right, 95 % interval, of how many", head, rows, notes)
 
 
 def kinds_table(report: Report, truth: Report, vae: Report) -> Table:
@@ -54,14 +82,36 @@ def kinds_table(report: Report, truth: Report, vae: Report) -> Table:
             tops = [f"{100 * r.share('shows', split, kind).share:.0f}" for r in (truth, vae) if r.share("shows", split, kind).n]
             rows.append([kind, SPLITS[split], *map(str, kinds[kind].values()), " / ".join(tops) or "-"])
     head = ["kind", "split", *METRICS.values(), "truth / VAE"]
-    return "The same by kind of dialogue; last the ceilings of image-text", head, rows
+    notes = [("kind", "of the dialogue's first request; the columns count all that follows in it, too"),
+             *((name, MEANS[m]) for m, name in METRICS.items()),
+             ("truth / VAE", "percent of image-text for the corpus' own pictures, and for these through the VAE")]  # fmt: skip
+    if idle := [k for k in IDLE if k in next(iter(shares.values()))]:
+        notes.append((f"kind {' and '.join(idle)}", "owes no picture: what stands under image-text and image consistency are "
+                      "pictures of later requests; how questions are answered stands in the next table"))  # fmt: skip
+    weak = [note for m in ("shows", "text") for note in weakest(f"{METRICS[m]}, splits together", report.weakest(m))]
+    return Table("The same by kind of dialogue; last the ceilings of image-text", head, rows, [*notes, CELL], weak)
+
+
+def questions_table(report: Report, truth: Report) -> Table:
+    """Questions about a picture, in whatever dialogue they are asked, by what they ask for."""
+    found, splits = [s for s in SORTS if report.questions(None, s)], list(report.shares())
+    rows = [[sort or "all", *(str(report.answered(s, sort)) for s in splits), str(truth.answered(None, sort)),
+             "{0.share:.0%} /{0.n}".format(truth.guessed(sort))] for sort in (None, *found)]  # fmt: skip
+    notes = [("answers right", "the answer has the words that are true of the picture, and none of those that would be false"),
+             *((s, SORTS[s]) for s in found), CEILINGS[0],
+             ("guessing", "percent right if a sort always got its most frequent right answer, /of how many"), CELL]  # fmt: skip
+    low = lowest([(s, report.answered(None, s)) for s in found], report.answered())
+    weak = weakest("answers right, splits together", low)
+    head = ["asked", *(SPLITS[s] for s in splits), "truth", "guessing"]
+    return Table("Questions about a picture: answers right", head, rows, notes, weak)
 
 
 def held_out_table(report: Report) -> Table:
     """The held-out dialogues by what is held out; a dialogue may be in several rows."""
     found = sorted({by for c in report.cases for by in c.record["held_out_by"]})
     rows = [[by, *(str(report.share(m, by=by)) for m in METRICS)] for by in found]
-    return "Held-out dialogues by what training never shows", ["", *METRICS.values()], rows
+    notes = [*((by, BY[by]) for by in found), ("columns", "as in the first table; a dialogue may be in several rows"), CELL]
+    return Table("Held-out dialogues by what training never shows", ["", *METRICS.values()], rows, notes)
 
 
 def single_table(found: dict[str, list[dict]]) -> Table:
@@ -69,7 +119,10 @@ def single_table(found: dict[str, list[dict]]) -> Table:
     for who, answers in found.items():
         for split, shares in single_shares(answers).items():
             rows.append([who, SPLITS[split], *(str(shares[c]) for c in CATEGORIES), f"{100 * overall(shares):.0f}"])
-    return "Single requests: percent of pictures that satisfy the request", ["", "split", *CATEGORIES, "overall"], rows
+    notes = [*ASKED.items(), ("overall", "the mean of the six categories"),
+             ("model, truth, VAE", "who painted: the model, the corpus itself, the corpus through the VAE"), CELL]  # fmt: skip
+    head = ["", "split", *CATEGORIES, "overall"]
+    return Table("Single requests: percent of pictures that satisfy the request", head, rows, notes)
 
 
 def ablation_tables(runs: dict[str, dict[str, Share]]) -> list[Table]:
@@ -77,21 +130,30 @@ def ablation_tables(runs: dict[str, dict[str, Share]]) -> list[Table]:
     grid = [[f"{g:g}", *(str(runs[f"guidance {g:g} {m}"]["shows"]) if m != "none" or g == 1 else "as 1" for m in modes)]
             for g in GUIDANCES]  # fmt: skip
     seen = [[name, str(runs[name]["stays"]), str(runs[name]["shows"])] for name in runs if name.endswith("images")]
-    return [("Image-text by guidance and what its negative branch leaves out", ["guidance", *modes], grid),
-            ("What the earlier pictures are good for", ["", METRICS["stays"], METRICS["shows"]], seen)]  # fmt: skip
+    notes = [("guidance", "how far each step goes beyond the negative branch; 1: not at all"),
+             ("chunk", "the negative branch leaves out the words since the picture before"),
+             ("empty", "it leaves out all words"), ("none", "there is no negative branch"), CELL]  # fmt: skip
+    columns = [(METRICS[m], MEANS[m]) for m in ("stays", "shows")]
+    head = ["", *(name for name, _ in columns)]
+    return [Table("Image-text by guidance and what its negative branch leaves out", ["guidance", *modes], grid, notes),
+            Table("What the earlier pictures are good for", head, seen, [*columns, CELL])]  # fmt: skip
 
 
 def markdown(table: Table) -> str:
-    caption, head, rows = table
+    caption, head, rows, notes, weak = table
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in [head, ["-" * w for w in widths], *rows])
-    return f"{caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    legend = "".join(f"\n* {name}: {meaning}" for name, meaning in [*weak, *notes])
+    return f"{caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in padded) + (f"\n{legend}" if legend else "")
 
 
 def html_table(table: Table) -> str:
-    caption, head, rows = table
+    caption, head, rows, notes, weak = table
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in [head, *rows])
-    return f"<h2>{html.escape(caption)}</h2><div class=over><table>{body}</table></div>"
+    legend = "".join(f"<dt>{html.escape(name)}<dd>{html.escape(meaning)}" for name, meaning in notes)
+    legend = f"<dl>{legend}</dl>" if legend else ""
+    legend = "".join(f"<p class=weak><b>{html.escape(name)}</b>: {html.escape(which)}</p>" for name, which in weak) + legend
+    return f"<h2>{html.escape(caption)}</h2><div class=over><table>{body}</table></div>{legend}"
 
 
 STYLE = """<style>
@@ -100,6 +162,9 @@ STYLE = """<style>
 article { border: 1px solid var(--line); border-left: 5px solid #2a9d4a; border-radius: .6rem; background: var(--card);
   padding: .8rem 1rem; margin: 0 0 1rem; }
 article.bad { border-left-color: #d0433b; } article small { color: var(--quiet); }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .1rem .8rem; font-size: .8rem; margin: .5rem 0; }
+.weak { font-size: .85rem; margin: .5rem 0 0; }
+dt { font-weight: 600; } dd { margin: 0; color: var(--quiet); } dt, dd { line-height: 1.4; }
 .row { display: flex; flex-wrap: wrap; gap: .8rem; margin: .4rem 0; }
 figure { margin: 0; width: 9rem; font-size: .85rem; } .no { color: #d0433b; font-size: .8rem; line-height: 1.3; }
 figure img { width: 9rem; height: auto; image-rendering: pixelated; }
@@ -250,6 +315,8 @@ def main(argv: list[str] | None = None) -> None:
     truth = evaluate(Corpus(records), records, **quiet)
     vae = evaluate(Corpus(records, through(duo.vae, records)), records, **quiet)
     tables, single, runs = [summary_table(report, truth, vae), kinds_table(report, truth, vae)], {}, {}
+    if report.questions():
+        tables.append(questions_table(report, truth))
     if "held_out" in splits:
         tables.append(held_out_table(report))
     if args.single:
@@ -259,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         single["VAE"] = evaluate_single(Corpus(asked, through(duo.vae, asked)), asked, **quiet)
         tables.append(single_table(single))
     if args.ablations:
-        drawing = [k for k in args.kinds if k not in ("question", "text")] or args.kinds
+        drawing = [k for k in args.kinds if k not in IDLE] or args.kinds
         runs = ablations(duo, dialogues(args.ablation_n, args.seed, splits, drawing, side), settings, batch=args.batch)
         tables += ablation_tables(runs)
 
@@ -284,6 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         "pictures": {"drawn": report.drawn, "per second": round(rate, 3)},
         "stops": report.stops,
         "table": {who: numbers(r.shares()) for who, r in (("model", report), ("truth", truth), ("VAE", vae))},
+        "questions": {s: numbers({q: report.answered(s, q) for q in SORTS if report.questions(s, q)}) for s in report.shares()},
         "single": {who: numbers(single_shares(rows)) for who, rows in single.items()},
         "overall": {who: {s: overall(c) for s, c in single_shares(rows).items()} for who, rows in single.items()},
         "ablations": numbers(runs),

@@ -20,6 +20,10 @@ with the model's own words and pictures in it. `METRICS`, each with its number o
   request leaves a colour open the model chooses, and is held to its own words. Per picture.
 * whole dialogue: all of this throughout, every answer ended by the model itself.
 
+Questions about a picture are counted apart, too: whether the answer is right ("answers right", by SORTS: yes or no, how many,
+...). It is `text complete` of these answers; in the row "question" of image-text stand only the pictures of later requests, for
+a question owes none.
+
 Later requests of the user were written for the corpus' own answer. Their truth is computed anew from the picture really
 shown: "make the roof blue" needs exactly one such thing with a roof that is not blue, "remove the cat" one cat among others, a
 question the answer that is true of the picture; talk and a new background need nothing. Where a request makes no sense for what
@@ -48,16 +52,32 @@ from tqdm import tqdm
 
 from checker import MATCH, Seen, Verdict, View, claims, expected_images, frame, judge, judge_text, plain, recognise, see
 from checker import text_complete
+from phrases import NUMBERS
 from pipeline import STOPS, Settings
-from scenes import OPPOSITE, SUBJECTS, Scene, Thing, main_part, touching
+from scenes import BACKGROUNDS, COLOURS, OPPOSITE, SUBJECTS, Scene, Thing, main_part, touching
 from sketchbook import HELD_OUT_COLOURS, HELD_OUT_RELATIONS, KINDS, Dialogue, dialogue, held_out_in, questions
 from vae import VAE, to_image, to_tensor
 
 SPLITS = {"held_out": "held-out", "seen": "seen"}
 METRICS = {"text": "text complete", "drawn": "pictures drawn", "placed": "only where due", "stays": "image consistency",
            "shows": "image-text", "whole": "whole dialogue"}  # fmt: skip
+MEANS = {
+    "text": "answers whose words say everything that was asked for; of all answers",
+    "drawn": "answers with as many pictures as are due, or more; of the answers that owe pictures",
+    "placed": "dialogues with pictures exactly where they are due, each after words that say what it shows; of all dialogues",
+    "stays": "pictures that have kept what had to stay of the picture before; of the pictures that build on one",
+    "shows": "pictures that show what the words just before them say; of all pictures",
+    "whole": "dialogues with all of this throughout, every answer ended by the model itself; of all dialogues",
+}
+SORTS = {"yes or no": "is there a house, is the house red", "how many": "how many cats, how many things",
+         "which colour": "of a thing, a part, the background", "which part": "which part is red",
+         "what": "what is this, what is left of the house", "where": "where is the cat"}  # fmt: skip
 CATEGORIES = {"single object": "one", "two objects": "two", "counting": "count", "colours": "colour", "position": "position",
               "colour attribution": "binding"}  # fmt: skip
+ASKED = {"single object": "one thing by its name", "two objects": "two things by their names", "counting": "so many things",
+         "colours": "a thing in a colour", "position": "one thing beside, above or below another",
+         "colour attribution": "two things, each in its own colour"}  # fmt: skip
+IDLE = ("question", "text")  # kinds of dialogue whose first request owes no picture
 GUIDANCES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
 # ---------------------------------------------------------------------------------------------------------------- dialogues
@@ -122,6 +142,18 @@ def scene_of(picture: Image.Image) -> Scene | None:
         undrawn = ("black",) * (len(SUBJECTS[t.subject].parts) - t.drawn)
         things.append(Thing(t.subject, x, y, size, (*t.colours, *undrawn), t.drawn))
     return Scene(view.background, tuple(things)) if 1 <= len(things) <= 4 else None
+
+
+def sort_of(turn: dict) -> str:
+    """Which of SORTS a question about a picture is, by the words that its answer must have."""
+    first, *rest = turn["words"]
+    if first in ("yes", "no"):
+        return "yes or no"
+    if not isinstance(first, str):
+        return "where"
+    if rest:
+        return "what"
+    return "how many" if first in NUMBERS else "which colour" if first in {*COLOURS, *BACKGROUNDS} else "which part"
 
 
 def redefine(turn: dict, asked: str, picture: Image.Image | None) -> dict | None:
@@ -227,6 +259,8 @@ class Case:
         turn, least_most = self.turn, expected_images(self.turn)
         row = {"kind": turn["kind"], "asked": self.asked, "texts": texts, "stop": answer.stop, "due": list(least_most)}
         row |= {"drawn": len(pictures), "placed": well_placed(turn, texts, self.said)}
+        if turn["kind"] == "question":
+            row |= {"sort": sort_of(turn), "words": turn["words"]}
         row["text"] = bool("".join(texts).strip()) and text_complete(turn, texts, self.said)
         for j, (picture, text) in enumerate(zip(pictures, texts, strict=False)):
             if j < least_most[1]:  # one too many is counted where pictures are counted
@@ -286,6 +320,11 @@ class Share:
         return f"{100 * self.share:.0f}% {100 * low:.0f}-{100 * high:.0f} /{self.n}" if self.n else "-"
 
 
+def lowest(shares: list[tuple[str, Share]], of_all: Share, n: int = 3) -> list[tuple[str, Share]]:
+    """The n lowest of some named shares, the lowest first; none that is not below the share of all."""
+    return sorted((x for x in shares if x[1].n and x[1].share < of_all.share), key=lambda x: x[1].share)[:n]
+
+
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The score interval of a share (E. B. Wilson, 1927): unlike the normal one it stays in [0, 1] and is never a point."""
     if n == 0:
@@ -321,6 +360,30 @@ class Report:
         of = [c for c in self.cases if chosen(c.record)]
         marks = [m for c in of for m in c.marks()[metric]]
         return Share(sum(marks), len(marks))
+
+    def questions(self, split: str | None = None, sort: str | None = None) -> list[dict]:
+        """The answers to questions about a picture, whatever the kind of their dialogue; sort: one of SORTS, None: all."""
+        answers = [t for c in self.cases if split in (None, c.record["split"]) for t in c.turns if t.get("sort")]
+        return [t for t in answers if sort in (None, t["sort"])]
+
+    def answered(self, split: str | None = None, sort: str | None = None) -> Share:
+        """How many questions about a picture are answered right: what `text` says of these answers."""
+        answers = self.questions(split, sort)
+        return Share(sum(t["text"] for t in answers), len(answers))
+
+    def guessed(self, sort: str | None = None) -> Share:
+        """How many would be right if each sort of question always got its most frequent right answer."""
+        sorts = [self.questions(None, s) for s in SORTS if sort in (None, s)]
+        keys = [[t["words"][0] if t["sort"] == "yes or no" else str(t["words"]) for t in answers] for answers in sorts]
+        return Share(sum(max(Counter(k).values()) for k in keys if k), sum(map(len, keys)))
+
+    def weakest(self, metric: str, n: int = 3) -> list[tuple[str, Share]]:
+        """The n kinds of dialogue lowest in a metric, splits together, the lowest first; of those below the share of all.
+
+        By pictures the kinds that owe none are not judged: theirs are of whatever request comes later.
+        """
+        kinds = [(k, self.share(metric, kind=k)) for k in KINDS if k not in IDLE or metric not in ("drawn", "stays", "shows")]
+        return lowest(kinds, self.share(metric), n)
 
     def shares(self) -> dict[str, dict[str, dict[str, Share]]]:
         """{split: {kind or "all": {metric: Share}}}."""

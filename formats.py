@@ -2,17 +2,24 @@
 
     llava          {"image": "a.jpg" or [..], "conversations": [{"from": "human" | "gpt" | "system", "value": "<image>\ntext"}]}
     llama-factory  {"messages": [{"role", "content": "..<image>.."}], "images": [..], "system": ".."}, or conversations as above
-                   (the "sharegpt" columns of its dataset_info.json under their default names; ms-swift's too)
+                   (the "sharegpt" columns of its dataset_info.json under their default names; ms-swift's too); or alpaca
+    alpaca         {"instruction": "..", "input": ".." or null, "output": "..", "system": "..", "images": [..] or "image": "..",
+                   "history": [["earlier request", "earlier answer"], ..]}; only instruction and output must be there
     obelics        {"images": [path or null, ..], "texts": [text or null, ..]}, exactly one of the two at each place
 
-The k-th <image> of a dialogue is its k-th picture, and their numbers must agree; the line break that these formats put between
-<image> and text goes. OBELICS holds web pages and has no instruction. Its first line of text, as a rule the title, becomes the
-user's request, and the whole page, that line included, the assistant's answer.
+The k-th <image> of a dialogue is its k-th picture, and their numbers must agree; a record of alpaca's with pictures and no
+<image> at all has them before its first request, history included. Its request is instruction, line break, input.
+
+Blanks (spaces, tabs, line breaks, whatever str.strip takes): of each text part those at its two ends go, for they stand where
+the format had <image> or a quotation mark, and a model that learns them writes them; those inside it stay, indentation and
+empty lines included. A part with nothing else vanishes, as do an empty system prompt and the empty half of a pair of history.
+
+OBELICS holds web pages and has no instruction. Its first line of text, as a rule the title, becomes the user's request, and the
+whole page, that line included, the assistant's answer. Texts with no picture between them are one part, an empty line apart.
 """
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +31,53 @@ from checkpoint import InputError
 from records import BadRecord, Problem, decode, one_line, open_lines, read_records, validate
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE = "<image>"  # where a picture stands in a text
 REQUEST = "Write an illustrated page: {}"
 TITLE = 200  # longest title in characters
+
+
+def refuse(record: dict) -> None:
+    """An InputError where a record has what ours cannot hold, or no answer that is meant to be learnt."""
+    for key in ("video", "videos", "audio", "audios"):
+        if record.get(key):
+            raise InputError(f"it has {key}, which a record cannot hold")
+    if record.get("chosen") or record.get("rejected"):
+        raise InputError("chosen, rejected: a record has one answer: put the better one last among the turns, or under output")
+    if record.get("kto_tag") is False:
+        raise InputError("kto_tag is false: its answer is an example of a bad one")
+
+
+def pictures_of(record: dict) -> list[str]:
+    """What is under images or image, as a list."""
+    pictures = record.get("images", record.get("image")) or []
+    pictures = [pictures] if isinstance(pictures, str) else pictures
+    if not isinstance(pictures, list) or not all(isinstance(p, str) and p for p in pictures):
+        raise InputError("image: not a path or a list of paths")
+    return pictures
+
+
+def text_part(text: str) -> list[dict]:
+    """One part without blanks at its ends; none where nothing is left."""
+    return [{"type": "text", "text": text.strip()}] if text.strip() else []
+
+
+def dialogue(turns: list[tuple[str, str]], pictures: list[str], system: object = None) -> dict:
+    """The record of turns (role, text with <image>), the pictures in their order, and a system prompt."""
+    wanted = sum(text.count(IMAGE) for _, text in turns)
+    if wanted != len(pictures):
+        raise InputError(f"{wanted} <image> in the text, but {len(pictures)} pictures")
+    rest, messages = iter(pictures), []
+    if isinstance(system, str):
+        system = system.strip()
+    if system:
+        messages.append({"role": "system", "content": system})
+    for role, text in turns:
+        before, *behind = text.split(IMAGE)
+        content = text_part(before)
+        for piece in behind:
+            content += [{"type": "image", "image": next(rest)}, *text_part(piece)]
+        messages.append({"role": role, "content": content})
+    return {"messages": messages}
 
 
 def from_chat(record: dict) -> dict:
@@ -33,18 +85,8 @@ def from_chat(record: dict) -> dict:
     turns = record.get("messages", record.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise InputError("no list of turns under conversations or messages")
-    for key in ("video", "videos", "audio", "audios"):
-        if record.get(key):
-            raise InputError(f"it has {key}, which a record cannot hold")
-    pictures = record.get("images", record.get("image")) or []
-    pictures = [pictures] if isinstance(pictures, str) else pictures
-    if not isinstance(pictures, list) or not all(isinstance(p, str) and p for p in pictures):
-        raise InputError("image: not a path or a list of paths")
-    messages = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": record["system"]})
-    rest = iter(pictures)
-    wanted = 0
+    refuse(record)
+    pictures, told = pictures_of(record), []
     for i, turn in enumerate(turns):
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         text = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
@@ -52,17 +94,40 @@ def from_chat(record: dict) -> dict:
             raise InputError(f"turn {i}: role {role!r:.40} has no counterpart")
         if not isinstance(text, str):
             raise InputError(f"turn {i}: its text is missing")
-        content = []
-        for k, piece in enumerate(re.split(r"\n?<image>\n?", text)):
-            if k:
-                wanted += 1
-                content.append({"type": "image", "image": next(rest, "")})
-            if piece.strip():
-                content.append({"type": "text", "text": piece})
-        messages.append({"role": ROLES[role], "content": content})
-    if wanted != len(pictures):
-        raise InputError(f"{wanted} <image> in the text, but {len(pictures)} pictures")
-    return {"messages": messages}
+        told.append((ROLES[role], text))
+    return dialogue(told, pictures, record.get("system"))
+
+
+def from_alpaca(record: dict) -> dict:
+    """Stanford Alpaca and LLaMA-Factory's alpaca: one request, one answer, and what was said before."""
+    if "instruction" not in record:
+        raise InputError("no instruction")
+    refuse(record)
+    for key in ("instruction", "input", "output"):
+        if not isinstance(record.get(key) if key == "output" else record.get(key) or "", str):
+            raise InputError(f"{key}: missing, or not text")
+    history = record.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs or not all(isinstance(half, str) for pair in history for half in pair):
+        raise InputError("history: not a list of pairs of texts, [request, answer]")
+    turns = [(role, half) for pair in history for role, half in zip(("user", "assistant"), pair, strict=True) if half.strip()]
+    asked = "\n".join(text.strip() for text in (record["instruction"] or "", record.get("input") or "") if text.strip())
+    if not asked:
+        raise InputError("instruction: empty, and so is input")
+    if not record["output"].strip():
+        raise InputError("output: empty: there is nothing to learn from")
+    turns += [("user", asked), ("assistant", record["output"])]
+    pictures = pictures_of(record)
+    if pictures and not any(IMAGE in text for _, text in turns):
+        k = next(k for k, (role, _) in enumerate(turns) if role == "user")
+        turns[k] = ("user", IMAGE * len(pictures) + turns[k][1])
+    return dialogue(turns, pictures, record.get("system"))
+
+
+def from_llama_factory(record: dict) -> dict:
+    """Whichever of its two formats a record is in."""
+    chat = "messages" in record or "conversations" in record
+    return from_chat(record) if chat or "instruction" not in record else from_alpaca(record)
 
 
 def from_obelics(record: dict) -> dict:
@@ -80,9 +145,11 @@ def from_obelics(record: dict) -> dict:
             raise InputError(f"place {i}: neither text nor a path")
         if picture is not None:
             content.append({"type": "image", "image": picture})
-        elif text.strip():
-            content.append({"type": "text", "text": text})
-    words = next((part["text"].strip() for part in content if part["type"] == "text"), "")
+        elif text.strip() and content and content[-1]["type"] == "text":
+            content[-1]["text"] += f"\n\n{text.strip()}"
+        else:
+            content += text_part(text)
+    words = next((part["text"] for part in content if part["type"] == "text"), "")
     if not words:
         raise InputError("no text in it")
     title = words.splitlines()[0].strip()
@@ -91,7 +158,7 @@ def from_obelics(record: dict) -> dict:
     return {"messages": [request, {"role": "assistant", "content": content}]}
 
 
-CONVERTERS = {"llava": from_chat, "llama-factory": from_chat, "obelics": from_obelics}
+CONVERTERS = {"llava": from_chat, "llama-factory": from_llama_factory, "alpaca": from_alpaca, "obelics": from_obelics}
 
 
 def convert(kind: str, source: str, target: str, images: str | None = None) -> int:

@@ -141,8 +141,8 @@ def vae_sheet(run: Run, vae: VAE, x: Tensor) -> None:
     with run.averaged():
         y = vae.decode(vae.encode(x)[0])
     pairs = [picture for a, b in zip(x, y, strict=True) for picture in (to_image(a), to_image(b))]
-    rows = [("truth | reconstruction, twice", pairs[i : i + 4]) for i in range(0, len(pairs), 4)]
-    sheet(rows, run.sample_file("png"))
+    rows = [("", "", pairs[i : i + 4]) for i in range(0, len(pairs), 4)]
+    sheet(rows, ["true one", "decoded"] * 2, run.sample_file("png"))
 
 
 @torch.no_grad()
@@ -322,9 +322,8 @@ def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: Di
         sigmas = shift_schedule(16, c.shift)
         painted = denoise(dit, [[]] * n, [size] * n, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0)
         for (text, frames), z in zip(clips, painted, strict=True):
-            rows.append((text, [to_image(vae.decode_latents(z[None])[0]), frames[-1]]))
-    half = [(a[0] + " | " + b[0], a[1] + b[1]) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-    sheet(half, run.sample_file("png"))
+            rows.append((text, "", [to_image(vae.decode_latents(z[None])[0]), frames[-1]]))
+    sheet(rows, ["painted", "true one"], run.sample_file("png"))
 
 
 # ------------------------------------------------------------------------------------------------------------- bundle

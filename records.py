@@ -201,6 +201,8 @@ def hint(record: dict) -> str:
         name = "llama-factory" if "images" in record else "llava"
     elif record.get("images") and ("messages" in record or "texts" in record):
         name = "llama-factory" if "messages" in record else "obelics"
+    elif "instruction" in record and "output" in record and "messages" not in record:
+        name = "alpaca"
     else:
         return ""
     return f"convert the file with `python data.py convert --from {name}`"

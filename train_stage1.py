@@ -107,12 +107,14 @@ def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: 
     for a in answers:
         for who, ids in (("asked", a.ids[a.system : a.start]), ("wrote", a.ids[a.start :])):
             text = PICTURE.sub(" [picture] ", tokenizer.decode(ids, skip_special=False))
+            text = TURN.sub(" ", text) + (" [no end yet]" if who == "wrote" and a.open else "")
             lines.append(f"* {who}: {' '.join(text.split())}")
         lines.append("")
     run.sample_file("md").write_text("\n".join(lines))
 
 
 PICTURE = re.compile(r"<\|vision_start\|>(<\|image_pad\|>)*(<\|vision_end\|>)?")
+TURN = re.compile(r"<\|im_start\|>(user|assistant|$)|<\|(im_end|endoftext)\|>")
 
 
 class Answer:

@@ -21,8 +21,8 @@ from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from sources import Quarantine, open_source
 from tokenizer import Tokenizer
-from training import FlowLoss, Run, Samples, TrainConfig, World, add_statistics, check_step0, encode, flow_statistics
-from training import generator, main, model_flops, parse_config, print_trained, read, sheet
+from training import FlowLoss, Run, Samples, TrainConfig, World, add_statistics, asked_and_told, check_step0, encode
+from training import flow_statistics, generator, main, model_flops, parse_config, print_trained, read, sheet
 from vae import VAE, to_image
 
 
@@ -135,11 +135,10 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
                           condition_time=c.condition_time)  # fmt: skip
         rows = []
         for document, j, z in zip(documents, chosen, painted, strict=True):
-            asked = tokenizer.decode(document.rendered.ids[slice(*document.rendered.condition_lengths(j)[::-1])])
-            before = document.pictures[j - 1] if j else torch.ones(3, 8, 8)
-            shown = [before, vae.decode_latents(z[None])[0], document.pictures[j]]
-            rows.append((" ".join(asked.split()), [to_image(x) for x in shown]))
-    sheet(rows, run.sample_file("png"))
+            shown = [document.pictures[j - 1] if j else None, vae.decode_latents(z[None])[0], document.pictures[j]]
+            pictures = [None if x is None else to_image(x) for x in shown]
+            rows.append((*asked_and_told(document.rendered, j, tokenizer), pictures))
+    sheet(rows, ["picture before", "painted", "true one"], run.sample_file("png"))
 
 
 if __name__ == "__main__":

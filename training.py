@@ -50,6 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ from kernels import Segments, attention, set_backend
 from model import MLLM
 from plan import Batch, Plan, PlanConfig, flops, peak_flops
 from threads import Crew
+from tokenizer import Rendered, Tokenizer
 from vae import VAE
 
 
@@ -606,6 +608,7 @@ COUNTS = ("tokens", "images", "documents", "flops")  # statistics that are logge
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "pillow", "huggingface_hub")
 KINDS = ("text", "bov", "end")  # of what stage 1 learns: words, BOV (a picture is due), the end of a turn
 DECILES = [f"t{k}" for k in range(10)]  # loss at times from k/10 to (k + 1)/10, in metrics.jsonl only
+SHEET_ASKED, SHEET_TOLD = "#1d4ed8", "#555555"  # on a sheet of samples, the user's words and what is told with the picture
 
 
 def status_line(row: dict[str, float | None], steps: int) -> str:
@@ -640,21 +643,51 @@ def code_hash() -> str:
     return total.hexdigest()
 
 
-def sheet(rows: list[tuple[str, list[Image.Image]]], path: str | Path, height: int = 96, wrap: int = 60) -> None:
-    """A picture of samples: one line each, the prompt beside its pictures."""
-    columns = max(len(pictures) for _, pictures in rows)
-    text_width = 6 * wrap + 16
-    page = Image.new("RGB", (text_width + columns * (height + 6), len(rows) * (height + 6) + 6), "white")
-    draw = ImageDraw.Draw(page)
-    for r, (text, pictures) in enumerate(rows):
-        y = r * (height + 6) + 6
-        draw.multiline_text((8, y), "\n".join(textwrap.wrap(text, wrap)[: height // 13]), fill="black", spacing=2)
+def asked_and_told(rendered: Rendered, j: int, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What the user asked last before picture j, and the assistant's words between the picture before and this one."""
+    text = tokenizer.decode(rendered.ids[: rendered.images[j].bov], skip_special=False)
+    turns = [turn.partition("\n") for turn in text.split("<|im_start|>")]
+    asked = next((body for role, _, body in reversed(turns) if role == "user"), "")
+    told = turns[-1][2].rpartition("<|vision_end|>")[2]
+    return tuple(" ".join(re.sub(r"<\|\w+\|>", " ", words).split()) for words in (asked, told))
+
+
+def sheet(rows: list[tuple[str, str, list[Image.Image | None]]], columns: list[str], path: str | Path, height: int = 96,
+          wrap: int = 60) -> None:  # fmt: skip
+    """A picture of samples: one line each, (what was asked, what is told of it, pictures), under the names of its columns.
+
+    The texts and the place of each picture are also in the file, as JSON under the name "sheet", for `runpage.sample`. A None
+    among the pictures leaves its place empty.
+    """
+    told_of = [any(row[k] for row in rows) for k in (0, 1)]  # a sheet without words has no room for them
+    line, top, left = height + 6, 24, 6 * wrap + 16 if any(told_of) else 8
+    page = Image.new("RGB", (left + len(columns) * line, top + len(rows) * line), "white")
+    draw, placed = ImageDraw.Draw(page), []
+    if told_of[0]:
+        draw.text((8, 6), "what was asked", fill=SHEET_ASKED)
+    if told_of[1]:
+        draw.text((108, 6), "what is told with the picture", fill=SHEET_TOLD)
+    for c, name in enumerate(columns):
+        draw.text((left + c * line, 6), name, fill="black")
+    for r, (asked, told, pictures) in enumerate(rows):
+        y = top + r * line
+        asked, told = textwrap.shorten(asked, 400, placeholder=" ..."), textwrap.shorten(told, 400, placeholder=" ...")
+        most = height // 13
+        lines = textwrap.wrap(asked, wrap)[: most // 2 + 1]
+        draw.multiline_text((8, y), "\n".join(lines), fill=SHEET_ASKED, spacing=2)
+        draw.multiline_text((8, y + 13 * len(lines)), "\n".join(textwrap.wrap(told, wrap)[: most - len(lines)]),
+                            fill=SHEET_TOLD, spacing=2)  # fmt: skip
+        boxes = []
         for c, picture in enumerate(pictures):
-            picture = picture.resize((height, height), Image.Resampling.BICUBIC)
-            x = text_width + c * (height + 6)
-            page.paste(picture, (x, y))
-            draw.rectangle((x, y, x + height - 1, y + height - 1), outline="#999")
-    page.save(path)
+            x = left + c * line
+            boxes.append([x, y, x + height, y + height] if picture else None)
+            if picture:
+                page.paste(picture.resize((height, height), Image.Resampling.BICUBIC), (x, y))
+                draw.rectangle((x, y, x + height - 1, y + height - 1), outline="#999")
+        placed.append({"asked": asked, "told": told, "boxes": boxes})
+    info = PngInfo()
+    info.add_itxt("sheet", json.dumps({"columns": columns, "rows": placed}))
+    page.save(path, "PNG", pnginfo=info)
 
 
 def check_step0(name: str, value: float, low: float, high: float) -> None:

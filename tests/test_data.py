@@ -201,6 +201,7 @@ BAD = {
     "llava": ({"conversations": []}, "messages", "--from llava"),
     "llama-factory": ({"messages": [A], "images": ["a.jpg"]}, "images", "--from llama-factory"),
     "obelics": ({"images": ["a"], "texts": [None]}, "messages", "--from obelics"),
+    "alpaca": ({"instruction": "a", "input": "", "output": "b"}, "messages", "--from alpaca"),
     "message text": ({"messages": ["hi", A]}, "messages[0]", "not an object"),
     "no role": ({"messages": [{"content": "a"}, A]}, "messages[0].role", "unknown role"),
     "role list": ({"messages": [{"role": [], "content": "a"}, A]}, "messages[0].role", "unknown role"),
@@ -447,6 +448,79 @@ def test_obelics():
     assert len(long["messages"][0]["content"]) < 240 and long["messages"][0]["content"].endswith("word ...")
 
 
+# As Stanford publishes them: input is empty where there is none.
+ALPACA = [
+    {"instruction": "Give three tips for staying healthy.", "input": "", "output": "1. Eat well.\n2. Exercise.\n3. Sleep."},
+    {"instruction": "Identify the odd one out.", "input": "Twitter, Instagram, Telegram", "output": "Telegram"},
+]
+# As LLaMA-Factory documents it: optional system, history and images.
+FACTORY = {
+    "instruction": "And how many wheels has it?",
+    "input": "<image>",
+    "output": "Four.\n",
+    "system": "Be brief.",
+    "history": [["<image>What is this?", "A car."], ["", "Ask me more."]],
+    "images": ["car.png", "back.png"],
+}
+
+
+@pytest.mark.parametrize("convert", [formats.from_alpaca, formats.from_llama_factory])
+def test_alpaca_as_stanford_and_llama_factory_publish_it(convert):
+    assert convert(ALPACA[0])["messages"] == [
+        user([text("Give three tips for staying healthy.")]), assistant([text("1. Eat well.\n2. Exercise.\n3. Sleep.")])
+    ]  # fmt: skip
+    assert convert(ALPACA[1] | {"image": None})["messages"] == [
+        user([text("Identify the odd one out.\nTwitter, Instagram, Telegram")]), assistant([text("Telegram")])
+    ]  # fmt: skip
+    assert convert(FACTORY)["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        user([image("car.png"), text("What is this?")]), assistant([text("A car.")]), assistant([text("Ask me more.")]),
+        user([text("And how many wheels has it?"), image("back.png")]), assistant([text("Four.")]),
+    ]  # fmt: skip
+    drawn = {"instruction": "Draw a cat.", "input": None, "output": "Here:\n<image>\n", "image": "cat.png"}
+    assert convert(drawn)["messages"] == [user([text("Draw a cat.")]), assistant([text("Here:"), image("cat.png")])]
+
+
+def test_alpaca_pictures_without_placeholders_come_before_the_first_request():
+    described = {"instruction": "Describe both.", "input": "", "output": "Two cats.", "images": ["a.png", "b.png"]}
+    assert formats.from_alpaca(described)["messages"][0] == user([image("a.png"), image("b.png"), text("Describe both.")])
+    later = formats.from_alpaca(described | {"history": [["Look.", "I see."]]})["messages"]
+    assert later[0] == user([image("a.png"), image("b.png"), text("Look.")]) and later[2] == user([text("Describe both.")])
+
+
+def test_llama_factory_takes_both_of_its_formats_in_one_file(folder: Path, capsys):
+    rows = [ALPACA[0], FACTORY | {"images": ["h1.png", "h2.png"]}, llava("<image>\nWhat?") | {"images": ["h1.png"]}]
+    for kind, source in (("llama-factory", rows), ("alpaca", rows[:2])):
+        for as_array in (True, False):
+            (folder / "in.json").write_text(json.dumps(source) if as_array else "\n".join(map(json.dumps, source)))
+            assert main(["convert", "--from", kind, str(folder / "in.json"), str(folder / "out.jsonl")]) == 0
+            assert main(["check", str(folder / "out.jsonl")]) == 0
+            assert len(list(read_records(folder / "out.jsonl"))) == len(source)
+    capsys.readouterr()
+    broken = [ALPACA[0], ALPACA[1] | {"output": ""}, {"instruction": "a"}, llava("Hi")]
+    source = write(folder / "in.jsonl", broken)
+    assert main(["convert", "--from", "alpaca", source, str(folder / "out.jsonl")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for line, (n, reason) in zip(lines, ((2, "output: empty"), (3, "output: missing"), (4, "no instruction")), strict=False):
+        assert line.startswith(f"skipped: {source}:{n}: {reason}"), lines
+
+
+def test_blanks_at_the_ends_of_text_parts_go_and_those_inside_stay():
+    asked = " <image> \n\n What is this? \n<image>\n  \n<image>\t"
+    answer = "\n\nA list:\n\n    * one  two\n    * three\n\n"
+    record = formats.from_chat(llava(asked, ["a", "b", "c"], answer) | {"system": "  \n"})
+    assert record["messages"] == [
+        user([image("a"), text("What is this?"), image("b"), image("c")]),
+        assistant([text("A list:\n\n    * one  two\n    * three")]),
+    ]
+    record = formats.from_chat(llava("Draw.", ["a", "b"], "First this: <image>\r\n\r\nThen\u3000that:<image>\n"))
+    assert record["messages"][1]["content"] == [text("First this:"), image("a"), text("Then\u3000that:"), image("b")]
+    page = {"images": [None, "a", None, None, None], "texts": ["Title\n\nWords. \n", None, "\nMore.\n", " \n", "Yet more."]}
+    assert formats.from_obelics(page)["messages"][1]["content"] == [
+        text("Title\n\nWords."), image("a"), text("More.\n\nYet more.")
+    ]  # fmt: skip
+
+
 MISTAKES = [
     (formats.from_chat, llava("<image>\nWhat?"), "1 <image> in the text, but 0 pictures"),
     (formats.from_chat, llava("What?", "a.jpg"), "0 <image> in the text, but 1 pictures"),
@@ -458,6 +532,20 @@ MISTAKES = [
     (formats.from_chat, {"conversations": [{"from": "human"}]}, "turn 0: its text is missing"),
     (formats.from_chat, {"conversations": ["hello"]}, "turn 0"),
     (formats.from_chat, {"messages": [user("<video>")], "videos": ["v.mp4"]}, "it has videos"),
+    (formats.from_chat, llava("Which?") | {"chosen": {"from": "gpt", "value": "b"}}, "chosen, rejected: a record has one"),
+    (formats.from_alpaca, {"output": "b"}, "no instruction"),
+    (formats.from_alpaca, {"instruction": "a"}, "output: missing, or not text"),
+    (formats.from_alpaca, {"instruction": ["a"], "output": "b"}, "instruction: missing, or not text"),
+    (formats.from_alpaca, {"instruction": "a", "input": 3, "output": "b"}, "input: missing, or not text"),
+    (formats.from_alpaca, {"instruction": "", "input": " ", "output": "b"}, "instruction: empty, and so is input"),
+    (formats.from_alpaca, {"instruction": "a", "output": " \n"}, "output: empty"),
+    (formats.from_alpaca, {"instruction": "a", "output": "b", "history": [["c"]]}, "history: not a list of pairs"),
+    (formats.from_alpaca, {"instruction": "a", "output": "b", "history": [["c", None]]}, "history: not a list of pairs"),
+    (formats.from_alpaca, {"instruction": "<image>", "output": "b", "images": ["a", "b"]}, "1 <image> in the text, but 2"),
+    (formats.from_alpaca, {"instruction": "a", "output": "b", "kto_tag": False}, "kto_tag is false"),
+    (formats.from_alpaca, {"instruction": "a", "chosen": "b", "rejected": "c"}, "chosen, rejected"),
+    (formats.from_alpaca, {"instruction": "a", "output": "b", "videos": ["v.mp4"]}, "it has videos"),
+    (formats.from_llama_factory, {"text": "a"}, "no list of turns"),
     (formats.from_obelics, {"images": ["a"], "texts": ["a", None]}, "1 images, but 2 texts"),
     (formats.from_obelics, {"images": ["a"], "texts": ["a"]}, "place 0: exactly one"),
     (formats.from_obelics, {"images": [None], "texts": [None]}, "place 0: exactly one"),

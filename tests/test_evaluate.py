@@ -400,6 +400,114 @@ def test_single_requests_are_judged_by_the_request():
     assert [r["reasons"] for r in rows if r["category"] == "position"] == [["no picture was drawn"]] * 4
 
 
+# ------------------------------------------------------------------------------------------------------------- questions
+
+
+def answers(rows: list[tuple[str, str, list, bool]]) -> Report:
+    """A report of single answers (split, sort, words, right)."""
+
+    def case(split, sort, words, right):
+        turn = {"drawn": 0, "stop": "end", "sort": sort, "words": words, "text": right}
+        marks = dict.fromkeys(exam.METRICS, []) | {"text": [right]}
+        record = {"split": split, "kind": "question", "held_out_by": ["colour"] if split == "held_out" else []}
+        return SimpleNamespace(record=record, turns=[turn], marks=lambda: marks)
+
+    return Report([case(*row) for row in rows], 1.0)
+
+
+def test_every_question_of_the_corpus_has_its_sort():
+    """The sort follows from the words that are right, and is that of the topic it was drawn for."""
+    topics = {"background": "which colour", "part": "which colour", "colour": "which colour",
+              "no": "yes or no", "yes": "yes or no", "colour no": "yes or no",
+              "colour yes": "yes or no", "total": "how many", "count": "how many", "what": "what",
+              "relation": "what", "which": "which part", "where": "where"}  # fmt: skip
+    met = set()
+    for record in draw_records("question", "seen", 60, 3, 64) + draw_records("two", "seen", 20, 3, 64):
+        for topic, _, _, words, avoid in exam.questions(exam.Dialogue(random.Random(1)), scene_at(record)):
+            assert exam.sort_of({"words": words, "avoid": avoid}) == topics[topic], (topic, words)
+            met.add(topic)
+    assert met == set(topics) and set(topics.values()) == set(exam.SORTS)
+
+
+def test_answers_to_questions_are_counted_by_sort_in_whatever_dialogue_they_are():
+    records = draw_records("question", "held_out", 6, 7, 64) + draw_records("one", "seen", 3, 99, 64, lambda r: [
+        t["kind"] for t in r["truth"]["turns"]] == ["one", "question"])  # fmt: skip
+    asked = sum(t["kind"] == "question" for r in records for t in r["truth"]["turns"])
+    found = report(Corpus(records))
+    assert found.answered() == Share(asked, asked) and found.answered("seen") == Share(3, 3)
+    assert sum(found.answered(None, s).n for s in exam.SORTS) == asked
+
+    def mute(record, parts):
+        return [*parts[:-1], "I do not know."] if isinstance(parts[-1], str) and len(parts) == 1 else parts
+
+    found = report(Faulty(records, mute))
+    assert found.answered() == Share(0, asked) and found.share("shows").right == found.share("shows").n
+    turns = [t for c in found.cases for t in c.to_json()["turns"]]
+    assert sum("sort" in t for t in turns) == asked and all(t["kind"] == "question" for t in turns if "sort" in t)
+
+
+def test_the_table_of_questions_shows_what_guessing_gets_and_names_the_weakest_sort():
+    yes = [("seen", "yes or no", ["yes", "house"], k < 2) for k in range(3)] + [("held_out", "yes or no", ["no", "cat"], False)]
+    many = [("seen", "how many", ["two"], True), ("held_out", "how many", ["three"], True)]
+    found = answers(yes + many)
+    assert found.guessed("yes or no") == Share(3, 4) and found.guessed() == Share(3 + 1, 6)
+    table = ev.questions_table(found, answers([(*row[:3], True) for row in yes + many]))
+    assert table.head == ["asked", "held-out", "seen", "truth", "guessing"]
+    assert [[cell.split()[0] for cell in row] for row in table.rows] == [
+        ["all", "50%", "75%", "100%", "67%"], ["yes", "0%", "67%", "100%", "75%"], ["how", "100%", "100%", "100%", "50%"]
+    ]  # fmt: skip
+    assert table.weak == [("weakest in answers right, splits together", f"yes or no {Share(2, 4)}")]
+
+
+def test_the_weakest_kinds_are_the_lowest_three_below_the_share_of_all():
+    shares = [("a", Share(1, 10)), ("b", Share(9, 10)), ("c", Share(0, 0)), ("d", Share(0, 10))]
+    shares += [("e", Share(3, 10)), ("f", Share(2, 10))]
+    assert [name for name, _ in exam.lowest(shares, Share(15, 50))] == ["d", "a", "f"]
+    assert exam.lowest(shares, Share(0, 10)) == []
+
+
+def test_a_kind_that_owes_no_picture_is_never_the_weakest_by_pictures():
+    def case(kind, **marks):
+        return SimpleNamespace(record={"split": "seen", "kind": kind, "held_out_by": []}, turns=[],
+                               marks=lambda: dict.fromkeys(exam.METRICS, []) | marks)  # fmt: skip
+
+    found = Report([case("question", shows=[False], text=[False]), case("one", shows=[True] * 9, text=[True] * 9),
+                    case("two", shows=[False, True], text=[True])], 1.0)  # fmt: skip
+    assert found.weakest("shows") == [("two", Share(1, 2))] and found.weakest("text") == [("question", Share(0, 1))]
+
+
+def test_every_table_says_what_its_columns_mean_and_which_rows_are_weakest(drawn):
+    talk = single("question", 3) + single("text", 2)
+
+    def spoil(record, parts):
+        if record["kind"] in ("recolour", "remove"):
+            return last_picture(parts, SimpleNamespace(image=Image.new("RGB", (64, 64), "white")))
+        return ["I do not know."] if record["kind"] == "question" else parts
+
+    records = drawn + talk
+    found, truth = report(Faulty(records, spoil)), report(Corpus(records))
+    summary, kinds, asked = (ev.summary_table(found, truth, truth), ev.kinds_table(found, truth, truth),
+                             ev.questions_table(found, truth))  # fmt: skip
+    single_rows = exam.single_requests(1)
+    one = ev.single_table({"truth": exam.evaluate_single(Corpus(single_rows), single_rows, quiet=True)})
+    for table in (summary, kinds, asked, one):
+        told, text, page = dict(table.notes), ev.markdown(table), Reader(ev.html_table(table)).text
+        columns = table.head if table is not summary else [row[0] for row in table.rows]
+        for name in columns:
+            assert name in ("", "split", "kind", "asked", *told) or name in SPLIT_NAMES, (name, told)
+        assert all(f"* {name}: {meaning}" in text and meaning in page for name, meaning in table.notes + table.weak)
+    assert [row[0] for row in summary.rows] == [*exam.METRICS.values(), "answers right"]
+    assert summary.rows[-1][-2].startswith("100%") and summary.rows[-1][1].startswith("0%")
+    told = dict(kinds.notes + kinds.weak)
+    assert re.fullmatch(r"re\w+ 0% .*, re\w+ 0% .*", told["weakest in image-text, splits together"])
+    assert "question" not in told["weakest in image-text, splits together"]
+    assert told["weakest in text complete, splits together"].startswith("question 0% ")
+    assert "pictures of later requests" in told["kind question and text"]
+    assert ev.kinds_table(truth, truth, truth).weak == [] == ev.questions_table(truth, truth).weak
+
+
+SPLIT_NAMES = ("held-out", "seen")
+
 # ------------------------------------------------------------------------------------------------------------ page and files
 
 
@@ -423,8 +531,8 @@ def test_the_page_escapes_text_and_needs_no_other_file(drawn):
     evil = "<script>alert(1)</script> & \"quotes\" <img src=x onerror=y>"
     found = report(Faulty(drawn, lambda record, parts: [evil, *parts[1:]] if record["kind"] == "one" else parts))
     single = [{"asked": evil, "ok": False, "reasons": [evil], "picture": None}]
-    page = Reader(ev.page(evil, [("caption <b>", ["<i>"], [[evil]])], found, single))
-    assert "script" not in page.tags and "b" not in page.tags and page.text.count(evil) >= 6
+    page = Reader(ev.page(evil, [ev.Table("caption <b>", ["<i>"], [[evil]], [(evil, evil)])], found, single))
+    assert "script" not in page.tags and "b" not in page.tags and page.text.count(evil) >= 8
     assert page.sources and all(s.startswith("data:image/png;base64,") for s in page.sources)
     assert page.tags.count("article") == len(drawn)
     order = ("The worst", "one, seen", "Some that are right throughout", "lesson, seen")
@@ -473,7 +581,9 @@ def test_the_command_writes_what_it_says_and_repeats_itself(checkpoint, tmp_path
     assert a["sources"]["ckpt"] == str(checkpoint) and a["versions"]["torch"]
     table = (tmp_path / "a" / "table.md").read_text()
     assert table in capsys.readouterr().out and "image-text" in table and "colour attribution" in table
-    assert "<article" in (tmp_path / "a" / "index.html").read_text()
+    page = (tmp_path / "a" / "index.html").read_text()
+    assert "<article" in page and "<dt>image-text<dd>pictures that show what the words" in page
+    assert "* image-text: pictures that show what the words just before them say" in table
     lines = [json.loads(x) for x in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["held_out"] == lines[1]["held_out"] and set(lines[0]["single"]) == {"held_out", "seen"}
 
@@ -489,7 +599,7 @@ def test_ablations_change_one_setting_at_a_time(drawn):
     runs = exam.ablations(Recorder(drawn), drawn[:4], Settings(guidance=4.0), quiet=True)
     assert seen == [(1.0, "none", True), *((float(g), n, True) for g in (2, 3, 5, 8) for n in ("chunk", "empty")),
                     (4.0, "chunk", True), (4.0, "chunk", False)]  # fmt: skip
-    (_, head, grid), (_, _, rows) = ev.ablation_tables(runs)
+    (_, head, grid, *_), (_, _, rows, *_) = ev.ablation_tables(runs)
     assert head == ["guidance", "chunk", "empty", "none"] and [row[0] for row in grid] == ["1", "2", "3", "5", "8"]
     assert {cell[:4] for row in grid for cell in row[1:]} == {"100%", "as 1"} and len(rows) == 2
 
