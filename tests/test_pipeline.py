@@ -15,6 +15,7 @@ from PIL import Image
 import dit as dit_module
 import model as model_module
 import pipeline
+import sample
 import vae as vae_module
 from checkpoint import InputError, write_checksums, write_json
 from connector import features
@@ -660,6 +661,18 @@ def test_a_run_without_the_part_or_without_a_checkpoint_is_said(folder, tmp_path
     assert failure(folder, dit=stage1 / "step_000001") == f"{stage1}/step_000001: {words}"
     words = "this training run has not saved yet: wait for its first step_* folder, or take another"
     assert failure(folder, dit=young) == f"{young}: {words}"
+
+
+def test_sampling_from_a_run_on_the_command_line_records_its_checkpoint(folder, tmp_path, capsys):
+    run, stage1 = make_run(folder, tmp_path / "run", "dit"), make_run(folder, tmp_path / "stage1", "mllm")
+    flags = ["--ckpt", str(folder), "--prompt", "Draw.", "--max-tokens", "3", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert sample.main([*flags, "--dit", str(run)]) == 0
+    assert json.loads((tmp_path / "out/draw/answer.json").read_text())["sources"]["dit"] == str(run / "step_000002" / "dit")
+    capsys.readouterr()
+    for more in ([], ["--plan"]):
+        assert sample.main([*flags, "--dit", str(stage1), *more]) == 2
+        words = f"error: {stage1}: a training run that holds mllm, no dit: take one that holds it"
+        assert capsys.readouterr().err.splitlines()[-1] == words
 
 
 def test_a_run_as_ckpt_says_which_flag_to_give(folder, tmp_path):
