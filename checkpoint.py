@@ -237,7 +237,8 @@ def check_bounds(config: typing.Any, where: str, bounds: dict[str, tuple[float, 
         value = getattr(config, name)
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if number is not None and not low <= number <= high:
-                shown = f"{number:,}" if isinstance(number, int) and abs(number) < 10**18 else f"{number:.4g}"
+                shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+                shown = f"{shown:.20}..." if len(shown) > 24 else shown
                 raise InputError(f"{where}: {name} is {shown}, but it can only be from {low:,} to {high:,}")
 
 

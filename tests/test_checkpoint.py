@@ -370,7 +370,7 @@ IMPOSSIBLE = [
     ("mllm", {"hidden_size": 65}, "hidden_size must divide into the heads"),
     ("mllm", {"hidden_size": -64}, "hidden_size is -64"),
     ("mllm", {"vocab_size": 10**12}, "vocab_size is 1,000,000,000,000"),
-    ("mllm", {"intermediate_size": 10**300}, "intermediate_size is 1e+300"),
+    ("mllm", {"intermediate_size": 10**400}, "intermediate_size is 10,000,000,000,000,0..., but"),
     ("mllm", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1"),
     ("mllm", {"rope_theta": 0.0}, "rope_theta is 0"),
     ("mllm", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
