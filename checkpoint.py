@@ -15,6 +15,7 @@ import difflib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ STEMS = ("model", "diffusion_pytorch_model")  # transformers' and diffusers' fil
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<folder>[^@]+))?(?:@(?P<revision>.+))?")
 SUMS = "SHA256SUMS"  # of a checkpoint of a run
 STAGING = ".saving"  # where a save is written before it takes its place
+JSON_BYTES = 2**28  # the largest file that can be meant: the tokenizer of a 7B model has 11 MB
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
@@ -81,11 +83,11 @@ def parse_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
 def resolve(source: str | Path, subfolder: str | None = None, revision: str | None = None, *, base: Path | None = None) -> Path:
     """The local folder of a checkpoint part; what is on the Hub is downloaded first, or found in the cache.
 
-    source: a local folder (`base` is where a relative one is looked up before the working directory), else a Hub name as in
-    the module's docstring; subfolder and revision add to it. Only json, safetensors and txt files are fetched.
+    source: a local folder (with `base` it lies in there, and nowhere else on the disk), else a Hub name as in the module's
+    docstring; subfolder and revision add to it. Only json, safetensors and txt files are fetched.
     """
-    local = next((f for f in (base and base / source, Path(source).expanduser()) if f and f.exists()), None)
-    if local:
+    local = base / source if base else Path(source).expanduser()
+    if local.exists():
         folder = local / subfolder if subfolder else local
         if not local.is_dir():
             raise InputError(f"{local}: a file, but a checkpoint is a folder: name the folder that holds it")
@@ -146,14 +148,30 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON file that holds one object."""
+    """A JSON file that holds one object. A field given twice, or as NaN or Infinity, which JSON does not have, is refused."""
+    if Path(path).is_file() and Path(path).stat().st_size > JSON_BYTES:
+        raise InputError(f"{path}: {Path(path).stat().st_size:,} bytes are no configuration: download or copy it again")
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}: not valid JSON ({e}): download or copy it again") from None
+        value = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as e:  # beside what is no JSON: numbers of thousands of digits, brackets without end
+        what = "it is nested too deeply" if isinstance(e, RecursionError) else e
+        raise InputError(f"{path}: not valid JSON ({what}): download or copy it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__} where an object {{...}} is expected")
     return value
+
+
+def _object(pairs: list[tuple[str, typing.Any]]) -> dict:
+    """What json.loads calls for every object."""
+    out = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"field {name!r:.60} is there twice")
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"field {name!r:.60} is not a finite number")
+        out[name] = value
+    return out
 
 
 def write_json(path: str | Path, value: dict) -> None:
@@ -185,7 +203,8 @@ def config_from_json(cls: type, values: dict, where: str | Path, ignore: Collect
     for key in values:
         if key not in known and key not in ignore and not key.startswith("_"):
             close = difflib.get_close_matches(key, known, 1)
-            raise InputError(f"{where}: unknown field {key}: " + (f"did you mean {close[0]}?" if close else "remove it"))
+            name = key if key.isprintable() and len(key) < 60 else f"{key!r:.60}"
+            raise InputError(f"{where}: unknown field {name}: " + (f"did you mean {close[0]}?" if close else "remove it"))
     for key, field in known.items():
         if key not in values and field.default is MISSING and field.default_factory is MISSING:
             raise InputError(f"{where}: field {key} is missing: is this the config.json of a {cls.__name__}?")
@@ -202,11 +221,25 @@ def _checked(value: typing.Any, hint: typing.Any, where: str, ignore: Collection
         kinds = args[:1] * len(value) if kind is list or args[-1] is Ellipsis else args
         if len(kinds) == len(value):
             return kind(_checked(v, k, where, ignore) for v, k in zip(value, kinds, strict=True))
-    elif kind is float and type(value) is int:
+    elif kind is float and type(value) is int and abs(value) < 10**300:
         return float(value)
     elif kind is typing.Any or type(value) is kind:
         return value
-    raise InputError(f"{where} is {json.dumps(value)}, but {hint if args else kind.__name__} is expected")
+    raise InputError(f"{where} is {json.dumps(value):.80}, but {hint if args else kind.__name__} is expected")
+
+
+def check_bounds(config: typing.Any, where: str, bounds: dict[str, tuple[float, float]]) -> None:
+    """InputError where a field, or a number in a field that is a list, is outside its bounds (both included); None passes.
+
+    Wide enough for any model that there is: they keep a damaged or hostile config.json from asking for a million layers.
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and not low <= number <= high:
+                shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+                shown = f"{shown:.20}..." if len(shown) > 24 else shown
+                raise InputError(f"{where}: {name} is {shown}, but it can only be from {low:,} to {high:,}")
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
@@ -283,6 +316,9 @@ def load_weights(
         parts = [f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}"] if missing else []
         parts += [f"{len(extra)} have no place in it, the first is {extra[0]}"] if extra else []
         raise InputError(f"{folder}: does not fit {label}: {'; '.join(parts)}: is its config.json of the same model?")
+    # NaN and infinities survive in a sum, which takes one pass over memory; it is read only when all is loaded, so that no GPU
+    # is waited for. Whether a sum that is not finite has merely overflowed (in fp16 it may) is then looked up.
+    sums: dict[str, Tensor] = {}
     for target, (file, name) in found.items():
         # Opened anew for each tensor: the pages of a mapped file count as ours until it is closed. And copied in any case, so
         # that the module does not hang on a file that someone may overwrite.
@@ -293,7 +329,15 @@ def load_weights(
             raise InputError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(want.shape)}")
         if tensor.is_floating_point() != want.is_floating_point():
             raise InputError(f"{file}: tensor {name} is {tensor.dtype}: quantised weights are not read, use the original ones")
-        _assign(module, target, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True))
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if tensor.is_floating_point():
+            sums[target] = tensor.sum()
+        _assign(module, target, tensor)
+    for target, sound in zip(sums, torch.stack([*sums.values()]).isfinite().tolist() if sums else [], strict=True):
+        if not sound and not _tensor(module, target).isfinite().all():
+            file, name = found[target]
+            remedy = "try --dtype bf16 or fp32, or download or copy it again" if dtype == torch.float16 else "use another copy"
+            raise InputError(f"{file}: tensor {name} of {label} holds NaN or infinity in {str(dtype)[6:]}: {remedy}")
     for name, other in tied.items():
         if name in found and not torch.equal(module.get_parameter(name), module.get_parameter(other)):
             raise InputError(f"{folder}: {name} is not {other}, yet config.json ties them: is it of the same model?")
@@ -302,6 +346,12 @@ def load_weights(
     total = sum(expected[name].numel() for name in own)
     print(f"{label}: {len(found.keys() & own)}/{len(own)} tensors, {total:,} parameters from {folder}")
     return module
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer."""
+    parent, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(parent), leaf)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -409,9 +459,11 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
 
 def newest_sound(run: str | Path, part: str = "") -> Path:
-    """The newest of them that is sound, or whose files of that part are; newer ones that are not are named."""
+    """The newest of them that is sound, or that holds that part and its files are; newer ones that are not are named."""
     for folder in reversed(list_checkpoints(run)):
-        problem = verify(folder, part)
+        problem = verify(folder, f"{part}/" if part else "")
+        if not problem and part and not (folder / part / "config.json").is_file():
+            problem = f"it holds no {part}"
         if not problem:
             return folder
         print(f"{folder}: {problem}; the checkpoint before it is used", file=sys.stderr, flush=True)
@@ -420,8 +472,36 @@ def newest_sound(run: str | Path, part: str = "") -> Path:
     raise InputError(f"{run}: no step_* checkpoint here; has the run saved yet?")
 
 
-def part_folder(source: str, part: str) -> str:
-    """A part given as a run (its newest checkpoint), as a folder that holds the part, or as the part's own folder or Hub id."""
-    if list_checkpoints(source):
-        return str(newest_sound(source, part) / part)
-    return str(Path(source) / part) if (Path(source) / part).is_dir() else source
+def parts_in(folder: Path) -> list[str]:
+    """Names of the parts that a folder, or any checkpoint of a run, holds."""
+    return sorted({f.parent.name for pattern in ("*/config.json", "step_*/*/config.json") for f in folder.glob(pattern)})
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a training run's folder or one of its checkpoints: no model, whatever a config.json in it says."""
+    config = folder / "config.json"
+    if list_checkpoints(folder) or (folder / "state.json").is_file() and not config.is_file():
+        return True
+    return config.is_file() and {"out", "steps", "save_every"} <= read_json(config).keys()
+
+
+def part_folder(source: str | Path, part: str, *, base: Path | None = None) -> Path:
+    """The folder of a part, wherever it is asked for by a name: source is
+
+    the part's own folder or Hub name; a folder or repository with a subfolder of the part's name; a training run, of which the
+    newest sound checkpoint is taken; or a checkpoint of a run. base: as in `resolve`.
+    """
+    folder = resolve(source, base=base)
+    inside = folder / part
+    if not is_run(folder):
+        return inside if (inside / "config.json").is_file() else folder
+    held = parts_in(folder)
+    if not held:
+        raise InputError(f"{source}: this training run has not saved yet: wait for its first step_* folder, or take another")
+    if part not in held:
+        raise InputError(f"{source}: a training run that holds {', '.join(held)}, no {part}: take one that holds it")
+    if list_checkpoints(folder):
+        return newest_sound(folder, part) / part
+    if problem := verify(folder, f"{part}/"):
+        raise InputError(f"{folder}: {problem}: take another checkpoint of the run, or name the run itself")
+    return inside

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights
+from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
 from fused import gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
 from graphs import Graph
@@ -59,6 +59,15 @@ class DiTConfig:
     text_embed_dim: int = 1024  # width of the context
     crossattn_proj_in_channels: int = 100352  # language model layers x width
     qk_norm_eps: float = 1e-6  # NVIDIA's; diffusers runs 1e-5, for which its own config has no field
+
+    def __post_init__(self):
+        counts = {"num_layers": (1, 256), "num_attention_heads": (1, 1024), "attention_head_dim": (12, 2**12)}
+        widths = {"adaln_lora_dim": (1, 2**16), "text_embed_dim": (1, 2**18), "crossattn_proj_in_channels": (1, 2**24)}
+        channels = {"in_channels": (1, 2**12), "out_channels": (1, 2**12), "patch_size": (1, 64), "max_size": (1, 2**20)}
+        numbers = {"mlp_ratio": (1 / self.width if self.width > 0 else 0, 64), "rope_scale": (1e-3, 1e3), "qk_norm_eps": (0, 1)}
+        check_bounds(self, "config.json of the DiT", counts | widths | channels | numbers)
+        if self.attention_head_dim % 2:
+            raise InputError(f"config.json of the DiT: attention_head_dim is {self.attention_head_dim}, it must be even")
 
     @property
     def width(self) -> int:

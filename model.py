@@ -26,7 +26,7 @@ from PIL import Image, ImageCms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights, write_json
+from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights, write_json
 from fused import add_rms_norm, join, joint, rms_norm, rope, rope_append, swiglu
 from kernels import Segments, attention
 
@@ -50,6 +50,10 @@ class VisionConfig:
     in_channels: int = 3
 
     def __post_init__(self):
+        sizes = {n: (1, 2**18) for n in ("hidden_size", "out_hidden_size", "intermediate_size", "window_size")}
+        counts = {"depth": (1, 256), "num_heads": (1, 1024), "in_channels": (1, 64), "fullatt_block_indexes": (0, 1024)}
+        patches = {"patch_size": (1, 256), "temporal_patch_size": (1, 16), "spatial_merge_size": (1, 16)}
+        check_bounds(self, "vision_config", sizes | counts | patches)
         if self.hidden_size % (4 * self.num_heads):
             raise InputError(f"vision_config: {self.num_heads} heads need a hidden_size that is a multiple of 4 per head")
         if self.window_size < self.patch_size * self.spatial_merge_size:
@@ -81,6 +85,12 @@ class MLLMConfig:
     pad_token_id: int = 151643
 
     def __post_init__(self):
+        counts = {"num_hidden_layers": (1, 256), "num_attention_heads": (1, 1024), "num_key_value_heads": (1, 1024)}
+        sizes = {"hidden_size": (1, 2**18), "intermediate_size": (1, 2**20), "vocab_size": (1, 2**24)}
+        sizes |= {"mrope_section": (0, 2**16)}
+        numbers = {"max_position_embeddings": (1, 2**30), "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e12)}
+        ids = {name: (0, 2**31) for name in self.__dataclass_fields__ if name.endswith("_token_id")}
+        check_bounds(self, "config.json", counts | sizes | numbers | ids)
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise InputError("config.json: hidden_size must divide into the heads, and these into num_key_value_heads groups")
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
@@ -99,7 +109,12 @@ class MLLMConfig:
         Both carry many keys without effect here (dropout, caching, versions), so unknown ones pass; whatever would change the
         result and is not done here is refused.
         """
-        text = values | values.get("text_config", {})
+        objects = {"text_config": values, "vision_config": values}
+        text = values | (values.get("text_config") if isinstance(values.get("text_config"), dict) else {})
+        objects |= {"rope_parameters": text, "rope_scaling": text}
+        for name, owner in objects.items():
+            if not isinstance(owner.get(name), dict | None):
+                raise InputError(f"{where}: field {name} is {owner[name]!r:.60}, but an object {{...}} is expected")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         vision = dict(values.get("vision_config") or {})
         vision = {"in_channels": vision.get("in_chans", 3), "out_hidden_size": text.get("hidden_size")} | vision
@@ -669,6 +684,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return h, w
 
 
+# Settings of transformers' processor that are fixed here; resample 3 is bicubic.
+PROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+
+
 @dataclass
 class ImageProcessor:
     """Picture -> normalised patches. The defaults are the published preprocessor_config.json of Qwen2.5-VL."""
@@ -681,14 +700,34 @@ class ImageProcessor:
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
 
+    def __post_init__(self):
+        sizes = {"patch_size": (1, 256), "temporal_patch_size": (1, 16), "merge_size": (1, 16)}
+        pixels = {"min_pixels": (1, 2**24), "max_pixels": (1, 2**28)}
+        check_bounds(self, "image processor", sizes | pixels | {"image_mean": (-1e3, 1e3), "image_std": (1e-3, 1e3)})
+        if self.min_pixels > self.max_pixels:
+            raise InputError(f"image processor: min_pixels {self.min_pixels:,} is more than max_pixels {self.max_pixels:,}")
+        if not len(self.image_mean) == len(self.image_std) == 3:
+            raise InputError("image processor: image_mean and image_std need 3 numbers each, for red, green and blue")
+
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str | None = None, revision: str | None = None) -> "ImageProcessor":
-        path = resolve(source, subfolder, revision) / "preprocessor_config.json"
-        values = read_json(path)
+        """From preprocessor_config.json as published, or from the processor_config.json of transformers 5, which goes first."""
+        folder = resolve(source, subfolder, revision)
+        path, values = folder / "processor_config.json", None
+        if path.is_file():
+            values = read_json(path).get("image_processor")
+        if values is None:  # no such file, or that of transformers 4, which has nothing about pictures in it
+            path = folder / "preprocessor_config.json"
+            values = read_json(path)
+        if not isinstance(values, dict) or not isinstance(values.get("size"), dict | None):
+            raise InputError(f"{path}: image_processor and its size must be objects {{...}}")
         size = values.get("size") or {}  # where transformers 5 puts the bounds
         bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-        values = {k: v for k, v in bounds.items() if v is not None} | values
-        return config_from_json(cls, {k: v for k, v in values.items() if k in cls.__dataclass_fields__}, path)
+        own = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
+        for name, needed in PROCESSING.items():  # what would give other pixels, and is not done here
+            if values.get(name, needed) != needed:
+                raise InputError(f"{path}: {name} is {values[name]!r:.40}, only {needed!r} is read, as Qwen2.5-VL has it")
+        return config_from_json(cls, {k: v for k, v in bounds.items() if v is not None} | own, path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,10 @@ A checkpoint is a folder (or a Hub repository) with mllm/, dit/, vae/ and duogen
 
     {"format": 1, "parts": {"mllm": "mllm", "dit": "dit", "vae": "vae"}, "sampling": {"steps": 35, "height": 704, ...}}
 
-A part is a folder beside that file, or a Hub name "owner/name", "owner/name/folder", "owner/name/folder@revision". "sampling"
-holds defaults for `Settings`; its height and width are the size of a picture in a dialogue that has none yet.
+A part is a folder beside that file, or a Hub name "owner/name", "owner/name/folder", "owner/name/folder@revision"; nowhere else
+on the disk, because a checkpoint may be a stranger's. Links are followed: whoever made them could read what they point to, and
+a download makes none. "sampling" holds defaults for `Settings`; its height and width are the size of a picture in a dialogue
+that has none yet.
 """
 
 import hashlib
@@ -30,13 +32,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import InputError, config_from_json, read_json, resolve, write_json
+from checkpoint import InputError, config_from_json, is_run, part_folder, parts_in, read_json, resolve, write_json
 from connector import features
 from dit import CONDITION_TIME, SAMPLERS, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
 from graphs import Graph
@@ -456,8 +458,9 @@ class DuoGen:
     ) -> "DuoGen":
         """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
 
-        mllm, dit, vae: take this part from elsewhere: a folder that holds it, a folder with a subfolder of the part's name, or
-        a Hub name as in the module's docstring. With all three given and no ckpt, the sampling defaults are those of Cosmos.
+        mllm, dit, vae: take this part from elsewhere: its folder, a folder with a subfolder of the part's name, a training run
+        (its newest sound checkpoint) or one of its checkpoints, or a Hub name as in the module's docstring. With all three
+        given and no ckpt, the sampling defaults are those of Cosmos.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
         offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
         graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
@@ -477,9 +480,7 @@ class DuoGen:
             raise InputError(f"revision {revision}: it is a checkpoint's, and there is none: write NAME@{revision} for a part")
         folders, configs = {}, {}
         for part, kind in PARTS.items():
-            folder = resolve(sources[part], base=None if named[part] else base)
-            inside = not (folder / "config.json").exists() and (folder / part / "config.json").exists()
-            folders[part] = folder / part if inside else folder
+            folders[part] = part_folder(sources[part], part, base=None if named[part] else base)
             configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
         tokenizer = Tokenizer.from_pretrained(folders["mllm"])
         processor = ImageProcessor.from_pretrained(folders["mllm"])
@@ -636,12 +637,19 @@ class DuoGen:
     def choose(self, logits: Tensor, settings: Settings, generator: torch.Generator) -> int:
         """The next token from logits (vocab,): the likeliest, or drawn among the likeliest (nucleus; arXiv 1904.09751)."""
         logits = logits.float().masked_fill(~self.allowed, -torch.inf)
+        # NaN and infinity show in what the host reads anyway: the largest logit, whose index a float holds, and the mass.
         if settings.temperature == 0:
-            return int(logits.argmax())
+            best, token = torch.stack([x.float() for x in logits.max(0)]).tolist()
+            if not math.isfinite(best):
+                raise not_finite("the language model's logits", self.mllm)
+            return int(token)
         p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
         mass = p.cumsum(0)
         keep = max(1, int((mass - p < settings.top_p).sum()))  # the smallest set that has the share top_p
-        u = torch.rand((), generator=generator) * mass[keep - 1].cpu()  # one number from the CPU: every device draws the same
+        total = mass[keep - 1].cpu()
+        if not total.isfinite():
+            raise not_finite("the language model's logits", self.mllm)
+        u = torch.rand((), generator=generator) * total  # one number from the CPU: every device draws the same
         return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
 
     @torch.no_grad()
@@ -746,9 +754,27 @@ class DuoGen:
         self.at_work("vae")
         for r in requests:
             began = time.perf_counter()
-            images.append(to_image(self.vae.decode_latents(latents[id(r)][None])[0]))
+            pixels = self.vae.decode_latents(latents[id(r)][None])[0]
+            # The first of these that is not finite is the cause. Read behind the picture, for which the host waits anyway.
+            stages = [("what the connector says of the text", self.mllm, r.positive)]
+            stages += [("the VAE's latents of an earlier picture", self.vae, z) for z in r.conditions]
+            stages += [("the latents that the DiT has painted", self.dit, latents[id(r)])]
+            stages += [("the pixels that the VAE has decoded", self.vae, pixels)]
+            sound = torch.stack([x.isfinite().all() for *_, x in stages])
+            images.append(to_image(pixels))
+            for (what, part, _), fine in zip(stages, sound.tolist(), strict=True):
+                if not fine:
+                    raise not_finite(what, part)
             r.seconds += time.perf_counter() - began
         return images
+
+
+def not_finite(what: str, part: nn.Module) -> InputError:
+    """What a user is told of NaN or infinity: numbers outgrow fp16 first (65,504 is its largest), seldom the other types."""
+    dtype = next(p.dtype for p in part.parameters() if p.is_floating_point())
+    remedy = {torch.float16: "try --dtype bf16 or fp32", torch.bfloat16: "try --dtype fp32"}.get(dtype)
+    kind = str(dtype).removeprefix("torch.")
+    return InputError(f"{what}: NaN or infinity, computed in {kind}: {remedy or 'its weights are damaged, take others'}")
 
 
 def until_waiting(writer: Generator[Event, Reply, None], reply: Reply) -> Read | Paint | None:
@@ -811,6 +837,10 @@ def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:
     if revision and Path(ckpt).exists():
         raise InputError(f"revision {revision}: {ckpt} is a folder on this machine, which has none: leave it out")
     folder = resolve(ckpt, revision=revision)
+    if is_run(folder) and not (folder / "duogen.json").exists():
+        flags = " ".join(f"--{part} {ckpt}" for part in parts_in(folder) if part in PARTS)
+        raise InputError(f"{ckpt}: a training run, not a whole system: " + (f"give {flags} instead" if flags else "it has not "
+                         "saved yet, wait for its first step_* folder"))  # fmt: skip
     if not (folder / "duogen.json").exists():
         raise InputError(f"{ckpt}: no duogen.json in it, so it is no checkpoint of the whole system: is it one of its parts?")
     return folder
@@ -833,6 +863,10 @@ def read_manifest(path: Path) -> dict:
             raise InputError(f"{path}: unknown part {part}: there are {', '.join(PARTS)}")
         if not isinstance(source, str) or not source:
             raise InputError(f"{path}: part {part} must be a folder's or a Hub repository's name, not {source!r:.40}")
+        place = PureWindowsPath(source)  # knows both kinds of slashes
+        if place.anchor or ".." in place.parts or source.startswith("~"):
+            raise InputError(f"{path}: part {part} is {source!r:.80}, outside its own folder: only a folder in there or a Hub "
+                             f"name may stand in a checkpoint; say --{part} for what lies elsewhere")  # fmt: skip
     override(Settings(), manifest["sampling"], f"{path}: sampling")
     return manifest
 

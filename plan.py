@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import errors, hf_hub_download
 from torch import nn
 
-from checkpoint import HUB_NAME, InputError, read_json
+from checkpoint import HUB_NAME, InputError, is_run, part_folder, read_json
 from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
 from model import MLLM, MLLMConfig
@@ -235,6 +235,8 @@ def config_of(source: str, part: str, presets: dict, parse: Callable):
         return presets[source]
     runs = sorted(Path(source).glob(f"step_*/{part}/config.json"))
     file = next((f for f in (*runs[-1:], Path(source, part, "config.json"), Path(source, "config.json")) if f.is_file()), None)
+    if file == Path(source, "config.json") and is_run(Path(source)):
+        file = part_folder(source, part) / "config.json"  # the run has no such part, and is told so
     hub = HUB_NAME.fullmatch(source)
     if file is None and (hub is None or Path(source).exists()):
         raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")

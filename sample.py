@@ -5,6 +5,7 @@
     python sample.py --prompts prompts.jsonl --steps 20                          many, with an overview page
     python sample.py --ckpt owner/name --dtype bf16 --device cuda --prompt "..."   a folder or a Hub name
     python sample.py --mllm Qwen/Qwen2.5-VL-7B-Instruct --dit DIT --vae VAE ...    parts from elsewhere, see pipeline.py
+    python sample.py --dit runs/x --prompt "..."                                   the newest DiT of a training run
     python sample.py --plan --mllm 7B --dit 2B --vae wan2.1                        what it takes of a GPU, nothing is loaded
 
 The answer appears on stdout as it is written; bars and notices are on stderr. What remains is a folder (page.py):
@@ -77,7 +78,7 @@ def parser() -> Parser:
     p.add_argument("--ckpt", help="checkpoint: folder or Hub name (default: the bundled miniature)")
     p.add_argument("--revision", help="branch, tag or commit of a --ckpt on the Hub")
     for part in ("mllm", "dit", "vae"):
-        p.add_argument(f"--{part}", help="take this part from another folder or Hub name")
+        p.add_argument(f"--{part}", help="take this part from another folder, training run or Hub name")
     p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")

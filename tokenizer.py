@@ -58,6 +58,8 @@ class Tokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], config: dict):
         self.vocab, self.merges, self.config = vocab, merges, config
+        if any(type(id) is not int for id in vocab.values()) or {*vocab.values()} != {*range(len(vocab))}:
+            raise InputError(f"vocab.json: the ids of its {len(vocab):,} tokens must be 0, 1, 2, ...: copy it again")
         # tiktoken merges by the id of the result, BPE by the order of the merges: these two make them the same order.
         if len(vocab) != 256 + len(merges):
             raise InputError(f"vocab.json has {len(vocab)} tokens, merges.txt {len(merges)} lines: they must differ by 256")
@@ -68,8 +70,14 @@ class Tokenizer:
             ranks = {bytes(BYTE_OF[c] for c in token): id for token, id in vocab.items()}
         except KeyError as e:
             raise InputError(f"vocab.json: {e} stands for no byte; this is not a byte-level vocabulary") from None
-        added = {int(id): t for id, t in config.get("added_tokens_decoder", {}).items()}
-        self.added = {t["content"]: id for id, t in sorted(added.items())}
+        try:
+            added = {int(id): t for id, t in config.get("added_tokens_decoder", {}).items()}
+            self.added = {t["content"]: id for id, t in sorted(added.items())}
+            if not all(isinstance(name, str) and name and len(vocab) <= id < 2**24 for name, id in self.added.items()):
+                raise ValueError("a name that is empty or no text, or an id that is no place behind vocab.json")
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            form = '{"ID": {"content": NAME, ...}, ...}'
+            raise InputError(f"tokenizer_config.json: added_tokens_decoder must be {form} ({e!r:.90})") from None
         self.special = {id for id, t in added.items() if t.get("special")}
         missing = [name for name in ADDED[:SPECIAL] if name not in self.added]
         if missing:
@@ -78,7 +86,7 @@ class Tokenizer:
         self.bpe = tiktoken.Encoding("qwen", pat_str=WORD, mergeable_ranks=ranks, special_tokens=self.added)
         longest_first = sorted(self.added, key=len, reverse=True)
         self.control = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
-        self.vocab_size = len(vocab) + len(self.added)
+        self.vocab_size = 1 + max(self.bytes_of)  # rows that an embedding must have
         self.endoftext, self.im_start, self.im_end = (self.added[f"<|{n}|>"] for n in ("endoftext", "im_start", "im_end"))
         self.vision_start, self.vision_end = self.added["<|vision_start|>"], self.added["<|vision_end|>"]
         self.image_pad, self.video_pad = self.added["<|image_pad|>"], self.added["<|video_pad|>"]
@@ -96,13 +104,17 @@ class Tokenizer:
             merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         elif (folder / "tokenizer.json").exists():
             whole = read_json(folder / "tokenizer.json")
-            vocab = whole["model"]["vocab"]
-            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in whole["model"]["merges"]]
-            config = {"added_tokens_decoder": {str(t["id"]): t for t in whole["added_tokens"]}} | config
+            try:
+                vocab = dict(whole["model"]["vocab"])
+                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in whole["model"]["merges"]]
+                config = {"added_tokens_decoder": {str(t["id"]): t for t in whole["added_tokens"]}} | config
+            except (KeyError, TypeError, ValueError) as e:
+                what = f"no byte-level BPE ({e!r:.60}): use that of Qwen2.5-VL"
+                raise InputError(f"{folder / 'tokenizer.json'}: {what}") from None
         else:
             raise InputError(f"{folder}: no vocab.json (with merges.txt) and no tokenizer.json here")
         if any(len(m) != 2 for m in merges):
-            raise InputError(f"{folder / 'merges.txt'}: a line is not a pair of tokens")
+            raise InputError(f"{folder}: a merge, in merges.txt or tokenizer.json, is not a pair of tokens")
         return cls(vocab, merges, config)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import InputError, config_from_json, load_weights, read_json, resolve, save_weights
+from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
 from kernels import attention
 
 # Per-channel statistics of Wan2.1's latents. They are part of the weights' meaning: the DiT sees (z - mean) / std.
@@ -53,6 +53,12 @@ class VAEConfig:
     latents_std: list[float] = field(default_factory=lambda: list(WAN_STD))
 
     def __post_init__(self):
+        where, widths = "config.json of the VAE", ("base_dim", "decoder_base_dim")
+        check_bounds(self, where, {name: (1, 2**12) for name in (*widths, "z_dim", "in_channels", "out_channels")})
+        check_bounds(self, where, {"dim_mult": (1, 64), "num_res_blocks": (1, 32)})
+        check_bounds(self, where, {"latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6)})  # finite, and none is 0
+        if not 1 <= len(self.dim_mult) <= 8:
+            raise InputError(f"VAE config: dim_mult has {len(self.dim_mult)} entries, from 1 to 8 are possible")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise InputError(f"VAE config: temperal_downsample needs {len(self.dim_mult) - 1} entries, one a down-sampling")
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:

@@ -15,6 +15,9 @@ from torch import nn
 import checkpoint
 from checkpoint import InputError, config_from_json, load_weights, parse_dtype, pick_device, read_json, resolve, save_weights
 
+from dit import PRESETS
+from model import MLLMConfig
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -236,6 +239,28 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, words):
     assert line.startswith(str(tmp_path)) and words in line
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES.values())
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, dtype, value):
+    state = Toy().state_dict()
+    state["first.weight"][1, 2] = value
+    save_weights(state, tmp_path)
+    line = failure(load_weights, meta(Toy), tmp_path, dtype=dtype)
+    kind = str(dtype).removeprefix("torch.")
+    assert line.startswith(f"{tmp_path}/model.safetensors: tensor first.weight of Toy holds NaN or infinity in {kind}: ")
+
+
+def test_weights_too_large_for_fp16_say_so_and_those_whose_sum_is_too_large_load(tmp_path):
+    state = Toy().state_dict()
+    state["first.weight"].fill_(6e4)
+    save_weights(state, tmp_path)
+    assert load_weights(meta(Toy), tmp_path, dtype=torch.float16).first.weight.min() > 5.9e4
+    state["first.weight"].fill_(7e4)
+    save_weights(state, tmp_path)
+    assert "in float16: try --dtype bf16 or fp32" in failure(load_weights, meta(Toy), tmp_path, dtype=torch.float16)
+    assert load_weights(meta(Toy), tmp_path, dtype=torch.bfloat16).first.weight.min() > 6.9e4
+
+
 def test_two_tensors_for_one_parameter(folder):
     line = failure(load_weights, meta(Toy), folder, rename=lambda name: name.replace("second", "first"))
     assert "tensors first.weight and second.weight are both first.weight of Toy" in line
@@ -269,6 +294,13 @@ def test_no_weights_or_two_of_them(tmp_path):
         (b'{"size": ', "not valid JSON"),
         (b"[1, 2]", "holds a JSON list where an object {...} is expected"),
         (b"\xff\xfe", "cannot be read as UTF-8 text"),
+        (b'{"rope_theta": NaN}', "field 'rope_theta' is not a finite number"),
+        (b'{"vision": {"eps": [1.0, -Infinity]}}', "field 'eps' is not a finite number"),
+        (b'{"mlp_ratio": 1e999}', "field 'mlp_ratio' is not a finite number"),
+        (b'{"size": 1, "layers": 2, "size": 3}', "field 'size' is there twice"),
+        (b'{"size": ' + b"9" * 5000 + b"}", "not valid JSON (Exceeds the limit"),
+        (b'{"size": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not valid JSON (it is nested too deeply)"),
+        (b'{"a": ' * 100_000, "not valid JSON (it is nested too deeply)"),
     ],
 )
 def test_json_that_is_none(tmp_path, content, words):
@@ -318,11 +350,84 @@ def test_config_from_json():
         ({"patch": [2, "2"]}, 'config.json: field patch is "2", but int is expected'),
         ({"rope": 3}, "config.json: field rope is 3, but Rope is expected"),
         ({"rope": {"theta": "x"}}, 'config.json: field rope: field theta is "x", but float is expected'),
+        ({"rope": {"theta": 10**400}}, "config.json: field rope: field theta is 1" + "0" * 79 + ", but float is expected"),
+        ({"lay\ners": 2}, "config.json: unknown field 'lay\\ners': did you mean layers?"),
         ({"rope": {}}, "config.json: field rope: field theta is missing: is this the config.json of a Rope?"),
     ],
 )
 def test_wrong_config_fields_are_named(change, words):
     assert failure(config_from_json, Settings, GOOD | change, "config.json", ignore=("torch_dtype",)) == words
+
+
+MLLM_JSON = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "vocab_size": 340, "rms_norm_eps": 1e-6, "rope_scaling": {"mrope_section": [4, 6, 6]}, "vision_config": {"hidden_size": 64},
+}  # fmt: skip
+IMPOSSIBLE = [
+    ("mllm", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, but it can only be from 1 to 256"),
+    ("mllm", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ("mllm", {"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+    ("mllm", {"hidden_size": 65}, "hidden_size must divide into the heads"),
+    ("mllm", {"hidden_size": -64}, "hidden_size is -64"),
+    ("mllm", {"vocab_size": 10**12}, "vocab_size is 1,000,000,000,000"),
+    ("mllm", {"intermediate_size": 10**400}, "intermediate_size is 10,000,000,000,000,0..., but"),
+    ("mllm", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1"),
+    ("mllm", {"rope_theta": 0.0}, "rope_theta is 0"),
+    ("mllm", {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ("mllm", {"text_config": [1]}, "field text_config is [1], but an object"),
+    ("mllm", {"vision_config": 3}, "field vision_config is 3, but an object"),
+    ("mllm", {"rope_scaling": "x"}, "field rope_scaling is 'x', but an object"),
+    ("mllm", {"vision_config": {"hidden_size": 64, "depth": 10**9}}, "depth is 1,000,000,000"),
+    ("mllm", {"vision_config": {"hidden_size": 64, "num_heads": 0}}, "num_heads is 0"),
+    ("mllm", {"vision_config": {"hidden_size": 64, "spatial_merge_size": 0}}, "spatial_merge_size is 0"),
+    ("dit", {"num_layers": 10**9}, "num_layers is 1,000,000,000, but it can only be from 1 to 256"),
+    ("dit", {"num_attention_heads": 10**9}, "num_attention_heads is 1,000,000,000"),
+    ("dit", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ("dit", {"attention_head_dim": 33}, "attention_head_dim is 33, it must be even"),
+    ("dit", {"attention_head_dim": 8}, "attention_head_dim is 8"),
+    ("dit", {"mlp_ratio": 1e300}, "mlp_ratio is 1e+300"),
+    ("dit", {"mlp_ratio": -4.0}, "mlp_ratio is -4"),
+    ("dit", {"rope_scale": [1.0, 0.0, 1.0]}, "rope_scale is 0"),
+    ("dit", {"patch_size": [1, 0, 0]}, "patch_size is 0"),
+    ("dit", {"_qk_norm_eps": 1e9}, "qk_norm_eps is 1e+09"),
+    ("vae", {"base_dim": 10**9}, "base_dim is 1,000,000,000"),
+    ("vae", {"num_res_blocks": 10**9}, "num_res_blocks is 1,000,000,000"),
+    ("vae", {"dim_mult": [1] * 10_000}, "dim_mult has 10000 entries"),
+    ("vae", {"dim_mult": []}, "dim_mult has 0 entries"),
+    ("vae", {"latents_std": [0.0] + [1.0] * 15}, "latents_std is 0"),
+    ("vae", {"latents_mean": [1e30] * 16}, "latents_mean is 1e+30"),
+]
+# 1 GB beside what importing takes, and 2 seconds for all of them.
+REFUSE = """
+import json, resource, sys, time
+from checkpoint import InputError
+from dit import DiTConfig
+from model import MLLMConfig
+from vae import VAEConfig
+kinds = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 10**9
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+began = time.process_time()
+for part, values in json.load(sys.stdin):
+    try:
+        print("accepted:", kinds[part].from_json(values))
+    except InputError as e:
+        print(e)
+print(time.process_time() - began)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from Linux' /proc")
+def test_configurations_that_cannot_be_are_one_line_at_once_and_in_little_memory():
+    plain = {"mllm": MLLM_JSON, "dit": PRESETS["tiny"].to_json(), "vae": {}}
+    asked = json.dumps([(part, plain[part] | change) for part, change, _ in IMPOSSIBLE])
+    run = subprocess.run([sys.executable, "-c", REFUSE], cwd=ROOT, input=asked, capture_output=True, text=True, check=True)
+    *lines, seconds = run.stdout.splitlines()
+    assert float(seconds) < 2
+    for line, (_, change, words) in zip(lines, IMPOSSIBLE, strict=True):
+        assert words in line, (change, line)
+    MLLMConfig.from_json(MLLM_JSON)  # without the change, they can be
 
 
 # --- saving -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ import copy
 import io
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import kernels
 from checkpoint import InputError
 from launches import Launches
 from model import MLLM, PRESETS, ImageProcessor, KVCache, MLLMConfig, VisionConfig, mrope_positions, smart_resize, to_rgb
+from tokenizer import Tokenizer, render
 
 PAD, BOV, EOV = 190, 188, 189  # token ids in the small test models
 
@@ -522,6 +525,88 @@ def test_patches_equal_the_reference_processor(tmp_path):
         out = theirs(photo(width, height), return_tensors="pt")
         assert [1, *grid] == out.image_grid_thw[0].tolist() and patches.is_contiguous()
         assert (patches - out.pixel_values).abs().max() <= 1e-6
+
+
+@pytest.fixture(params=["published", "bundled"])
+def fine_tune(request, tmp_path, monkeypatch):
+    """(folder, model, processor): what transformers leaves of a fine-tune, with the published tokenizer and with our own."""
+    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.video_processing_utils import VideoProcessorMixin
+
+    bundled = Path(__file__).parent.parent / "checkpoints" / "tiny" / "mllm"
+    start = bundled if request.param == "bundled" else request.getfixturevalue("shared") / "qwen2.5-vl-7b-instruct"
+    ours = Tokenizer.from_pretrained(start)
+    config = replace(small(4, 2, tied=False), vocab_size=ours.vocab_size + 7).for_tokenizer(ours)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config.to_json())).float().eval()
+    roughen(model)
+    # The class for videos needs torchvision, which is not installed: one that only has settings, unlike those of pictures.
+    monkeypatch.setattr(Qwen2_5_VLProcessor, "check_argument_for_proper_class", lambda *_: None)
+    videos = VideoProcessorMixin(size={"shortest_edge": 1, "longest_edge": 2}, patch_size=3, image_mean=[0.0] * 3)
+    pictures, tokenizer = Qwen2VLImageProcessorPil.from_pretrained(start), AutoTokenizer.from_pretrained(start)
+    pictures.patch_size, pictures.size = 8, {"shortest_edge": 256, "longest_edge": 4096}
+    template = json.loads((start / "chat_template.json").read_text())["chat_template"]
+    processor = Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=template)
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    return tmp_path, model, processor
+
+
+@torch.no_grad()
+def test_a_fine_tune_that_transformers_five_saved_gives_equal_ids_pixels_and_logits(fine_tune):
+    folder, model, processor = fine_tune
+    written = {f.name for f in folder.iterdir()}
+    assert {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"} <= written
+    assert not {"preprocessor_config.json", "vocab.json", "merges.txt"} & written
+    parts = [{"type": "image"}, {"type": "text", "text": "Make the roof gr\u00fcn, please.\n 123 <b>"}]
+    messages, image = [{"role": "user", "content": parts}], photo(60, 44)
+    theirs = processor(text=[processor.apply_chat_template(messages, add_generation_prompt=True)], images=[image],
+                       return_tensors="pt")  # fmt: skip
+    expected = model(**theirs, use_cache=False).logits[0]
+
+    mllm, tokenizer, own = (part.from_pretrained(folder) for part in (MLLM, Tokenizer, ImageProcessor))
+    patches, grid = own(image)
+    ids = render(tokenizer, messages, [own.merged(grid)], generation_prompt=True).ids
+    assert ids == theirs["input_ids"][0].tolist() and [1, *grid] == theirs["image_grid_thw"][0].tolist()
+    assert (patches - theirs["pixel_values"]).abs().max() <= 1e-6
+    positions, _ = mrope_positions(ids, [own.merged(grid)], mllm.config.image_token_id)
+    hidden = mllm.eval()(torch.tensor(ids), positions, bounds(len(ids)), patches, [grid])
+    assert expected.std() > 0.3 and (mllm.logits(hidden[-1]) - expected).abs().max() <= 5e-5
+
+
+def test_both_layouts_of_picture_settings_are_read_and_the_newer_goes_first(tmp_path):
+    with pytest.raises(InputError, match="preprocessor_config.json: file is missing"):
+        ImageProcessor.from_pretrained(tmp_path)
+    ImageProcessor(patch_size=10).save_pretrained(tmp_path)
+    newer = tmp_path / "processor_config.json"
+    newer.write_text('{"processor_class": "Qwen2_5_VLProcessor"}')  # as transformers 4 wrote it
+    assert ImageProcessor.from_pretrained(tmp_path).patch_size == 10
+    for settings, size in (({"patch_size": 12}, 12), ({"size": {"shortest_edge": 5, "longest_edge": 9}}, 14)):
+        newer.write_text(json.dumps({"image_processor": settings}))
+        assert ImageProcessor.from_pretrained(tmp_path).patch_size == size
+    assert ImageProcessor.from_pretrained(tmp_path) == ImageProcessor(min_pixels=5, max_pixels=9)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"do_normalize": False}, "do_normalize is False, only True is read"),
+        ({"resample": 2}, "resample is 2, only 3 is read"),
+        ({"size": 5}, "must be objects"),
+        ({"min_pixels": 10**15}, "min_pixels is 1,000,000,000,000,000, but it can only be from 1 to"),
+        ({"max_pixels": -1}, "max_pixels is -1"),
+        ({"min_pixels": 9000, "max_pixels": 4000}, "min_pixels 9,000 is more than max_pixels 4,000"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "image_std is 0"),
+        ({"image_mean": [0.5]}, "need 3 numbers each"),
+    ],
+)
+def test_picture_settings_that_cannot_be_are_refused_by_name(tmp_path, change, words):
+    for file, content in (("preprocessor_config.json", change), ("processor_config.json", {"image_processor": change})):
+        (tmp_path / file).write_text(json.dumps(content))
+        with pytest.raises(InputError, match=re.escape(words)) as e:
+            ImageProcessor.from_pretrained(tmp_path)
+        assert "\n" not in str(e.value)
 
 
 def test_smart_resize_equals_the_reference():

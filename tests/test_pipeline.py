@@ -15,8 +15,9 @@ from PIL import Image
 import dit as dit_module
 import model as model_module
 import pipeline
+import sample
 import vae as vae_module
-from checkpoint import InputError
+from checkpoint import InputError, write_checksums, write_json
 from connector import features
 from dit import DiT, DiTConfig
 from model import MLLM, ImageProcessor, MLLMConfig, VisionConfig, mrope_positions
@@ -293,6 +294,39 @@ def test_control_tokens_are_never_chosen(parts):
     assert not chosen & forbidden and len(chosen) > 100
     for allowed in (t.im_end, t.vision_start, t.endoftext):
         assert parts.choose(torch.full((340,), -1.0).index_fill(0, torch.tensor(allowed), 9.0), Settings(), None) == allowed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_told_and_not_written(parts, temperature, value):
+    settings, generator = Settings(temperature=temperature), torch.Generator()
+    logits = torch.randn(340)
+    assert parts.choose(logits, settings, generator) in parts.tokenizer.writable
+    logits[3] = value
+    with pytest.raises(InputError, match="the language model's logits: NaN or infinity, computed in float32"):
+        parts.choose(logits, settings, generator)
+    with pytest.raises(InputError, match="the language model's logits: NaN or infinity"):
+        parts.choose(torch.full((340,), -torch.inf), settings, generator)
+    half = SimpleNamespace(allowed=parts.allowed, mllm=torch.nn.Linear(1, 1, dtype=torch.float16))
+    with pytest.raises(InputError, match="computed in float16: try --dtype bf16 or fp32"):
+        DuoGen.choose(half, logits, settings, generator)
+
+
+@pytest.mark.parametrize(
+    "owner, name, spoiled, words",
+    [
+        ("duo", "connect", lambda h: torch.full((len(h[0]), 24), torch.nan), "what the connector says of the text"),
+        ("duo", "encode", lambda xs: [torch.full((16, 4, 4), torch.inf)] * len(xs), "latents of an earlier picture"),
+        ("dit", "forward", lambda x, *_, targets, **__: x[targets.rows] + torch.inf, "the latents that the DiT has painted"),
+        ("vae", "decode", lambda z: torch.full((1, 3, 32, 48), torch.nan), "the pixels that the VAE has decoded"),
+    ],
+)
+def test_a_picture_that_is_not_finite_names_the_part_instead_of_being_black(duo, monkeypatch, owner, name, spoiled, words):
+    duo.say(TWO)
+    monkeypatch.setattr(duo if owner == "duo" else getattr(duo, owner), name, spoiled)
+    with pytest.raises(InputError, match=words) as e:
+        duo.generate(question(picture()))
+    assert "NaN or infinity, computed in float32: its weights are damaged" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_sampling_follows_the_probabilities(parts):
@@ -580,6 +614,92 @@ def test_parts_from_elsewhere(parts, folder, tmp_path):
     assert duo.sources["dit"] == str(tmp_path / "other") and duo.sources["vae"] == str(folder / "vae")
     duo = DuoGen.from_pretrained(mllm=folder, dit=folder, vae=folder)  # each finds its subfolder; no checkpoint at all
     assert duo.defaults == Settings() and duo.size == (704, 1280) and "ckpt" not in duo.sources
+
+
+def make_run(folder, run, *parts, steps=(1, 2)):
+    """A training run's folder as training.py leaves it, with these parts of a checkpoint."""
+    run.mkdir()
+    write_json(run / "config.json", {"out": str(run), "steps": 2, "save_every": 1, "documents": 2})
+    for step in steps:
+        for part in parts:
+            shutil.copytree(folder / part, run / f"step_{step:06d}" / part)
+        write_json(run / f"step_{step:06d}" / "state.json", {"step": step})
+        write_checksums(run / f"step_{step:06d}")
+    return run
+
+
+@pytest.mark.parametrize("part", pipeline.PARTS)
+def test_a_training_run_is_a_source_of_its_parts_wherever_one_is_asked_for(folder, tmp_path, part, capsys):
+    run = make_run(folder, tmp_path / "run", part)
+    newest, older = run / "step_000002", run / "step_000001"
+    for source, step in ((run, newest), (str(run), newest), (older, older), (older / part, older)):
+        assert DuoGen.from_pretrained(folder, **{part: source}).sources[part] == str(step / part)
+    capsys.readouterr()
+    (newest / part / "config.json").write_text("{}")  # its checksum differs
+    assert DuoGen.from_pretrained(folder, **{part: run}).sources[part] == str(older / part)
+    assert f"{newest}: {part}/config.json is damaged" in capsys.readouterr().err
+    assert failure(folder, **{part: newest}).startswith(f"{newest}: {part}/config.json is damaged: its checksum differs: take")
+
+
+def test_the_newest_checkpoint_that_holds_the_part_is_taken(folder, tmp_path):
+    run = make_run(folder, tmp_path / "run", "dit", "vae")
+    shutil.rmtree(run / "step_000002" / "vae")
+    write_checksums(run / "step_000002")
+    sources = DuoGen.from_pretrained(folder, dit=run, vae=run).sources
+    assert sources["dit"] == str(run / "step_000002" / "dit") and sources["vae"] == str(run / "step_000001" / "vae")
+
+
+def failure(*args, **options) -> str:
+    with pytest.raises(InputError) as e:
+        DuoGen.from_pretrained(*args, **options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_a_run_without_the_part_or_without_a_checkpoint_is_said(folder, tmp_path):
+    stage1, young = make_run(folder, tmp_path / "a", "mllm"), make_run(folder, tmp_path / "b", "dit", steps=())
+    words = "a training run that holds mllm, no dit: take one that holds it"
+    assert failure(folder, dit=stage1) == f"{stage1}: {words}"
+    assert failure(folder, dit=stage1 / "step_000001") == f"{stage1}/step_000001: {words}"
+    words = "this training run has not saved yet: wait for its first step_* folder, or take another"
+    assert failure(folder, dit=young) == f"{young}: {words}"
+
+
+def test_sampling_from_a_run_on_the_command_line_records_its_checkpoint(folder, tmp_path, capsys):
+    run, stage1 = make_run(folder, tmp_path / "run", "dit"), make_run(folder, tmp_path / "stage1", "mllm")
+    flags = ["--ckpt", str(folder), "--prompt", "Draw.", "--max-tokens", "3", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert sample.main([*flags, "--dit", str(run)]) == 0
+    assert json.loads((tmp_path / "out/draw/answer.json").read_text())["sources"]["dit"] == str(run / "step_000002" / "dit")
+    capsys.readouterr()
+    for more in ([], ["--plan"]):
+        assert sample.main([*flags, "--dit", str(stage1), *more]) == 2
+        words = f"error: {stage1}: a training run that holds mllm, no dit: take one that holds it"
+        assert capsys.readouterr().err.splitlines()[-1] == words
+
+
+def test_a_run_as_ckpt_says_which_flag_to_give(folder, tmp_path):
+    stage1, young = make_run(folder, tmp_path / "a", "mllm"), make_run(folder, tmp_path / "b", "dit", steps=())
+    for run in (stage1, stage1 / "step_000001"):
+        assert failure(run) == f"{run}: a training run, not a whole system: give --mllm {run} instead"
+    assert failure(young).endswith("a training run, not a whole system: it has not saved yet, wait for its first step_* folder")
+
+
+@pytest.mark.parametrize("place", ["../other", "dit/../../other", "/etc", "~", "~/x", "C:\\x", "..\\other", "a/b/../../c@main"])
+def test_a_manifest_names_nothing_outside_its_folder(folder, tmp_path, place):
+    shutil.copytree(folder / "dit", tmp_path / "other")
+    copy = edited(folder, tmp_path, "duogen.json", lambda v: v["parts"].update(dit=place))
+    line = failure(copy)
+    assert line.startswith(f"{copy}/duogen.json: part dit is {place!r}, outside its own folder: ") and "say --dit" in line
+    assert DuoGen.from_pretrained(folder, dit=copy / ".." / "other").sources["dit"].endswith("other")  # a user may
+
+
+def test_a_manifest_finds_no_folder_of_the_working_directory_but_follows_links_inside(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "dit", tmp_path / "here" / "dit2")
+    monkeypatch.chdir(tmp_path / "here")
+    copy = edited(folder, tmp_path, "duogen.json", lambda v: v["parts"].update(dit="dit2"))
+    assert failure(copy).startswith("dit2: no such folder")
+    (copy / "dit2").symlink_to(tmp_path / "here" / "dit2")
+    assert DuoGen.from_pretrained(copy).sources["dit"] == str(copy / "dit2")
 
 
 def test_sources_on_the_hub_are_named_with_their_commit():

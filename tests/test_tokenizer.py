@@ -306,3 +306,18 @@ def test_tables_that_do_not_belong_together_are_refused(tiny):
     with pytest.raises(InputError, match="lacks <|im_start|>"):
         added = {k: v for k, v in tiny.config["added_tokens_decoder"].items() if v["content"] != "<|im_start|>"}
         Tokenizer(tiny.vocab, tiny.merges, tiny.config | {"added_tokens_decoder": added})
+    for vocab in (tiny.vocab | {"a": 10**12}, tiny.vocab | {"a": -1}, tiny.vocab | {"a": "7"}, tiny.vocab | {"a": [7]}):
+        with pytest.raises(InputError, match="must be 0, 1, 2"):
+            Tokenizer(vocab, tiny.merges, tiny.config)
+    known = tiny.config["added_tokens_decoder"]
+    for bad in (3, {"x": {}}, {"7": {"content": "<x>"}}, {str(10**12): {"content": "<x>"}}, known | {"9999": {"content": ""}}):
+        with pytest.raises(InputError, match="added_tokens_decoder must be"):
+            Tokenizer(tiny.vocab, tiny.merges, tiny.config | {"added_tokens_decoder": bad})
+
+
+@pytest.mark.parametrize("whole", [{}, {"model": []}, *({"model": {"vocab": v, "merges": [3]}} for v in (3, {}))])
+def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, whole):
+    for file, value in (("tokenizer.json", whole), ("tokenizer_config.json", {})):
+        (tmp_path / file).write_text(json.dumps(value))
+    with pytest.raises(InputError, match="tokenizer.json: no byte-level BPE"):
+        Tokenizer.from_pretrained(tmp_path)
