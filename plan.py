@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import errors, hf_hub_download
 from torch import nn
 
-from checkpoint import HUB_NAME, InputError, read_json
+from checkpoint import HUB_NAME, InputError, looks_local, no_folder, read_json
 from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
 from model import MLLM, MLLMConfig
@@ -236,6 +236,8 @@ def config_of(source: str, part: str, presets: dict, parse: Callable):
     runs = sorted(Path(source).glob(f"step_*/{part}/config.json"))
     file = next((f for f in (*runs[-1:], Path(source, part, "config.json"), Path(source, "config.json")) if f.is_file()), None)
     hub = HUB_NAME.fullmatch(source)
+    if file is None and looks_local(source) and not Path(source).exists():
+        raise InputError(f"--{part} {no_folder(source)}")
     if file is None and (hub is None or Path(source).exists()):
         raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")
     try:
