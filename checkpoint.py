@@ -151,7 +151,7 @@ def no_folder(source: str | Path, base: Path | None = None) -> str:
     names = sorted(f.name for f in above.iterdir() if f.is_dir() and not f.name.startswith(".")) if above.is_dir() else []
     close = difflib.get_close_matches(missing, names, 1)
     inside = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "no folder"
-    remedy = f"did you mean {above / close[0]}?" if close else f"{above.absolute()} holds {inside}"
+    remedy = f"did you mean {above / close[0]}?" if close else f"{above.resolve()} holds {inside}"
     return f"{source}: no such folder: there is no {missing} there: {remedy}"
 
 

@@ -42,7 +42,7 @@ class Stage1Config(TrainConfig):
     patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens
     documents: int = 0  # at most so many in a micro-batch; 0: as many as fit
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
-    lr: float = 1e-3  # the miniature's; 1e-5 suits a 7B
+    lr: float = 3e-5  # the trained miniature's, whose loss it keeps; 1e-5 suits a 7B
     weight_decay: float = 0.01
     beta2: float = 0.98
     checkpointing: bool = False  # recompute activations in the backward pass
@@ -93,13 +93,13 @@ def train(c: Stage1Config) -> None:
         stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("cross-entropy", stats["loss"], 0.0, math.log(tokenizer.vocab_size))  # less than a guess
-        if run.sheet_due:
-            sample_sheet(run, c, source, tokenizer, processor, mllm)
+        if run.sheet_due:  # the first one is short, so that it comes soon
+            sample_sheet(run, c, source, tokenizer, processor, mllm, 3 if run.step == 1 else 10)
     world.close()
 
 
 @torch.no_grad()
-def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int = 10, most: int = 160) -> None:
+def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int, most: int = 160) -> None:
     """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
     documents, _ = next(loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, pictures=False))
     answers = [Answer(d, tokenizer, processor) for d in documents]

@@ -47,7 +47,7 @@ class Stage2Config(TrainConfig):
     latents: int = 0  # ... of the DiT, whose patches are 16 x 16 pixels and count once for each target that sees them
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     targets: int = 2  # pictures trained per document, at most
-    lr: float = 1e-3  # the miniature's; 3e-5, Cosmos' own, for the 2B
+    lr: float = 1e-5  # the trained miniature's: a higher one spoils it within a hundred steps; 3e-5, Cosmos' own, for the 2B
     beta2: float = 0.99
     ema: float = 0.9995
     drop: float = 0.15  # share of samples that lose their last chunk of text
@@ -120,13 +120,13 @@ def train(c: Stage2Config) -> None:
         stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size
-        if run.sheet_due:
-            sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae)
+        if run.sheet_due:  # the first one is short, so that it comes soon
+            sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae, 4 if run.step == 1 else 14)
     world.close()
 
 
 @torch.no_grad()
-def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int = 14) -> None:
+def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int) -> None:
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
     documents, _ = next(wanted)
