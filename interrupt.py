@@ -28,12 +28,18 @@ def _end(number: int, frame: types.FrameType | None) -> None:
     end_now("interrupted" if os.environ.get("RANK", "0") == "0" else "")
 
 
+def say(message: str) -> None:
+    """On stderr, from within a signal's handler; whoever reads it may have been interrupted as well."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
+
+
 def end_now(message: str) -> None:
     """End this process and its data workers without any cleaning up, which might wait for somebody."""
     with contextlib.suppress(OSError, RuntimeError):  # the signal may have come in the midst of a print
         sys.stdout.flush()
     if message:
-        os.write(2, f"{message}\n".encode())
+        say(message)
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(STATUS)

@@ -435,7 +435,7 @@ class Run:
                     self.show()
             self.save()
             if self.step < c.steps and self.world.main:
-                print(f"ended after step {self.step} of {c.steps}; the same command continues", flush=True)
+                self._say(f"ended after step {self.step} of {c.steps}; the same command continues")
         finally:
             self.world.unwatched()
             if self.asked != "SIGINT":  # then what is left is to leave, and a second Ctrl-C still has to end that at once
@@ -446,15 +446,24 @@ class Run:
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
         if number == signal.SIGINT and not self.asked and self.world.main:
-            os.write(2, b"\ninterrupted: the step is finished and saved; Ctrl-C once more ends at once\n")
+            interrupt.say("\ninterrupted: the step is finished and saved; Ctrl-C once more ends at once")
         self.asked = signal.Signals(number).name
+
+    def _say(self, line: str) -> None:
+        """Print. In `| tee log` Ctrl-C has ended the reader as well, which must not keep the run from saving."""
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            if not self.asked:
+                raise
+            abandon_stdout()
 
     def _ending(self) -> bool:
         """Whether any rank has reason to end; all ranks agree."""
         c = self.config
         late = bool(c.minutes) and time.monotonic() - self.started > 60 * c.minutes
         if self.asked and (self.world.main or self.asked != "SIGINT"):  # a terminal's Ctrl-C comes to all ranks
-            print(f"{self.asked}: rank {self.world.rank} asks to save and end after step {self.step}", flush=True)
+            self._say(f"{self.asked}: rank {self.world.rank} asks to save and end after step {self.step}")
         return self.world.sum(float(late or bool(self.asked))) > 0
 
     def lr_factor(self, step: int) -> float:
@@ -534,7 +543,7 @@ class Run:
         if self.world.main:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({k: round(v, 7) for k, v in row.items() if v is not None}) + "\n")
-            print(status_line(row, self.config.steps), flush=True)
+            self._say(status_line(row, self.config.steps))
             if now - self.shown > PAGE_SECONDS:
                 self.show()
 
@@ -607,7 +616,7 @@ class Run:
                 raise InputError(f"{final}: this checkpoint cannot be written ({e}); the last good one is {kept}: make room "
                                  "and give the same command again") from e  # fmt: skip
             self._drop()
-            print(f"saved {final}", flush=True)
+            self._say(f"saved {final}")
         self.world.alive()
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:

@@ -36,6 +36,31 @@ def test_ctrl_c_finishes_the_step_saves_and_the_same_command_continues(kind, par
     assert_same(tmp_path / "straight", tmp_path / "run")
 
 
+def lose_reader(rank: int, step: int) -> None:
+    """Ctrl-C in the middle of a step ends `| tee log` first."""
+    from training import Run
+
+    update = Run.update
+
+    def wrapped(self, *args):
+        if self.step == step - 1:
+            reading, writing = os.pipe()
+            os.close(reading)
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, *args)
+
+    Run.update = wrapped
+
+
+def test_ctrl_c_saves_though_it_has_ended_whoever_reads_the_log(parts, tmp_path):
+    c = runs.config("stage2", parts, tmp_path / "run")
+    printed = runs.run("stage2", c, tmp_path / "log", 1, (lose_reader, 2))
+    assert "step       1/4" in printed and "step       2/4" not in printed
+    assert newest_sound(c.out).name == "step_000002"
+
+
 def hang(rank: int, where: str, who: int) -> None:
     """One rank does not come back from its third step, its third save or its first sheet, behind the first save."""
     import train_stage2
