@@ -33,8 +33,8 @@ tiny: .venv/runtime
 	$(PY) pretrain.py vae
 	$(PY) pretrain.py mllm
 	$(PY) pretrain.py dit
-	$(PY) train_stage1.py
-	$(PY) train_stage2.py
+	$(PY) train_stage1.py --mllm runs/tiny/mllm --lr 1e-3 --out runs/tiny/stage1
+	$(PY) train_stage2.py --mllm runs/tiny/stage1 --dit runs/tiny/dit --vae runs/tiny/vae --lr 1e-3 --out runs/tiny/stage2
 	$(PY) pretrain.py bundle
 
 # Only what make and the tests left; answers in out/ and training in runs/ stay.

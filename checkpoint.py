@@ -51,6 +51,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise InputError(message)
 
+    def parse_flags(self, argv: list[str]) -> argparse.Namespace:
+        """A dash may be an underscore; an unknown flag is an error with a suggestion."""
+        argv = list(argv)
+        for i, arg in enumerate(argv):
+            if arg.startswith("--"):
+                flag, equals, value = arg.partition("=")
+                argv[i] = flag.replace("_", "-") + equals + value
+        args, unknown = self.parse_known_args(argv)
+        if unknown and unknown[0].startswith("-"):
+            flag = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            raise InputError(f"unknown flag {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
+        if unknown:
+            raise InputError(f"{unknown[0]!r} belongs to no flag: see --help")
+        return args
+
 
 def abandon_stdout() -> None:
     """For a BrokenPipeError: `| head` has seen enough, and the interpreter must not write to the pipe again when it ends."""
@@ -84,7 +100,8 @@ def resolve(source: str | Path, subfolder: str | None = None, revision: str | No
     """The local folder of a checkpoint part; what is on the Hub is downloaded first, or found in the cache.
 
     source: a local folder (with `base` it lies in there, and nowhere else on the disk), else a Hub name as in the module's
-    docstring; subfolder and revision add to it. Only json, safetensors and txt files are fetched.
+    docstring; subfolder and revision add to it. Only json, safetensors and txt files are fetched. The Hub is not asked for
+    what looks like a path (`looks_local`).
     """
     local = base / source if base else Path(source).expanduser()
     if local.exists():
@@ -95,6 +112,8 @@ def resolve(source: str | Path, subfolder: str | None = None, revision: str | No
             inside = ", ".join(sorted(f.name for f in local.iterdir() if f.is_dir())) or "no folder"
             raise InputError(f"{folder}: no such folder: {local} holds {inside}")
         return folder
+    if looks_local(source, base):
+        raise InputError(no_folder(source, base))
     hub = HUB_NAME.fullmatch(str(source))
     if hub is None:
         raise InputError(f"{source}: no such folder, and a Hub name would have the form owner/name: check the path")
@@ -110,6 +129,32 @@ def resolve(source: str | Path, subfolder: str | None = None, revision: str | No
         what = f"no folder {subfolder} with" if subfolder else "no"
         raise InputError(f"{repo}: {what} json or safetensors files at revision {revision}: see {constants.ENDPOINT}/{repo}")
     return folder
+
+
+def looks_local(source: str | Path, base: Path | None = None) -> bool:
+    """Whether a name that no folder has was meant as a folder's: it begins as paths do, or with a folder that is here.
+
+    With a revision behind @ a relative one is the Hub's in any case.
+    """
+    first = str(source).split("/")[0]
+    if first in ("", ".", "..") or first.startswith("~"):
+        return True
+    here = first == "runs" or Path(first).is_dir() or (base is not None and (base / first).is_dir())
+    return here and "/" in str(source) and "@" not in str(source)
+
+
+def no_folder(source: str | Path, base: Path | None = None) -> str:
+    """What to say then: how far the path leads, and where it might have been meant to go on."""
+    path = Path(source).expanduser()
+    if base is not None and (base / path.parts[0]).is_dir():
+        path = base / path
+    above = next(f for f in path.parents if f.is_dir() or f == f.parent)
+    missing = path.relative_to(above).parts[0]
+    names = sorted(f.name for f in above.iterdir() if f.is_dir() and not f.name.startswith(".")) if above.is_dir() else []
+    close = difflib.get_close_matches(missing, names, 1)
+    inside = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "no folder"
+    remedy = f"did you mean {above / close[0]}?" if close else f"{above.resolve()} holds {inside}"
+    return f"{source}: no such folder: there is no {missing} there: {remedy}"
 
 
 def _hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> str:

@@ -5,21 +5,26 @@
     if __name__ == "__main__":
         interrupt.quiet()  # before the heavy imports: Ctrl-C among them is one line, no traceback out of other people's modules
 
-    with interrupt.heard():  # around the work: there both are exceptions
+    with interrupt.heard():  # around the work of sample.py: there both are exceptions
         try:
             work()
         except KeyboardInterrupt as e:
             sys.exit(interrupt.status(e))
 
 It imports next to nothing itself: what it does must be in force before PyTorch, whose import takes seconds, is begun. Only the
-hundredths of a second in which Python itself starts remain uncovered.
+hundredths of a second in which Python itself starts remain uncovered. In a training `training.Run.loop` takes over with the
+first step.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+
+STATUS = 128 + signal.SIGINT  # what a shell reports of a program that Ctrl-C ended
 
 
 class Terminated(KeyboardInterrupt):
@@ -33,10 +38,25 @@ def quiet() -> None:
 
 
 def _leave(*_) -> None:
-    # No exception: an import in progress could swallow it. Nothing has begun yet that would have to be put in order.
+    # No exception: an import in progress could swallow it. Of several ranks one speaks for all.
+    end_now("interrupted" if os.environ.get("RANK", "0") == "0" else "")
+
+
+def say(message: str) -> None:
+    """On stderr, from within a signal's handler; whoever reads it may have been interrupted as well."""
     with contextlib.suppress(OSError):
-        os.write(2, b"interrupted\n")
-    os._exit(130)
+        os.write(2, f"{message}\n".encode())
+
+
+def end_now(message: str) -> None:
+    """End this process and its data workers without any cleaning up, which might wait for somebody."""
+    with contextlib.suppress(OSError, RuntimeError):  # the signal may have come in the midst of a print
+        sys.stdout.flush()
+    if message:
+        say(message)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(STATUS)
 
 
 @contextlib.contextmanager
@@ -63,4 +83,4 @@ def _terminate(*_) -> None:
 
 def status(e: KeyboardInterrupt) -> int:
     """What a shell shows of a program that such a signal ended: 128 + its number."""
-    return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
+    return 128 + signal.SIGTERM if isinstance(e, Terminated) else STATUS

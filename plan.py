@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import errors, hf_hub_download
 from torch import nn
 
-from checkpoint import HUB_NAME, InputError, is_run, part_folder, read_json
+from checkpoint import HUB_NAME, InputError, is_run, looks_local, no_folder, part_folder, read_json
 from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
 from model import MLLM, MLLMConfig
@@ -238,6 +238,8 @@ def config_of(source: str, part: str, presets: dict, parse: Callable):
     if file == Path(source, "config.json") and is_run(Path(source)):
         file = part_folder(source, part) / "config.json"  # the run has no such part, and is told so
     hub = HUB_NAME.fullmatch(source)
+    if file is None and looks_local(source) and not Path(source).exists():
+        raise InputError(f"--{part} {no_folder(source)}")
     if file is None and (hub is None or Path(source).exists()):
         raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")
     try:

@@ -10,6 +10,11 @@ order. The two stages of the paper, train_stage1.py and train_stage2.py, start f
 what this script leaves.
 """
 
+if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, too
+    import interrupt
+
+    interrupt.quiet()
+
 import dataclasses
 import math
 import shutil
@@ -105,6 +110,7 @@ def measure_latents(vae: VAE, pictures: Tensor) -> None:
 
 def train_vae(c: VAEConfig) -> None:
     world = World(c.device, c.timeout)
+    world.claim(c.out)
     torch.manual_seed(c.seed)
     vae = VAE.from_config(VAE_PRESETS["tiny"]).to(world.device, memory_format=torch.channels_last)
     if world.main:
@@ -195,6 +201,7 @@ def reading(c: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, seed
 
 def train_mllm(c: MLLMConfig) -> None:
     world = World(c.device, c.timeout)
+    world.claim(c.out)
     torch.manual_seed(c.seed)
     tokenizer = train_bpe(corpus(1500), c.vocabulary)
     config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
@@ -268,6 +275,7 @@ def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, 
 
 def train_dit(c: DiTConfig) -> None:
     world = World(c.device, c.timeout)
+    world.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -348,7 +348,9 @@ class Stream:
 def until_closed(loader: DataLoader) -> Iterator[object]:
     """The loader's items, unpickled. When nobody wants more of them its workers are gone, whatever they were doing."""
     before = multiprocessing.active_children()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it: Ctrl-C is the training's alone
     items = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     workers = [p for p in multiprocessing.active_children() if p not in before]
     try:
         yield from map(pickle.loads, items)
@@ -362,11 +364,13 @@ def end_with_training(worker: int) -> None:
     """A data worker ends when its training does: not before, and not after.
 
     A SIGTERM to the whole process group asks the training to finish its step, for which it needs its workers: a worker outlives
-    the first one. A second one ends it.
+    the first one. A second one ends it. Ctrl-C, which a terminal sends to all as well, is none of its business.
     """
     if sys.platform == "linux":  # a killed training cannot end its workers, and they wait for ever on their own full pipe
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     signals = itertools.count()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # the training's own, and its thread must not take a worker's signals for its own
     signal.signal(signal.SIGTERM, lambda *_: next(signals) and os._exit(0))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, sys.__stderr__)  # its training hangs, and asks where it is

@@ -1,6 +1,6 @@
 """Stage 1: the MLLM learns to write interleaved documents and to say when a picture is due. No DiT in sight.
 
-    python train_stage1.py                                    the miniature, from runs/tiny/mllm, on the sketchbook
+    python train_stage1.py                                    the bundled miniature goes on learning, on the sketchbook
     torchrun --nproc_per_node=2 train_stage1.py               the same in two processes, the same loss
     torchrun --nproc_per_node=8 train_stage1.py --mllm Qwen/Qwen2.5-VL-7B-Instruct --data a.jsonl,b.jsonl --lr 1e-5 --out r
 
@@ -10,6 +10,11 @@ number of targets over all ranks and micro-batches, so that any number of proces
 same documents.
 """
 
+if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, too
+    import interrupt
+
+    interrupt.quiet()
+
 import math
 import re
 from dataclasses import dataclass
@@ -17,34 +22,40 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import part_folder
+from checkpoint import InputError, part_folder
 from data import Document, fill, loader, pack_documents
 from model import MLLM, ImageProcessor, mrope_positions
 from sources import Quarantine, open_source
 from tokenizer import Rendered, Tokenizer
-from training import LanguageLoss, Run, TrainConfig, World, add_statistics, check_step0, language_statistics, main
+from training import BUNDLED, LanguageLoss, Run, TrainConfig, World, add_statistics, check_step0, language_statistics, main
 from training import model_flops, parse_config, print_trained
 
 
 @dataclass
 class Stage1Config(TrainConfig):
-    mllm: str = "runs/tiny/mllm"  # run, folder or Hub id of the language model to start from
+    mllm: str = BUNDLED  # run, folder or Hub id of the language model to start from
     data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
-    out: str = "runs/tiny/stage1"
+    out: str = "runs/stage1"
     steps: int = 4000
     tokens: int = 4096  # budget of a micro-batch of one rank
     patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens
     documents: int = 0  # at most so many in a micro-batch; 0: as many as fit
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
-    lr: float = 1e-3  # the miniature's; 1e-5 suits a 7B
+    lr: float = 3e-5  # the trained miniature's, whose loss it keeps; 1e-5 suits a 7B
     weight_decay: float = 0.01
     beta2: float = 0.98
     checkpointing: bool = False  # recompute activations in the backward pass
 
+    def check(self) -> None:
+        super().check()
+        if not (self.documents or self.tokens or self.patches):
+            raise InputError("--tokens 0: needs another budget: --patches or --documents")
+
 
 def train(c: Stage1Config) -> None:
     world = World(c.device, c.timeout)
+    world.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
@@ -82,13 +93,13 @@ def train(c: Stage1Config) -> None:
         stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("cross-entropy", stats["loss"], 0.0, math.log(tokenizer.vocab_size))  # less than a guess
-        if run.sheet_due:
-            sample_sheet(run, c, source, tokenizer, processor, mllm)
+        if run.sheet_due:  # the first one is short, so that it comes soon
+            sample_sheet(run, c, source, tokenizer, processor, mllm, 3 if run.step == 1 else 10)
     world.close()
 
 
 @torch.no_grad()
-def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int = 10, most: int = 160) -> None:
+def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int, most: int = 160) -> None:
     """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
     documents, _ = next(loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, pictures=False))
     answers = [Answer(d, tokenizer, processor) for d in documents]

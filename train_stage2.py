@@ -1,6 +1,6 @@
 """Stage 2: connector and DiT learn to paint the picture that is due, looking at every picture so far. MLLM and VAE are frozen.
 
-    python train_stage2.py                                    the miniature, from runs/tiny, on the sketchbook
+    python train_stage2.py                                    the bundled miniature goes on learning, on the sketchbook
     torchrun --nproc_per_node=2 train_stage2.py               the same in two processes, the same loss
     torchrun --nproc_per_node=8 train_stage2.py --mllm runs/s1 --dit COSMOS --vae COSMOS/vae --data a.jsonl --lr 3e-5 --shift 5
 
@@ -10,6 +10,11 @@ conditioned on the states of everything before BOV; in a share of the samples th
 away, which trains the negative branch of guidance. The sum of the loss over latent tokens is divided by their number over all
 ranks and micro-batches, so that any number of processes takes the step of one with the same samples.
 """
+
+if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, too
+    import interrupt
+
+    interrupt.quiet()
 
 from dataclasses import dataclass
 
@@ -21,19 +26,19 @@ from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from sources import Quarantine, open_source
 from tokenizer import Tokenizer
-from training import FlowLoss, Run, Samples, TrainConfig, World, add_statistics, asked_and_told, check_step0, encode
+from training import BUNDLED, FlowLoss, Run, Samples, TrainConfig, World, add_statistics, asked_and_told, check_step0, encode
 from training import flow_statistics, generator, main, model_flops, parse_config, print_trained, read, sheet
 from vae import VAE, to_image
 
 
 @dataclass
 class Stage2Config(TrainConfig):
-    mllm: str = "runs/tiny/stage1"  # run, folder or Hub id; frozen
-    dit: str = "runs/tiny/dit"  # run, folder or Hub id; trained, and with it the connector that it holds
-    vae: str = "runs/tiny/vae"  # run, folder or Hub id; frozen
+    mllm: str = BUNDLED  # run, folder or Hub id; frozen
+    dit: str = BUNDLED  # run, folder or Hub id; trained, and with it the connector that it holds
+    vae: str = BUNDLED  # run, folder or Hub id; frozen
     data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
-    out: str = "runs/tiny/stage2"
+    out: str = "runs/stage2"
     steps: int = 60_000
     frozen_dtype: str = "auto"  # of the MLLM's weights: bf16 on a GPU, else fp32. The VAE stays fp32: it is small
     documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
@@ -42,13 +47,18 @@ class Stage2Config(TrainConfig):
     latents: int = 0  # ... of the DiT, whose patches are 16 x 16 pixels and count once for each target that sees them
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     targets: int = 2  # pictures trained per document, at most
-    lr: float = 1e-3  # the miniature's; 3e-5, Cosmos' own, for the 2B
+    lr: float = 1e-5  # the trained miniature's: a higher one spoils it within a hundred steps; 3e-5, Cosmos' own, for the 2B
     beta2: float = 0.99
     ema: float = 0.9995
     drop: float = 0.15  # share of samples that lose their last chunk of text
     shift: float = 1.75  # of the training times towards noise: the miniature's, whose shapes are decided midway; 5, Cosmos' own
     condition_time: float = CONDITION_TIME  # time the DiT is told for clean pictures, that of the post-trained Cosmos
     checkpointing: bool = False  # recompute activations in the backward pass
+
+    def check(self) -> None:
+        super().check()
+        if not (self.documents or self.tokens or self.patches or self.latents):
+            raise InputError("--documents 0: needs a budget: --tokens, --patches or --latents")
 
 
 def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Config, device, g: torch.Generator) -> Samples:
@@ -67,6 +77,7 @@ def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Confi
 
 def train(c: Stage2Config) -> None:
     world = World(c.device, c.timeout)
+    world.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
@@ -83,8 +94,6 @@ def train(c: Stage2Config) -> None:
     shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1, "targets_only": True}
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "patches": c.patches, "latents": c.latents}
-    if not c.documents and not any(budget.values()):
-        raise InputError("--documents 0 needs a budget: --tokens, --patches or --latents")
     options = {"documents": c.documents or None, "targets": c.targets, "lookahead": c.lookahead, "position": run.position}
     options["quarantine"] = Quarantine(file=run.folder / "quarantine.jsonl")
     data = loader(source, tokenizer, processor, **budget, **options, **shard)
@@ -111,13 +120,13 @@ def train(c: Stage2Config) -> None:
         stats = run.update(stats, micro[-1][1], names)
         if step == 0 and world.main:
             check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size
-        if run.sheet_due:
-            sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae)
+        if run.sheet_due:  # the first one is short, so that it comes soon
+            sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae, 4 if run.step == 1 else 14)
     world.close()
 
 
 @torch.no_grad()
-def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int = 14) -> None:
+def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int) -> None:
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
     documents, _ = next(wanted)

@@ -11,11 +11,12 @@ A run lives in one folder and continues by itself, bit for bit, when the same co
     runs/x/step_000500/about.json   seed, hash of the code, package versions, settings, training time
     runs/x/step_000500/SHA256SUMS   of all its files; `sha256sum -c SHA256SUMS` checks them too
     runs/x/samples/                 sheets of samples with their prompts
+    runs/x/lock                     held by the training that writes here, named in it; a second one is refused
 
 Randomness is a function of (seed, step, rank), never of a generator's history, so a resumed run needs no generator state.
-SIGTERM and SIGUSR1 to any rank: all ranks finish the step, save and exit 0. A rank that hangs prints where after --timeout
-seconds, as does one that waits for a host that is cut off; every rank has ended --timeout + 30 s later at most (the 30 s are
-torchrun's own before it kills).
+Ctrl-C, SIGTERM and SIGUSR1 to any rank: all ranks finish the step, save and exit 0; a second Ctrl-C ends at once. A rank that
+hangs prints where after --timeout seconds, as does one that waits for a host that is cut off; every rank has ended --timeout +
+30 s later at most (the 30 s are torchrun's own before it kills).
 """
 
 import argparse
@@ -24,6 +25,7 @@ import dataclasses
 import datetime
 import errno
 import faulthandler
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -35,6 +37,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -56,9 +59,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dit
+import interrupt
 import model
 import runpage
-from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_sound, pick_device, sync, verify
+from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, newest_sound, pick_device, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
@@ -70,6 +74,9 @@ from plan import Batch, Plan, PlanConfig, flops, peak_flops
 from threads import Crew
 from tokenizer import Rendered, Tokenizer
 from vae import VAE
+
+
+BUNDLED = str(Path(__file__).parent / "checkpoints" / "tiny")  # the miniature, which a first training goes on from
 
 
 @dataclass
@@ -97,31 +104,61 @@ class TrainConfig:
     max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
     log_every: int = 20
     save_every: int = 500
-    sheet_every: int = 500  # steps between sheets of samples; 0 = none
+    sheet_every: int = 500  # steps between sheets of samples, beside one after the first step; 0 = none
     keep: int = 2  # newest checkpoints kept, two at least: a damaged one must not be the only one
     keep_every: int = 0  # the checkpoint of every so many steps is kept for good; 0 = none
+
+    def __post_init__(self):
+        self.check()
+
+    def check(self) -> None:
+        """InputError, before anything is loaded, for a value that no run could use."""
+        for names, ok, what in LIMITS:
+            for name in names.split():
+                if hasattr(self, name) and not ok(getattr(self, name)):
+                    raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {what}")
+
+
+# Flags of all scripts, which values they may have, and how that is said. A comparison with nan is False.
+LIMITS = (
+    ("steps accumulate targets batch log_every lookahead max_skipped vocabulary", lambda x: x >= 1, "1 or more"),
+    ("save_every sheet_every keep_every warmup documents tokens patches latents", lambda x: x >= 0, "0 or more"),
+    ("lr weight_decay minutes kl", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    ("beta2 ema condition_time", lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ("decay drop looking", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("shift", lambda x: 0 < x < math.inf, "a finite number above 0"),
+    ("clip", lambda x: x > 0, "above 0; inf for no limit"),
+    ("timeout", lambda x: 0 < x <= 1e7, "above 0 and at most 10000000 seconds"),
+    ("seed", lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1"),
+    ("keep", lambda x: x >= 2, "2 or more, for the newest checkpoint may turn out damaged"),
+    ("frames", lambda x: x >= 2, "2 or more"),
+    ("size", lambda x: x >= 16 and x % 16 == 0, "a multiple of 16"),
+    ("dtype frozen_dtype", lambda x: x in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
+    ("out", lambda x: x, "the folder of the run"),
+)
 
 
 def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
     """Command line flags derived from a dataclass: --name value, --flag / --no-flag, dash or underscore, unknown = error."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        names = list(dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"]))
+        name = f"--{field.name.replace('_', '-')}"
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
             kind = next(t for t in typing.get_args(kind) if t is not type(None))
         if kind is bool:
-            parser.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default)
+            parser.add_argument(name, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default)
         else:
-            parser.add_argument(*names, dest=field.name, type=kind, default=field.default, help=f"(default {field.default})")
+            shown = str(field.default).replace("%", "%%")
+            parser.add_argument(name, dest=field.name, type=kind, default=field.default, help=f"(default {shown})")
     parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see plan.py")
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv and not issubclass(cls, PlanConfig):
         planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
         print(Plan(parse_config(planned, argv, doc)).report())
         sys.exit()
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.parse_flags(argv))
     del values["plan"]
     return cls(**values)
 
@@ -148,7 +185,50 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
         self.main, self.timeout, self.due = self.rank == 0, timeout, math.inf
         self.wrapped: list[nn.parallel.DistributedDataParallel] = []
+        self.lock: typing.TextIO | None = None
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def claim(self, out: str) -> None:
+        """Make the run's folder ours. What is wrong with it is told before anything is loaded, by one rank."""
+        problem = self.first(self._lock(Path(out)) if self.main else "")
+        if problem and self.main:
+            raise InputError(f"--out {out}: {problem}")
+        if problem:
+            sys.exit(2)
+
+    def _lock(self, out: Path) -> str:
+        """What keeps this process from writing there; empty if nothing does. The kernel frees the lock when the process ends,
+        however it ends, and over NFS the server does."""
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / f".probe-{os.getpid()}"
+            probe.mkdir()
+            probe.rmdir()
+            self.lock = open(out / "lock", "a+")
+        except OSError as e:
+            why = "a file is in the way" if isinstance(e, (FileExistsError, NotADirectoryError)) else e.strerror
+            return f"cannot be written ({why}): choose another folder"
+        # After a restart by torchrun the lock may still be that of a rank on a host that was lost: NFS takes 90 s to see it.
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        until = time.monotonic() + min(100.0, self.timeout / 2) * restarted
+        while True:
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as e:
+                if e.errno not in (errno.EACCES, errno.EAGAIN):
+                    print(f"--out {out}: no locks on its file system ({e.strerror}): see to it yourself that only one training "
+                          "writes there", file=sys.stderr, flush=True)  # fmt: skip
+                    return ""
+            if time.monotonic() >= until:
+                self.lock.seek(0)
+                holder = self.lock.read().strip() or "another training"
+                return f"{holder} is training there: wait for its end, or choose another folder"
+            time.sleep(1)
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
+        return ""
 
     def alive(self) -> None:
         """A rank that does not get here again in time says so, prints the stacks of its threads and data workers, and ends;
@@ -248,6 +328,8 @@ class World:
             module.reducer = module.logger = None
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self.lock:
+            self.lock.close()
 
 
 def compile_blocks(module: nn.Module) -> None:
@@ -297,8 +379,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, world: World, module: nn.Module, save: Callable[[Path, nn.Module], None]):
         self.config, self.world, self.module, self.save_part = config, world, module, save
-        if config.keep < 2:
-            raise InputError(f"--keep {config.keep}: keep 2 checkpoints at least, for the newest may turn out damaged")
+        config.check()  # once more: a script may have changed something
         self.folder, self.code = Path(config.out), code_hash()
         config.dtype = world.pick_dtype(config.dtype)
         self.device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu"
@@ -342,8 +423,12 @@ class Run:
         """Yields step numbers; sets the learning rate before. Ends at the last step, after `minutes`, or when a signal asks."""
         c = self.config
         self.started, self.base_seconds = time.monotonic(), self.seconds
-        self.tick = self.started - self.unlogged
-        before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self.tick, self.shown = self.started - self.unlogged, self.started
+        before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=end_at_second, args=(reading,), daemon=True).start()
         try:
             while self.step < c.steps and not self._ending():
                 self.world.alive()
@@ -354,20 +439,36 @@ class Run:
                 if self.sheet_due:
                     self.show()
             self.save()
+            if self.step < c.steps and self.world.main:
+                self._say(f"ended after step {self.step} of {c.steps}; the same command continues")
         finally:
             self.world.unwatched()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if self.asked != "SIGINT":  # then what is left is to leave, and a second Ctrl-C still has to end that at once
+                signal.set_wakeup_fd(wakeup)
+                os.close(writing)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        if number == signal.SIGINT and not self.asked and self.world.main:
+            interrupt.say("\ninterrupted: the step is finished and saved; Ctrl-C once more ends at once")
         self.asked = signal.Signals(number).name
+
+    def _say(self, line: str) -> None:
+        """Print. In `| tee log` Ctrl-C has ended the reader as well, which must not keep the run from saving."""
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            if not self.asked:
+                raise
+            abandon_stdout()
 
     def _ending(self) -> bool:
         """Whether any rank has reason to end; all ranks agree."""
         c = self.config
         late = bool(c.minutes) and time.monotonic() - self.started > 60 * c.minutes
-        if self.asked:
-            print(f"{self.asked}: rank {self.world.rank} asks to save and end after step {self.step}", flush=True)
+        if self.asked and (self.world.main or self.asked != "SIGINT"):  # a terminal's Ctrl-C comes to all ranks
+            self._say(f"{self.asked}: rank {self.world.rank} asks to save and end after step {self.step}")
         return self.world.sum(float(late or bool(self.asked))) > 0
 
     def lr_factor(self, step: int) -> float:
@@ -441,11 +542,15 @@ class Run:
             row["mfu"] = row["flops_per_s"] / self.peak / self.world.size
         row |= {"memory_gb": peak_memory(self.world.device), "skipped": self.skipped}
         row["eta_s"] = (self.config.steps - self.step) * elapsed / n
+        if self.config.minutes:
+            row["eta_s"] = min(row["eta_s"], max(0.0, 60 * self.config.minutes - (now - self.started)))
         self.window = {}
         if self.world.main:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({k: round(v, 7) for k, v in row.items() if v is not None}) + "\n")
-            print(status_line(row, self.config.steps), flush=True)
+            self._say(status_line(row, self.config.steps))
+            if now - self.shown > PAGE_SECONDS:
+                self.show()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -462,9 +567,9 @@ class Run:
 
     @property
     def sheet_due(self) -> bool:
-        """Whether this is a step after which samples are shown; one process shows them."""
+        """Whether this is a step after which samples are shown; one process shows them. The first shows where a run starts."""
         every = self.config.sheet_every
-        return bool(every) and self.step % every == 0 and self.world.main
+        return bool(every) and (self.step == 1 or self.step % every == 0) and self.world.main
 
     def sample_file(self, suffix: str) -> Path:
         """Where the samples of this step go."""
@@ -474,6 +579,7 @@ class Run:
 
     def show(self) -> None:
         """Rewrite the run's page."""
+        self.shown = time.monotonic()
         if self.world.main:
             runpage.write(self.folder, self.about())
 
@@ -515,7 +621,7 @@ class Run:
                 raise InputError(f"{final}: this checkpoint cannot be written ({e}); the last good one is {kept}: make room "
                                  "and give the same command again") from e  # fmt: skip
             self._drop()
-            print(f"saved {final}", flush=True)
+            self._say(f"saved {final}")
         self.world.alive()
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
@@ -604,6 +710,7 @@ class Run:
                 os.replace(log.with_suffix(".tmp"), log)
 
 
+PAGE_SECONDS = 60  # the page of a run is rewritten with a line of the log, if it is older
 COUNTS = ("tokens", "images", "documents", "flops")  # statistics that are logged per second
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "pillow", "huggingface_hub")
 KINDS = ("text", "bov", "end")  # of what stage 1 learns: words, BOV (a picture is due), the end of a turn
@@ -696,6 +803,20 @@ def check_step0(name: str, value: float, low: float, high: float) -> None:
     print(f"step 0: {name} {value:.4f}, expected between {low:.4f} and {high:.4f}: {verdict}", flush=True)
 
 
+def end_at_second(signals: int) -> None:
+    """Reads the numbers of this process' signals from a pipe; one that comes after a Ctrl-C ends it at once.
+
+    A thread of its own, since a Python handler has to wait until the main thread is out of PyTorch, and that may be waiting for
+    a rank that is gone. SIGTERM counts as well: torchrun sends it at the second Ctrl-C.
+    """
+    before = None
+    while number := os.read(signals, 1):
+        if before and number[0] in (signal.SIGINT, signal.SIGTERM):
+            interrupt.end_now("" if os.environ.get("RANK", "0") != "0" else "ended at once; the last checkpoint is kept")
+        before = before or number[0] == signal.SIGINT
+    os.close(signals)
+
+
 def main(function: Callable[[], None]) -> None:
     """Run a script's main function. A user's mistake is one line and status 2, a lost rank one line of all others and 1."""
     try:
@@ -706,6 +827,8 @@ def main(function: Callable[[], None]) -> None:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        interrupt.end_now("interrupted")
     except BrokenPipeError:
         abandon_stdout()
         sys.exit(1)

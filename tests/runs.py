@@ -161,8 +161,8 @@ def signal_at(rank: int, who: int, step: int, number: int) -> None:
     Run.update = wrapped
 
 
-def signal_group_at(rank: int, step: int) -> None:
-    """The whole process group, data workers included, is asked to end: as a batch system does."""
+def signal_group_at(rank: int, step: int, number: int = signal.SIGTERM) -> None:
+    """The whole process group, data workers included, is asked to end: as a batch system does, or a terminal at Ctrl-C."""
     os.setpgrp()
     from training import Run
 
@@ -170,7 +170,7 @@ def signal_group_at(rank: int, step: int) -> None:
 
     def wrapped(self, *args):
         if self.step == step - 1:
-            os.killpg(0, signal.SIGTERM)
+            os.killpg(0, number)
         return update(self, *args)
 
     Run.update = wrapped

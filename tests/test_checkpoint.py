@@ -522,9 +522,25 @@ def test_resolve_local(folder, tmp_path, monkeypatch):
     assert failure(resolve, tmp_path, "dit") == f"{tmp_path}/dit: no such folder: {tmp_path} holds toy"
     file = folder / "model.safetensors"
     assert failure(resolve, file) == f"{file}: a file, but a checkpoint is a folder: name the folder that holds it"
-    for path in (tmp_path / "nothing", "./nothing/here", "nothing", "~/nothing"):
-        words = f"{path}: no such folder, and a Hub name would have the form owner/name: check the path"
-        assert failure(resolve, path) == words
+    words = "nothing: no such folder, and a Hub name would have the form owner/name: check the path"
+    assert failure(resolve, "nothing") == words
+
+
+def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(checkpoint, "snapshot_download", None)  # whoever asks the Hub fails otherwise than with these words
+    (tmp_path / "runs" / "stage1" / "mllm").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs")
+    for path in (tmp_path / "nothing", "~/nothing", "../nothing/here"):
+        assert failure(resolve, path) == f"{path}: no such folder: there is no nothing there: {tmp_path} holds runs, toy"
+    assert failure(resolve, "./stage2") == "./stage2: no such folder: there is no stage2 there: did you mean stage1?"
+    assert failure(resolve, "stage1/mlm").endswith("there is no mlm there: did you mean stage1/mllm?")
+    assert failure(resolve, "stage1/mllm/deeper").endswith(f"no deeper there: {tmp_path}/runs/stage1/mllm holds no folder")
+    assert "there is no runs there" in failure(resolve, "runs/nothing")  # the name of no owner on the Hub
+    assert failure(resolve, "toy/dit", base=tmp_path).endswith(f"there is no dit there: {folder} holds no folder")
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda repo, **_: folder / repo)
+    for name in ("acme/duo", "acme/duo/mllm", "stage1/mlm@main"):  # a revision makes it the Hub's
+        assert "json or safetensors files at revision main" in failure(resolve, name)
 
 
 def test_pick_device(monkeypatch):

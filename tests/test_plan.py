@@ -265,7 +265,7 @@ def test_plan_flag_of_the_scripts(cls, words, capsys, tmp_path, monkeypatch):
     out = capsys.readouterr().out
     assert not done.value.code and words in out and "GPU-hours" in out and "8 x H200" in out
     assert not list(tmp_path.iterdir())  # a plan leaves nothing behind
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="unknown flag --world"):
         parse_config(cls, ["--world", "8"])  # without --plan these flags do not exist
 
 

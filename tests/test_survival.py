@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -259,6 +260,58 @@ def test_a_training_that_is_done_ends():
     for process in processes:
         process.start()
     assert runs.finish(processes, 60) == [0, 0]
+
+
+def hold(rank: int) -> None:
+    runs.after_step(lambda run: time.sleep(600))
+
+
+def test_a_second_training_in_a_folder_is_refused_until_the_first_has_died(parts, tmp_path):
+    """Before it loads anything. A killed training leaves no lock behind."""
+    c = runs.config("stage2", parts, tmp_path / "run")
+    first, = runs.start("stage2", c, tmp_path / "first.log", 1, (hold,))
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    assert runs.finish(runs.start("stage2", c, tmp_path / "second.log", 2)) == [2, 2]
+    said = [line for line in (tmp_path / "second.log").read_text().splitlines() if not line.startswith("[")]
+    assert said == [f"error: --out {c.out}: process {first.pid} on {socket.gethostname()} is training there: wait for its end, "
+                    "or choose another folder"]  # fmt: skip
+    first.kill()
+    first.join()
+    assert "x cpu" in runs.run("stage2", c, tmp_path / "third.log", 2)
+
+
+def test_a_restarted_run_waits_for_the_lock_of_a_rank_that_is_still_dying(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    held, waits = [OSError(errno.EAGAIN, "held")], []
+    monkeypatch.setattr(training.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(held.pop()) if held else None)
+    monkeypatch.setattr(training.time, "sleep", waits.append)
+    world = training.World("cpu")
+    world.claim(str(tmp_path))
+    assert not held and 1 in waits and f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
+    world.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_said_and_trained_on(number, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(training.fcntl, "lockf", refuse)
+    world = training.World("cpu")
+    world.claim(str(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert said.startswith(f"--out {tmp_path}/run: no locks on its file system") and said.count("\n") == 1
+    world.close()
+
+
+@pytest.mark.parametrize("where", ["file", "file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(where, parts, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    c = runs.config("stage1", parts, tmp_path / where)
+    assert runs.finish(runs.start("stage1", c, tmp_path / "log")) == [2]
+    why = "No such file or directory" if where.startswith("/proc") else "a file is in the way"
+    assert (tmp_path / "log").read_text() == f"error: --out {c.out}: cannot be written ({why}): choose another folder\n"
 
 
 def test_restarts_without_the_switch_they_need_are_refused(monkeypatch):

@@ -243,7 +243,7 @@ def test_flops_in_the_log_are_those_that_pytorch_counts(stage, parts):
             LanguageLoss(mllm)(pack_documents(documents))[0].backward()
             expected = training.model_flops(documents, mllm)
         else:
-            c = config(2, parts, "", drop=0.0)
+            c = config(2, parts, "run", drop=0.0)
             samples = train_stage2.draw_samples(documents, mllm, vae, c, torch.device("cpu"), generator(0))
             FlowLoss(dit, 1e-4)(samples, torch.rand(len(samples.rows)), generator(1))[0].sum().backward()
             expected = training.model_flops(documents, mllm, samples, dit, vae)
@@ -340,9 +340,87 @@ def test_flags_come_from_the_dataclass(capsys):
     flags = ["--lr", "1", "--save-every=7", "--sheet_every", "3", "--checkpointing"]
     parsed = training.parse_config(train_stage2.Stage2Config, flags)
     assert (parsed.lr, parsed.save_every, parsed.sheet_every, parsed.checkpointing) == (1.0, 7, 3, True)
-    with pytest.raises(SystemExit):
-        training.parse_config(TrainConfig, ["--stepz", "3"])
-    assert "stepz" in capsys.readouterr().err
+
+
+def one_line(capsys, *flags: str, cls=train_stage2.Stage2Config) -> str:
+    """What a script says of these flags, before it loads anything."""
+    with pytest.raises(SystemExit) as end:
+        training.main(lambda: training.parse_config(cls, list(flags)))
+    said = capsys.readouterr()
+    assert end.value.code == 2 and not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err.removeprefix("error: ").strip()
+
+
+def test_a_flag_mistyped_is_one_line_with_the_one_that_was_meant(capsys):
+    assert one_line(capsys, "--stepz", "3") == "unknown flag --stepz: did you mean --steps?"
+    assert one_line(capsys, "--save_evry=3") == "unknown flag --save-evry: did you mean --save-every?"
+    assert one_line(capsys, "--qqqq") == "unknown flag --qqqq: see --help"
+    assert "--lr" in (said := one_line(capsys, "--lr", "abc")) and "'abc'" in said
+    assert one_line(capsys, "runs/x") == "'runs/x' belongs to no flag: see --help"
+
+
+WRONG = """
+accumulate=0 lr=nan lr=-1e-4 lr=inf beta2=1 beta2=-0.1 ema=1 ema=nan drop=1.5 shift=0 shift=nan warmup=-1
+minutes=-1 minutes=nan steps=0 targets=0 decay=1.1 clip=0 weight-decay=-1 tokens=-1 patches=-1 latents=-1
+documents=-1 lookahead=0 log-every=0 save-every=-1 sheet-every=-1 keep-every=-1 keep=1 timeout=0 timeout=nan
+seed=-1 max-skipped=0 condition-time=1 dtype=fp8 frozen-dtype=fp8 out=
+""".split()
+
+
+@pytest.mark.parametrize("flag", WRONG)
+def test_a_value_that_no_run_could_use_is_told_before_anything_is_loaded(flag, capsys):
+    name, _, value = flag.partition("=")
+    shown = value if value in ("fp8", "") else f"{float(value):g}"
+    said = one_line(capsys, f"--{flag}")
+    assert said.startswith(f"--{name} ") and ": must be " in said
+    given = said.removeprefix(f"--{name} ").partition(":")[0]
+    assert given == shown or float(given) == float(shown) or shown == "nan"
+
+
+def test_values_at_the_edge_of_what_a_run_can_use_are_taken():
+    edge = ["--lr=0", "--beta2=0", "--ema=0", "--drop=1", "--decay=1", "--warmup=0", "--minutes=0", "--clip=inf", "--keep=2"]
+    c = training.parse_config(train_stage2.Stage2Config, [*edge, "--save-every=0", f"--seed={2**63 - 1}"])
+    assert (c.lr, c.decay, c.keep, c.seed) == (0.0, 1.0, 2, 2**63 - 1)
+
+
+def test_a_batch_without_any_bound_is_told_before_anything_is_loaded(capsys):
+    assert one_line(capsys, "--documents=0").startswith("--documents 0: needs a budget")
+    assert one_line(capsys, "--tokens=0", cls=train_stage1.Stage1Config).startswith("--tokens 0: needs another budget")
+
+
+def test_make_tiny_trains_the_miniature_from_nothing():
+    """Its recipe is not that of a training that goes on from the bundled one, whose flags are the scripts' defaults."""
+    lines = [line.split() for line in (ROOT / "Makefile").read_text().splitlines() if "$(PY) train_stage" in line]
+    one, two = (training.parse_config(cls, line[2:]) for cls, line in
+                zip((train_stage1.Stage1Config, train_stage2.Stage2Config), lines, strict=True))  # fmt: skip
+    assert (one.mllm, one.out, one.lr, one.beta2, one.steps) == ("runs/tiny/mllm", "runs/tiny/stage1", 1e-3, 0.98, 4000)
+    assert (two.mllm, two.dit, two.vae) == ("runs/tiny/stage1", "runs/tiny/dit", "runs/tiny/vae")
+    assert (two.out, two.lr, two.beta2, two.steps) == ("runs/tiny/stage2", 1e-3, 0.99, 60_000)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_first_command_trains_the_bundled_miniature_and_shows_samples_after_a_step(stage, tmp_path):
+    """Without a word of where anything is, from any folder; the flags here only make it short."""
+    few = ["--documents=1", "--steps=1"]
+    command = [sys.executable, str(ROOT / f"train_stage{stage}.py"), *few]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"from {ROOT / 'checkpoints' / 'tiny'}" in done.stdout and "UNEXPECTED" not in done.stdout
+    run = tmp_path / "runs" / f"stage{stage}"
+    page = (run / "index.html").read_text()
+    assert "<h2>Samples" in page and "step 000001" in page and list(run.glob("step_000001"))
+
+
+def test_the_page_is_rewritten_between_sheets_and_minutes_bound_the_time_to_go(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PAGE_SECONDS", 0.0)
+    pages = []
+    monkeypatch.setattr(training.runpage, "write", lambda folder, about: pages.append(about["step"]))
+    STAGES[1](config(1, parts, tmp_path, steps=100_000, minutes=0.02, documents=1))
+    rows = logged(tmp_path)
+    assert pages[: len(rows)] == [row["step"] for row in rows] and 1 <= len(rows) < 1000
+    for row in rows:
+        assert 0 <= row["eta_s"] <= 1.2
 
 
 def test_generators_depend_on_every_number():
