@@ -17,11 +17,12 @@ import torch
 
 from checkpoint import InputError, part_folder
 from data import Document, fill, loader
-from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
+from dit import DiT
+from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from sources import Quarantine, open_source
 from tokenizer import Tokenizer
-from training import FlowLoss, Run, Samples, TrainConfig, World, add_statistics, check_step0, encode, flow_statistics
+from training import Run, TrainConfig, World, add_statistics, check_step0, encode, flow_statistics
 from training import generator, main, model_flops, parse_config, print_trained, read, sheet
 from vae import VAE, to_image
 
