@@ -41,13 +41,14 @@ from torch import Tensor, nn
 import bench_peers as theirs
 import fused
 from checkpoint import InputError, Parser
-from dit import CONDITION_TIME, DiT, DiTConfig, denoise, shift_schedule
+from dit import DiT, DiTConfig
+from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule
 from graphs import Graph
 from kernels import Segments, attention
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
 from model import PRESETS as MLLMS
 from plan import count
-from training import FlowLoss, LanguageLoss, Samples, main
+from training import LanguageLoss, main
 from vae import VAE, VAEConfig
 
 SUITES = ("smoke", "check", "attention", "fused", "system", "all")

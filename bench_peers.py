@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from connector import features
-from dit import patchify, sample_flow, shift_schedule, unpatchify
+from dit import patchify, unpatchify
+from flow import sample_flow, shift_schedule
 
 # ---------------------------------------------------------------------------------------------------------------- attention
 

@@ -1,4 +1,4 @@
-"""The painter: Cosmos-Predict2.5's diffusion transformer over packed still images, and the flow it is trained on.
+"""The painter: Cosmos-Predict2.5's diffusion transformer over packed still images.
 
 Source: NVIDIA Cosmos-Predict2.5 (arXiv 2511.00062); parameter names and config.json are those of diffusers'
 `CosmosTransformer3DModel`, so either library loads the other's checkpoints. A sample is a row of images on the time axis: the
@@ -8,18 +8,11 @@ sample.
 
     dit = DiT.from_pretrained(folder)
     context = dit.crossattn_proj(features(hidden))          # what the language model says, see connector.py
-    [latent] = denoise(dit, [[clean]], [(88, 160)], [context], [negative], [seed], sigmas=shift_schedule(35), guidance=8.0)
-
-+-- The flow convention of this repository --------------------------------------------------------------------------+
-|  x_t = (1 - t) x_0 + t eps     t = 0 is data, t = 1 is noise   (Lipman et al. 2210.02747, Liu et al. 2209.03003)   |
-|  v   = eps - x_0               what the network predicts; x_0 = x_t - t v                                          |
-|  dx  = v dt                    sampling walks t from 1 to 0                                                        |
-+--------------------------------------------------------------------------------------------------------------------+
+    v = dit(x, t, given, pack, context, keys)               # the velocity at every patch; flow.py trains and samples with it
 """
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -31,14 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
 from fused import gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
-from graphs import Graph
 from kernels import Segments, attention
 
 STEM = "diffusion_pytorch_model"
-SAMPLERS = "unipc", "euler", "ancestral"  # of sample_flow
 # Fields of diffusers' config that mean nothing without the parts which DiTConfig.from_json refuses.
 UNREAD = ("encoder_hidden_states_channels", "controlnet_block_every_n", "img_context_num_tokens", "img_context_dim_out")
-CONDITION_TIME = 1e-4  # t of clean images for the post-trained Cosmos checkpoint (its pipeline's default)
 
 
 @dataclass
@@ -451,183 +441,3 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 def linear32(x: Tensor, linear: nn.Linear) -> Tensor:
     """A bias-free linear layer in fp32, whatever its weights are stored in."""
     return F.linear(x, linear.weight.float())
-
-
-# ------------------------------------------------------------------------------------------------------------------- flow
-
-
-def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) x_0 + t eps; t broadcasts."""
-    return (1 - t) * x0 + t * noise
-
-
-def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """v = eps - x_0."""
-    return noise - x0
-
-
-def train_times(n: int, shift: float = 5.0, generator: torch.Generator | None = None) -> Tensor:
-    """n training times (n,): u = sigmoid(N(0, 1)) moved towards noise, t = shift u / (1 + (shift - 1) u).
-
-    The median is shift / (1 + shift). Cosmos-Predict2.5 draws from a table of 1000 such values; this is its continuous form.
-    """
-    u = torch.randn(n, generator=generator).sigmoid()
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def shift_schedule(steps: int, shift: float = 5.0) -> Tensor:
-    """Cosmos' schedule for its pre-trained weights: even steps from 0.999 to 0, shifted as in training. (steps + 1,) sigmas."""
-    u = torch.linspace(0.999, 0.0, steps + 1, dtype=torch.float64)
-    return (shift * u / (1 + (shift - 1) * u)).float()
-
-
-def karras_schedule(steps: int, sigma_min: float = 0.01, sigma_max: float = 200.0, rho: float = 7.0) -> Tensor:
-    """Cosmos' schedule for its post-trained weights: noise levels k of Karras (2206.00364, eq. 5) as k / (1 + k), then 0."""
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    k = (high + torch.linspace(0, 1, steps, dtype=torch.float64) * (low - high)) ** rho
-    return F.pad(k / (1 + k), (0, 1)).float()
-
-
-def sample_flow(
-    velocity: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    sigmas: Tensor,
-    method: str = "unipc",
-    progress: Callable[[int, int], None] | None = None,
-    eta: float = 1.0,
-    noise: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """Walk from noise x at sigmas[0] to data at sigmas[-1] = 0 in len(sigmas) - 1 calls of velocity(x, t); state in fp32.
-
-    "euler": x += (t' - t) v. "unipc": UniPC of order 2 on the prediction of x_0 with B(h) = e^-h - 1 (Zhao et al. 2302.04867;
-    diffusers' "bh2"), each call of the network correcting the last step before it predicts the next. "ancestral": Euler which
-    in each step replaces a part of the noise in x by fresh noise(), shaped like x, so that later steps mend what earlier ones
-    did wrong: DDIM's eta (Song et al. 2010.02502, eq. 16) for this flow; above 1, pictures vary less. progress(done, steps).
-    """
-    s = sigmas.tolist()
-    steps = len(s) - 1
-    if steps < 1 or s[-1] != 0 or any(a <= b for a, b in zip(s, s[1:], strict=False)) or not s[0] < 1:
-        raise InputError("a schedule falls from below 1 to 0 in at least one step")
-    if method not in SAMPLERS:
-        raise InputError(f"no sampler {method!r}; there are {', '.join(SAMPLERS)}")
-    x = x.float()
-    solver = UniPC(s)
-    for i in range(steps):
-        v = velocity(x, s[i]).float()
-        x = solver.step(i, x, v) if method == "unipc" else x + (s[i + 1] - s[i]) * v
-        if method == "ancestral" and s[i + 1]:
-            kept = (1 - s[i]) * s[i + 1] / ((1 - s[i + 1]) * s[i])
-            fresh = min(1, eta * math.sqrt(1 - kept**2))                               # share of the noise, in amplitude
-            eps = x + (1 - s[i + 1]) * v                                               # all of it, as predicted
-            x = x + s[i + 1] * ((math.sqrt(1 - fresh**2) - 1) * eps + fresh * noise())
-        if progress is not None:
-            progress(i + 1, steps)
-    return x
-
-
-class UniPC:
-    """The memory of the multistep sampler: x_0 predictions m of the last two steps, and the corrected state before this step.
-
-    With lam = ln((1 - s) / s), a step from s_0 to s_1 has h = lam_1 - lam_0, E = e^-h - 1, and in terms of predictions
-        x_1 = (s_1 / s_0) x_0 - (1 - s_1) E (m_0 + sum of differences D of the m, weighted so that the order is met).
-    """
-
-    def __init__(self, sigmas: list[float]):
-        self.s = sigmas
-        self.lam = [math.log((1 - s) / s) if s > 0 else math.inf for s in sigmas]
-        self.m: list[Tensor] = []  # predictions of the steps so far, newest last
-        self.corrected: Tensor | None = None  # state at the start of the last step
-        self.order = 0  # of the last step
-
-    def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
-        s, lam = self.s, self.lam
-        m = x - s[i] * v                                                               # prediction of the data
-        if i > 0:                                                                      # redo the last step, now knowing its end
-            h = lam[i] - lam[i - 1]
-            e = math.expm1(-h)
-            previous = self.m[-1]
-            rho, difference = 0.5, 0.0
-            if self.order == 2:
-                r = (lam[i - 2] - lam[i - 1]) / h
-                p = e / -h - 1
-                b1, b2 = p / e, 2 * (p / -h - 0.5) / e
-                rho_old = (b2 - b1) / (r - 1)  # rho_old + rho = b1, r rho_old + rho = b2
-                rho, difference = b1 - rho_old, rho_old / r * (self.m[-2] - previous)
-            x = s[i] / s[i - 1] * self.corrected - (1 - s[i]) * e * (previous + difference + rho * (m - previous))
-        self.corrected = x
-        self.order = min(2, i + 1, len(s) - 1 - i)                                     # the last step is of order 1
-        if s[i + 1] == 0:
-            return m  # E = -1: the step is the prediction itself
-        h = lam[i + 1] - lam[i]
-        e = math.expm1(-h)
-        guess = m
-        if self.order == 2:
-            guess = m + 0.5 * h / (lam[i - 1] - lam[i]) * (self.m[-1] - m)
-        self.m = [*self.m[-1:], m]
-        return s[i + 1] / s[i] * x - (1 - s[i + 1]) * e * guess
-
-
-@torch.no_grad()
-def denoise(
-    dit: DiT,
-    conditions: list[list[Tensor]],
-    sizes: list[tuple[int, int]],
-    positive: list[Tensor],
-    negative: list[Tensor] | None,
-    seeds: list[int],
-    *,
-    sigmas: Tensor,
-    guidance: float = 1.0,
-    method: str = "unipc",
-    condition_time: float | None = CONDITION_TIME,
-    progress: Callable[[int, int], None] | None = None,
-    graphs: bool = False,
-    eta: float = 1.0,
-) -> list[Tensor]:
-    """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
-
-    conditions: each sample's clean latents (C, h, w) in time order, possibly none; sizes: (H, W) of the latents to paint.
-    positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
-    usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
-    None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
-    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first. method, eta: sample_flow.
-    """
-    if guidance != 1 and negative is None:
-        raise InputError(f"guidance {guidance} needs the contexts of the negative branch; without them it is 1")
-    contexts = [*positive] if guidance == 1 else [*positive, *negative]
-    branches = 1 if guidance == 1 else 2
-    if not len(conditions) == len(sizes) == len(seeds) == len(contexts) // branches or len(contexts) % branches:
-        raise InputError("denoise: conditions, sizes, contexts and seeds must be of one length")
-    device, patch = dit.proj_out.weight.device, dit.config.patch_size[1]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def noise() -> list[Tensor]:
-        return [torch.randn(dit.config.out_channels, *size, generator=g) for size, g in zip(sizes, generators, strict=True)]
-
-    latents = [[*clean, start] for clean, start in zip(conditions, noise(), strict=True)]
-    grids = [[(z.shape[1] // patch, z.shape[2] // patch) for z in sample] for sample in latents]
-    pack = pack_images(grids * branches, device)
-    start = torch.cat([patchify(z.float(), patch).to(device) for sample in latents for z in sample])    # (n, C4), one branch
-    given = [k < len(sample) - 1 for sample in latents for k in range(len(sample))]
-    targets = Targets(pack, given * branches)
-    painted = targets.rows[: len(targets.rows) // branches]                            # (P,) of the first branch
-    given = torch.tensor(given * branches)                                             # (I,)
-    # Whatever a step needs besides x is on the device before the first: nothing of the loop waits for it.
-    kv, keys = dit.context_kv(torch.cat(contexts).to(device)), Segments([len(c) for c in contexts], device)
-    times, rope = sigmas[:-1].tolist(), dit.rope(pack.positions)
-    table = dit.modulations(torch.tensor([*times, 0.0 if condition_time is None else condition_time], device=device))
-    steps = torch.arange(len(times))[:, None]
-    rows = torch.where(given & (condition_time is not None), len(times), steps).to(device)               # (steps, I)
-    given = given.to(device)
-
-    def velocity(x: Tensor, row: Tensor) -> Tensor:
-        x = start.index_copy(0, painted, x).repeat(branches, 1)                        # (N, C4)
-        v = dit(x, None, given, pack, None, keys, kv=kv, modulations=(table, row), rope=rope, targets=targets)
-        v = v.unflatten(0, (branches, -1))                                             # (branches, P, C4)
-        return v[0] if branches == 1 else torch.lerp(v[1], v[0], guidance)
-
-    step = Graph(velocity) if graphs else velocity
-    x = sample_flow(lambda x, t: step(x, rows[times.index(t)]), start[painted], sigmas, method, progress, eta,
-                    lambda: torch.cat([patchify(z, patch) for z in noise()]).to(device))  # fmt: skip
-    shapes = [sample[-1] for sample in grids]
-    return [unpatchify(z, s, patch) for z, s in zip(x.split([h * w for h, w in shapes]), shapes, strict=True)]

@@ -40,7 +40,8 @@ from torch import Tensor, nn
 
 from checkpoint import InputError, config_from_json, is_run, part_folder, parts_in, read_json, resolve, write_json
 from connector import features
-from dit import CONDITION_TIME, SAMPLERS, DiT, DiTConfig, denoise, karras_schedule, shift_schedule
+from dit import DiT, DiTConfig
+from flow import CONDITION_TIME, SAMPLERS, denoise, karras_schedule, shift_schedule
 from graphs import Graph
 from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize

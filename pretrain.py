@@ -32,13 +32,14 @@ from checker import judge
 from checkpoint import InputError, part_folder
 from data import Document, batches, pack_documents, tokenize
 from dit import PRESETS as DIT_PRESETS
-from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
+from dit import DiT
+from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from model import PRESETS as MLLM_PRESETS
 from pipeline import Settings, write_manifest
 from sources import Stream
 from tokenizer import Tokenizer, render, train_bpe
-from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, check_step0, encode, flow_statistics, generator
+from training import LanguageLoss, Run, TrainConfig, World, check_step0, encode, flow_statistics, generator
 from training import language_statistics, main, model_flops, parse_config, print_trained, read, sheet
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, to_image, to_tensor

@@ -22,12 +22,13 @@ import torch
 
 from checkpoint import InputError, part_folder
 from data import Document, fill, loader
-from dit import CONDITION_TIME, DiT, denoise, shift_schedule, train_times
+from dit import DiT
+from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from sources import Quarantine, open_source
 from tokenizer import Tokenizer
-from training import BUNDLED, FlowLoss, Run, Samples, TrainConfig, World, add_statistics, asked_and_told, check_step0, encode
-from training import flow_statistics, generator, main, model_flops, parse_config, print_trained, read, sheet
+from training import BUNDLED, Run, TrainConfig, World, add_statistics, asked_and_told, check_step0, encode, flow_statistics
+from training import generator, main, model_flops, parse_config, print_trained, read, sheet
 from vae import VAE, to_image
 
 

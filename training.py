@@ -66,9 +66,9 @@ from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, new
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
-from dit import interpolate, pack_images, patchify, velocity_target
 from fused import linear_cross_entropy
-from kernels import Segments, attention, set_backend
+from kernels import attention, set_backend
+from flow import Samples
 from model import MLLM
 from plan import Batch, Plan, PlanConfig, flops, peak_flops
 from threads import Crew
@@ -874,51 +874,6 @@ class LanguageLoss(nn.Module):
         control = torch.stack(kinds)                                                                   # (2, 2)
         text = torch.stack((total, total.new_tensor(len(labels)))) - control.sum(0)
         return torch.cat((text[None], control))
-
-
-@dataclass
-class Samples:
-    """What the flow loss of one micro-batch is taken on: S samples, each a row of pictures of which the first are given."""
-
-    features: Tensor  # (M, L * H) MLLM states of all tokens of the documents
-    rows: list[range]  # for each sample the tokens it reads
-    latents: list[list[Tensor]]  # for each sample its pictures (C, H, W) in time order
-    clean: list[int]  # how many of them are given; the others are targets
-
-
-class FlowLoss(nn.Module):
-    """Flow-matching error of connector and DiT on packed samples; one module with one forward, which DDP needs."""
-
-    def __init__(self, dit: nn.Module, condition_time: float):
-        super().__init__()
-        self.dit, self.condition_time = dit, condition_time
-
-    def forward(self, samples: Samples, t: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-        """t (S,): time of each sample's targets. Returns (S,) sums over target tokens of |v_hat - v|^2 / channels, (S,) tokens.
-
-        Given pictures enter clean, at the time condition_time, and carry no loss (backbone's convention, `dit.denoise`).
-        """
-        device = samples.features.device
-        patch = self.dit.config.patch_size[1]
-        grids = [[(z.shape[-2] // patch, z.shape[-1] // patch) for z in pictures] for pictures in samples.latents]
-        pack = pack_images(grids, device)
-        images = [(s, k < samples.clean[s]) for s, pictures in enumerate(samples.latents) for k in range(len(pictures))]
-        sample = torch.tensor([s for s, _ in images], device=device)                   # (I,) sample of each picture
-        given = torch.tensor([g for _, g in images], device=device)                    # (I,)
-        times = torch.where(given, self.condition_time, t.to(device)[sample])          # (I,)
-        given_token, t_token = given[pack.image_ids][:, None], times[pack.image_ids][:, None]          # (N, 1)
-
-        x0 = torch.cat([patchify(z, patch) for pictures in samples.latents for z in pictures])         # (N, C4)
-        eps = torch.randn(x0.shape, generator=noise).to(device)
-        x = torch.where(given_token, x0, interpolate(x0, eps, t_token))                # (N, C4)
-        rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows]).to(device)
-        context = self.dit.crossattn_proj(samples.features).index_select(0, rows)      # (M', D_text)
-        v = self.dit(x, times, given, pack, context, Segments([*map(len, samples.rows)], device))      # (N, C4)
-        error = (v.float() - velocity_target(x0, eps)).square().mean(1)                # (N,)
-
-        target = (~given_token[:, 0]).float()
-        per_sample = torch.zeros(2, len(samples.rows), device=device)
-        return tuple(per_sample.index_add(1, sample[pack.image_ids], torch.stack((error * target, target))))
 
 
 def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None = None, dit=None, vae=None) -> float:

@@ -209,7 +209,8 @@ def keep_gradients(rank: int, file: str) -> None:
 
 def spoil(rank: int, who: int, steps: list[int]) -> None:
     """One rank's gradient is not a number at these steps."""
-    from training import FlowLoss, LanguageLoss, Run
+    from flow import FlowLoss
+    from training import LanguageLoss, Run
 
     current = {"step": 0}
     lr_factor = Run.lr_factor

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dit
+import flow
 import fit
 import model
 import vae
@@ -46,10 +47,10 @@ def close(said: int, got: int) -> bool:
 def test_painting(fused_attention):
     c = dit.DiTConfig(4, 3, 128, 4.0, 16, text_embed_dim=64, crossattn_proj_in_channels=64)
     net, context = dit.DiT.from_config(c).fuse_for_inference(), torch.randn(300, 64)
-    clean, schedule = [torch.randn(16, 24, 24) for _ in range(2)], dit.shift_schedule(2)
+    clean, schedule = [torch.randn(16, 24, 24) for _ in range(2)], flow.shift_schedule(2)
 
     def paint():
-        dit.denoise(net, [clean], [(24, 24)], [context], [context[:100]], [0], sigmas=schedule, guidance=3.0)
+        flow.denoise(net, [clean], [(24, 24)], [context], [context[:100]], [0], sigmas=schedule, guidance=3.0)
 
     assert close(fit.painting_bytes(c, 2 * 3 * 12 * 12, 400, 2, 4), highest(paint))
 

@@ -1,4 +1,4 @@
-"""The flow in dit.py: its convention, schedules, samplers against diffusers, and painting batches of pictures."""
+"""flow.py: its convention, schedules, samplers against diffusers, and painting batches of pictures."""
 
 import copy
 
@@ -8,21 +8,8 @@ from diffusers import UniPCMultistepScheduler
 
 import dit as dit_module
 from checkpoint import InputError
-from dit import (
-    SAMPLERS,
-    DiT,
-    DiTConfig,
-    denoise,
-    interpolate,
-    karras_schedule,
-    pack_images,
-    patchify,
-    sample_flow,
-    shift_schedule,
-    train_times,
-    unpatchify,
-    velocity_target,
-)
+from dit import DiT, DiTConfig, pack_images, patchify, unpatchify
+from flow import SAMPLERS, denoise, interpolate, karras_schedule, sample_flow, shift_schedule, train_times, velocity_target
 
 # Cosmos-Predict2.5 post-trained, 36 evaluations, as its scheduler prints them.
 KARRAS_36 = """

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import graphs
 import kernels
-from dit import denoise, shift_schedule
+from flow import denoise, shift_schedule
 from graphs import Graph
 from model import frequencies
 

@@ -12,7 +12,8 @@ from diffusers.models.transformers import transformer_cosmos
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import kernels
-from dit import DiT, DiTConfig, denoise, shift_schedule
+from dit import DiT, DiTConfig
+from flow import denoise, shift_schedule
 from launches import Launches
 
 DEPTH = 28  # of the 2B model

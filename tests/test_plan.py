@@ -23,7 +23,8 @@ from kernels import Segments
 from plan import Batch
 from train_stage1 import Stage1Config
 from train_stage2 import Stage2Config
-from training import FlowLoss, LanguageLoss, Samples, parse_config
+from flow import FlowLoss, Samples
+from training import LanguageLoss, parse_config
 
 ROOT = Path(__file__).parent.parent
 TINY = dataclasses.replace(model.PRESETS["tiny"], vocab_size=2048)

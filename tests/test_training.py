@@ -23,10 +23,11 @@ import training
 from checkpoint import InputError, newest_sound
 from data import tokenize
 from dit import PRESETS as DIT_PRESETS
-from dit import DiT, DiTConfig, denoise, shift_schedule
+from dit import DiT, DiTConfig
+from flow import FlowLoss, Samples, denoise, shift_schedule
 from model import MLLM, ImageProcessor
 from tokenizer import Tokenizer
-from training import FlowLoss, LanguageLoss, Run, Samples, TrainConfig, World, generator
+from training import LanguageLoss, Run, TrainConfig, World, generator
 from vae import VAE
 
 ROOT = Path(__file__).parent.parent
