@@ -464,35 +464,47 @@ class DuoGen:
         graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
         """
         check_device(device, offload, graphs)
-        home = "cpu" if offload else device
         named = {"mllm": mllm, "dit": dit, "vae": vae}
-        sources, sampling, base = dict(named), {}, None
+
+        # Where each part comes from: whoever names it has the last word, the checkpoint speaks for the others.
+        base, sources, sampling = None, dict(named), {}
         if ckpt is not None or not all(named.values()):
             base = find_checkpoint(ckpt, revision)
             manifest = read_manifest(base / "duogen.json")
-            sources, sampling = {p: named[p] or manifest["parts"].get(p) for p in PARTS}, manifest["sampling"]
+            sampling = manifest["sampling"]
+            sources = {part: named[part] or manifest["parts"].get(part) for part in PARTS}
             for part, source in sources.items():
                 if source is None:
                     raise InputError(f"{base / 'duogen.json'}: names no {part}: give one with {part}=...")
         elif revision:
             raise InputError(f"revision {revision}: it is a checkpoint's, and there is none: write NAME@{revision} for a part")
+
+        # All that is small is read and held together first: a misfit is told before gigabytes are read.
         folders, configs = {}, {}
         for part, kind in PARTS.items():
             folders[part] = part_folder(sources[part], part, base=None if named[part] else base)
             configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
         tokenizer = Tokenizer.from_pretrained(folders["mllm"])
         processor = ImageProcessor.from_pretrained(folders["mllm"])
-        check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])  # before gigabytes are read
-        size = sampling.pop("height", None) or SIZE[0], sampling.pop("width", None) or SIZE[1]
+        check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])
+        height = sampling.pop("height", None) or SIZE[0]
+        width = sampling.pop("width", None) or SIZE[1]
+        defaults = override(Settings(), sampling, "sampling of duogen.json")
+
+        # The weights, straight to where they will wait or work.
+        home = "cpu" if offload else device
+        origins = {part: origin(folder) for part, folder in folders.items()}
+        if base is not None:
+            origins["ckpt"] = origin(base)
         return cls(
             MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
             tokenizer,
             processor,
             DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
             VAE.from_pretrained(folders["vae"], device=home),
-            override(Settings(), sampling, "sampling of duogen.json"),
-            size,
-            {part: origin(f) for part, f in [*folders.items(), *([("ckpt", base)] if base else [])]},
+            defaults,
+            (height, width),
+            origins,
             torch.device(device) if offload else None,
             graphs,
         )
@@ -705,66 +717,86 @@ class DuoGen:
 
         One part of the system after the other: all encoding, then all painting, then all decoding.
         """
-
-        def step_done(done: int, steps: int) -> None:
-            self.crew.adapt()
-            if progress is not None:
-                progress(done, steps)
-
         if any(r.unseen for r in requests):
             self.at_work("vae")
         for r in requests:
             began = time.perf_counter()
             r.conditions, r.unseen = r.conditions + self.encode(r.unseen), []
             r.seconds += time.perf_counter() - began
+
         self.at_work("dit")
-        batches: dict[tuple, list[list[Paint]]] = {}
-        room: dict[tuple, int] = {}
-        for r in requests:
-            patches = math.prod(r.size) // SIDE**2 + sum(z[0].numel() // 4 for z in r.conditions)
-            patches *= 1 if r.negative is None else 2
-            if room.get(r.settings.painting, 0) < patches:
-                batches.setdefault(r.settings.painting, []).append([])
-                room[r.settings.painting] = PACK
-            batches[r.settings.painting][-1].append(r)
-            room[r.settings.painting] -= patches
-        latents, images = {}, []
-        for batch in (b for group in batches.values() for b in group):
-            began, s, factor = time.perf_counter(), batch[0].settings, self.vae.config.factor
-            painted = denoise(
-                self.dit,
-                [r.conditions for r in batch],
-                [(r.size[0] // factor, r.size[1] // factor) for r in batch],
-                [r.positive for r in batch],
-                None if s.scale == 1 else [r.negative for r in batch],
-                [r.seed for r in batch],
-                sigmas=shift_schedule(s.steps, s.shift) if s.schedule == "shift" else karras_schedule(s.steps),
-                guidance=s.scale,
-                method=s.sampler,
-                eta=s.eta,
-                condition_time=s.condition_time,
-                progress=step_done,
-                graphs=self.graphs,
-            )
-            for r, z in zip(batch, painted, strict=True):
+        latents = {}
+        for batch in batches_of(requests):
+            began = time.perf_counter()
+            for r, z in zip(batch, self._denoise(batch, progress), strict=True):
                 latents[id(r)] = z
+            for r in batch:
                 r.seconds += (time.perf_counter() - began) / len(batch)
+
         self.at_work("vae")
+        images = []
         for r in requests:
             began = time.perf_counter()
-            pixels = self.vae.decode_latents(latents[id(r)][None])[0]
-            # The first of these that is not finite is the cause. Read behind the picture, for which the host waits anyway.
-            stages = [("what the connector says of the text", self.mllm, r.positive)]
-            stages += [("the VAE's latents of an earlier picture", self.vae, z) for z in r.conditions]
-            stages += [("the latents that the DiT has painted", self.dit, latents[id(r)])]
-            stages += [("the pixels that the VAE has decoded", self.vae, pixels)]
-            sound = torch.stack([x.isfinite().all() for *_, x in stages])
-            images.append(to_image(pixels))
-            for (what, part, _), fine in zip(stages, sound.tolist(), strict=True):
-                if not fine:
-                    raise not_finite(what, part)
+            images.append(self._decode(r, latents[id(r)]))
             r.seconds += time.perf_counter() - began
         return images
+
+    def _denoise(self, batch: list[Paint], progress: Callable[[int, int], None] | None) -> list[Tensor]:
+        """The latents (C, h, w) of requests that share their settings, painted as one pack."""
+        s = batch[0].settings
+        factor = self.vae.config.factor
+
+        def step_done(done: int, steps: int) -> None:
+            self.crew.adapt()  # a picture may take minutes: other programs come and go meanwhile
+            if progress is not None:
+                progress(done, steps)
+
+        return denoise(
+            self.dit,
+            [r.conditions for r in batch],
+            [(r.size[0] // factor, r.size[1] // factor) for r in batch],
+            [r.positive for r in batch],
+            None if s.scale == 1 else [r.negative for r in batch],
+            [r.seed for r in batch],
+            sigmas=shift_schedule(s.steps, s.shift) if s.schedule == "shift" else karras_schedule(s.steps),
+            guidance=s.scale,
+            method=s.sampler,
+            eta=s.eta,
+            condition_time=s.condition_time,
+            progress=step_done,
+            graphs=self.graphs,
+        )
+
+    def _decode(self, r: Paint, latent: Tensor) -> Image.Image:
+        """The picture of a painted latent (C, h, w); InputError where a number on its way is not finite."""
+        pixels = self.vae.decode_latents(latent[None])[0]                                   # (3, H, W)
+        # The first of these that is not finite is the cause. Read behind the picture, for which the host waits anyway.
+        stages = [("what the connector says of the text", self.mllm, r.positive)]
+        stages += [("the VAE's latents of an earlier picture", self.vae, z) for z in r.conditions]
+        stages += [("the latents that the DiT has painted", self.dit, latent)]
+        stages += [("the pixels that the VAE has decoded", self.vae, pixels)]
+        sound = torch.stack([x.isfinite().all() for *_, x in stages])
+        image = to_image(pixels)
+        for (what, part, _), fine in zip(stages, sound.tolist(), strict=True):
+            if not fine:
+                raise not_finite(what, part)
+        return image
+
+
+def batches_of(requests: list[Paint]) -> list[list[Paint]]:
+    """Requests with the same settings together, as many as fit into PACK patches; one that is larger stands alone."""
+    batches: dict[tuple, list[list[Paint]]] = {}
+    room: dict[tuple, int] = {}  # patches that the newest batch of these settings can still take
+    for r in requests:
+        patches = math.prod(r.size) // SIDE**2 + sum(z[0].numel() // 4 for z in r.conditions)
+        patches *= 1 if r.negative is None else 2
+        alike = r.settings.painting
+        if room.get(alike, 0) < patches:
+            batches.setdefault(alike, []).append([])
+            room[alike] = PACK
+        batches[alike][-1].append(r)
+        room[alike] -= patches
+    return [batch for group in batches.values() for batch in group]
 
 
 def not_finite(what: str, part: nn.Module) -> InputError:
