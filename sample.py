@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from checkpoint import InputError, Parser, abandon_stdout, parse_dtype, pick_device
 from fit import planned
-from kernels import set_backend
+from ops import set_backend
 from page import fresh, overview, prompt_of, save, write_text
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records import Problem, load_image, normalise, read_records, validate

@@ -12,12 +12,12 @@ from diffusers import CosmosTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 from safetensors.torch import load_file
 
-import kernels
+import ops
 from checkpoint import InputError, read_json
 from connector import Connector, features
 from dit import PRESETS, DiT, DiTConfig, Targets, pack_images, patchify, unpatchify
-from kernels import Segments
 from launches import Launches
+from ops import Segments
 
 SMALL = DiTConfig(2, 3, 32, adaln_lora_dim=8, text_embed_dim=24, crossattn_proj_in_channels=40, qk_norm_eps=1e-5)
 
@@ -314,7 +314,7 @@ def test_kernels_and_joint_projections_change_nothing(monkeypatch):
     assert sum(memory.values()) == sum(p.nbytes for p in small.parameters())
     results = []
     for dit, backend in ((small, "sdpa"), (joined, "triton")):
-        monkeypatch.setattr(kernels, "_backend", backend)
+        monkeypatch.setattr(ops, "_backend", backend)
         with torch.no_grad(), Launches() as count:
             v = dit(x, t, condition, pack, context, Segments([3, 2]), targets=Targets(pack, condition.tolist()))
         dit(x, t, condition, pack, context, Segments([3, 2])).square().mean().backward()
