@@ -146,7 +146,8 @@ def _forward_step(
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Equations (1) to (4) for one tile of keys. last (BM,): the last key that each query reads."""
-    cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DIM)
     k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
     s = tl.dot(q, tl.trans(k), input_precision=DOT)  # (BM, BN)
     if MASKED:
@@ -172,17 +173,20 @@ def _forward(
     the same time, so that a key tile comes from memory once and for the rest of its group from the L2 cache."""
     head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
-    s, m0 = tl.load(tile), tl.load(tile + 1)
+    s = tl.load(tile)
+    m0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     kv_head = head // group
     K += kv_head * hk
     V += kv_head * hv
     q = _read(Q + head * hq, q0 + m0, sq, nq - m0, rows, dims, True, D)
     last = m0 + rows + (nk - nq)
     # Keys before `whole` are read by every query of the tile, in tiles without any mask; keys from `end` on by none.
-    whole, end = nk, nk
+    whole = nk
+    end = nk
     if CAUSAL:
         whole = tl.maximum(tl.minimum(nk, m0 + nk - nq + 1), 0)
         end = tl.maximum(tl.minimum(nk, m0 + BM + nk - nq), 0)
@@ -208,8 +212,10 @@ def _forward(
 @jit
 def _delta(O, DO, DELTA, total, so, ho, sd, hd, D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr):
     """delta_i = dO_i . O_i, equation (7), for BM rows of one head; sequences do not matter here."""
-    head, m0 = tl.program_id(0), tl.program_id(1) * BM
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    head = tl.program_id(0)
+    m0 = tl.program_id(1) * BM
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     o = _read(O + head * ho, m0, so, total - m0, rows, dims, True, D).to(tl.float32)
     do = _read(DO + head * hd, m0, sd, total - m0, rows, dims, True, D).to(tl.float32)
     tl.store(DELTA + head * total + m0 + rows, tl.sum(o * do, 1), mask=rows < total - m0)
@@ -221,7 +227,8 @@ def _dq_step(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DIM)
     k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
     v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=DOT) * scale - lse[:, None])  # (BM, BN)
@@ -244,10 +251,12 @@ def _backward_dq(
     """dQ of BM queries, equation (9): the same walk over the keys as in the forward pass."""
     head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
-    s, m0 = tl.load(tile), tl.load(tile + 1)
+    s = tl.load(tile)
+    m0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     real = rows < nq - m0
     kv_head = head // group
     K += kv_head * hk
@@ -257,7 +266,8 @@ def _backward_dq(
     lse = tl.load(LSE + head * total + q0 + m0 + rows, mask=real, other=float("inf"))
     delta = tl.load(DELTA + head * total + q0 + m0 + rows, mask=real, other=0.0)
     last = m0 + rows + (nk - nq)
-    whole, end = nk, nk
+    whole = nk
+    end = nk
     if CAUSAL:
         whole = tl.maximum(tl.minimum(nk, m0 + nk - nq + 1), 0)
         end = tl.maximum(tl.minimum(nk, m0 + BM + nk - nq), 0)
@@ -282,7 +292,8 @@ def _dkv_step(
 ):  # fmt: skip
     """Equations (5) to (8) for one tile of queries, all transposed: scores are (BN, BM), so that p and ds are left operands
     and stay in registers. first (BN,): the first query that reads each key."""
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     real = rows < nq - m
     q = _read(Q, q0 + m, sq, nq - m, rows, dims, True, D)
     lse = tl.load(LSE + q0 + m + rows, mask=real, other=float("inf"))  # p = 0 in rows that are not there
@@ -311,10 +322,12 @@ def _backward_dkv(
     owns its sums, so their order is fixed. With DQ_TOO the tile's share of dQ goes to fp32 memory by atomic additions."""
     kv_head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
-    s, n0 = tl.load(tile), tl.load(tile + 1)
+    s = tl.load(tile)
+    n0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
-    cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DIM)
     k = _read(K + kv_head * hk, k0 + n0, sk, nk - n0, cols, dims, True, D)
     v = _read(V + kv_head * hv, k0 + n0, sv, nk - n0, cols, dims, True, D)
     first = n0 + cols - (nk - nq)
@@ -324,8 +337,11 @@ def _backward_dkv(
     dk = tl.zeros((BN, DIM), tl.float32)
     dv = tl.zeros((BN, DIM), tl.float32)
     for head in range(kv_head * group, kv_head * group + group):
-        q, do, dq = Q + head * hq, DO + head * hd, DQ + head * hg
-        lse, delta = LSE + head * total, DELTA + head * total
+        q = Q + head * hq
+        do = DO + head * hd
+        dq = DQ + head * hg
+        lse = LSE + head * total
+        delta = DELTA + head * total
         for m in range(start, nq, BM):
             dk, dv = _dkv_step(
                 dk, dv, k, v, q, do, lse, delta, dq, q0, m, nq, first, sq, sd, sg, scale, scale_grad,
@@ -343,11 +359,14 @@ def _decode(
 ):  # fmt: skip
     """One query per sequence: a tile holds the query heads of one KV head, which read the same keys. Grid (KV heads, splits,
     sequences). Each split takes an equal share of the keys; if there are several, O is (S * splits, heads, D) in fp32."""
-    kv_head, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    s = tl.program_id(2)
     k0, nk = _segment(CU_K, s)
     if STATIC:
         nk = tl.load(K_LENGTHS + s)
-    heads, dims = tl.arange(0, ROWS), tl.arange(0, DIM)
+    heads = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
     share = tl.cdiv(tl.cdiv(nk, SPLITS), BN) * BN
     begin = split * share
     end = tl.minimum(begin + share, nk)
@@ -373,8 +392,10 @@ def _decode(
 @jit
 def _merge(PARTS, LSE, O, so, ho, hq, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr):
     """Splits joined: softmax over their log-sums weighs their outputs. Grid (query heads, sequences)."""
-    head, s = tl.program_id(0), tl.program_id(1)
-    slots, dims = tl.arange(0, SLOTS), tl.arange(0, DIM)
+    head = tl.program_id(0)
+    s = tl.program_id(1)
+    slots = tl.arange(0, SLOTS)
+    dims = tl.arange(0, DIM)
     part = (s * SPLITS + slots) * hq + head
     lse = tl.load(LSE + part, mask=slots < SPLITS, other=float("-inf"))
     weight = tl.exp2(lse - tl.maximum(tl.max(lse, 0), NEVER))
@@ -628,7 +649,7 @@ def _check_rows(*tensors: Tensor | None) -> None:
             raise ValueError(f"fused: {tuple(t.shape)} with strides {t.stride()} has no contiguous rows")
 
 
-def _row(table: Tensor | None) -> int:
+def _step(table: Tensor | None) -> int:
     """From one row of a table to the next; a kernel that has no such table ignores it."""
     return 0 if table is None else table.stride(0)
 
@@ -636,6 +657,12 @@ def _row(table: Tensor | None) -> int:
 def _p2(n: int) -> int:
     """Triton's blocks are powers of two."""
     return triton.next_power_of_2(n)
+
+
+@jit
+def _load(at, inside):
+    """In fp32; zeros where there is nothing."""
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 # ------------------------------------------------------------------------------------------- the residual stream and its norms
@@ -764,8 +791,8 @@ def _launch_add_norm(x, gate, y, shift, scale, rows, s, h, eps) -> None:
         raise ValueError("fused: the stream and what is added to it must be contiguous")
     chunks, n, width = x.shape
     _launch(
-        _add_norm_kernel, (chunks * n,), x, y, gate, shift, scale, rows, s, h, _row(gate), _row(shift), _row(scale), n, width,
-        eps, ADD=y is not None, GATE=gate is not None, NORM=scale is not None, CENTRE=shift is not None,
+        _add_norm_kernel, (chunks * n,), x, y, gate, shift, scale, rows, s, h, _step(gate), _step(shift), _step(scale), n,
+        width, eps, ADD=y is not None, GATE=gate is not None, NORM=scale is not None, CENTRE=shift is not None,
         ROWS=rows is not None, BLOCK=_p2(width),
     )  # fmt: skip
 
@@ -781,7 +808,7 @@ def _launch_add_norm_backward(s, ds, dh, gate, y, shift, scale, rows, dtype, eps
     dy = None if gate is None else torch.empty_like(y)
     parts = torch.empty(3, chunks, splits, width, device=s.device)
     _launch(
-        _add_norm_backward_kernel, (chunks, splits), s, ds, dh, y, gate, scale, rows, dx, dy, parts, _row(gate), _row(scale),
+        _add_norm_backward_kernel, (chunks, splits), s, ds, dh, y, gate, scale, rows, dx, dy, parts, _step(gate), _step(scale),
         n, width, eps, TOKENS=TOKENS, ADD=ds is not None, GATE=gate is not None, NORM=dh is not None, CENTRE=shift is not None,
         ROWS=rows is not None, BLOCK=_p2(width),
     )  # fmt: skip
@@ -797,25 +824,30 @@ def _add_norm_kernel(
 
     The tables' rows are shared by the n tokens of a chunk and come out of the L2 cache.
     """
-    token = tl.program_id(0).to(tl.int64)  # tokens times width may pass 2^31
+    # 64 bits: tokens times width may pass 2^31.
+    token = tl.program_id(0).to(tl.int64)
+    # The tables' row: that of the token's chunk.
     m = token // n
     if ROWS:
         m = tl.load(rows + m)
     c = tl.arange(0, BLOCK)
-    inside, at = c < width, token * width + c
-    v = tl.load(x + at, inside, 0.0).to(tl.float32)
+    inside = c < width
+    at = token * width + c
+    v = _load(x + at, inside)
     if ADD:
-        d = tl.load(y + at, inside, 0.0).to(tl.float32)
+        d = _load(y + at, inside)
         if GATE:
-            d *= tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32)
-        v = (v + d).to(s.dtype.element_ty).to(tl.float32)  # the norm of what the stream will hold
+            d *= _load(gate + m * gate_row + c, inside)
+        # Rounded as it is stored: the norm is that of what the stream will hold.
+        v = (v + d).to(s.dtype.element_ty).to(tl.float32)
         tl.store(s + at, v, inside)
     if NORM:
+        # What lies beyond the row becomes zero again, since it is in the next sum.
         if CENTRE:
             v = tl.where(inside, v - tl.sum(v) / width, 0.0)
-        v *= tl.rsqrt(tl.sum(v * v) / width + eps) * tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
+        v *= tl.rsqrt(tl.sum(v * v) / width + eps) * _load(scale + m * scale_row + c, inside)
         if CENTRE:
-            v += tl.load(shift + m * shift_row + c, inside, 0.0).to(tl.float32)
+            v += _load(shift + m * shift_row + c, inside)
         tl.store(h + at, v, inside)
 
 
@@ -828,35 +860,42 @@ def _add_norm_backward_kernel(
 
     A program has up to TOKENS tokens of one chunk; what they add to gate, shift and scale it keeps, and writes once.
     """
-    chunk, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    chunk = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     m = chunk
     if ROWS:
         m = tl.load(rows + chunk)
     c = tl.arange(0, BLOCK)
     inside = c < width
-    to_gate, to_shift, to_scale = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    to_gate = tl.zeros((BLOCK,), tl.float32)
+    to_shift = tl.zeros((BLOCK,), tl.float32)
+    to_scale = tl.zeros((BLOCK,), tl.float32)
     for k in range(split * TOKENS, tl.minimum(split * TOKENS + TOKENS, n)):
         at = (chunk * n + k) * width + c
         g = tl.zeros((BLOCK,), tl.float32)
+        # Through the norm. v and r are computed again, which costs less than to write and read them.
         if NORM:
-            v = tl.load(s + at, inside, 0.0).to(tl.float32)
+            v = _load(s + at, inside)
             if CENTRE:
                 v = tl.where(inside, v - tl.sum(v) / width, 0.0)
             r = tl.rsqrt(tl.sum(v * v) / width + eps)
             v *= r
-            g = tl.load(dh + at, inside, 0.0).to(tl.float32)
+            g = _load(dh + at, inside)
             to_shift += g
             to_scale += g * v
-            g *= tl.load(scale + m * scale_row + c, inside, 0.0).to(tl.float32)
+            g *= _load(scale + m * scale_row + c, inside)
             if CENTRE:
                 g -= tl.sum(g) / width
             g = r * (g - v * (tl.sum(g * v) / width))
+        # What has come along the stream.
         if ADD:
-            g += tl.load(ds + at, inside, 0.0).to(tl.float32)
+            g += _load(ds + at, inside)
+        # Through the product of gate and y.
         if GATE:
-            to_gate += g * tl.load(y + at, inside, 0.0).to(tl.float32)
-            tl.store(dy + at, g * tl.load(gate + m * gate_row + c, inside, 0.0).to(tl.float32), inside)
+            to_gate += g * _load(y + at, inside)
+            tl.store(dy + at, g * _load(gate + m * gate_row + c, inside), inside)
         tl.store(dx + at, g, inside)
+    # parts (3, G, splits, W): of gate, shift, scale.
     programs = tl.num_programs(0) * tl.num_programs(1)
     out = parts + (chunk * tl.num_programs(1) + split) * width + c
     if GATE:
@@ -933,22 +972,26 @@ def _norm_rope_kernel(
     NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program has one token's heads of one group; a holds channels i, b channels i + D/2, so the swap costs nothing."""
-    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    inside, row = (h < heads) & (c < HALF), c < HALF
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    c = tl.arange(0, BLOCK_D)[None, :]
+    inside = (h < heads) & (c < HALF)
+    row = c < HALF
     head = group * heads + h
     at = x + token * x_row + head * x_head + c
-    a = tl.load(at, inside, 0.0).to(tl.float32)
-    b = tl.load(at + HALF, inside, 0.0).to(tl.float32)
+    a = _load(at, inside)
+    b = _load(at + HALF, inside)
     if NORM:
         r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
         gain = w + group * 2 * HALF + c
-        a = a * r * tl.load(gain, row, 0.0).to(tl.float32)
-        b = b * r * tl.load(gain + HALF, row, 0.0).to(tl.float32)
+        a = a * r * _load(gain, row)
+        b = b * r * _load(gain + HALF, row)
+    # Channel i turns with channel i + D/2, which is at hand.
     if ROPE:
         t = token * 2 * HALF + c
-        turned = a * tl.load(cos + t, row, 0.0).to(tl.float32) + b * tl.load(sin + t, row, 0.0).to(tl.float32)
-        b = b * tl.load(cos + t + HALF, row, 0.0).to(tl.float32) + a * tl.load(sin + t + HALF, row, 0.0).to(tl.float32)
+        turned = a * _load(cos + t, row) + b * _load(sin + t, row)
+        b = b * _load(cos + t + HALF, row) + a * _load(sin + t + HALF, row)
         a = turned
     out = y + (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
     tl.store(out, a, inside)
@@ -962,32 +1005,38 @@ def _norm_rope_backward_kernel(
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The rotation turned back, then the gradient of the norm as in _add_norm_backward_kernel, r computed again from x."""
-    first, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    h, c = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    first = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    c = tl.arange(0, BLOCK_D)[None, :]
     row = c < HALF
     inside = (h < heads) & row
     head = group * heads + h
-    total_a, total_b = tl.zeros((1, BLOCK_D), tl.float32), tl.zeros((1, BLOCK_D), tl.float32)
+    total_a = tl.zeros((1, BLOCK_D), tl.float32)
+    total_b = tl.zeros((1, BLOCK_D), tl.float32)
     for token in range(first * TOKENS, tl.minimum(first * TOKENS + TOKENS, tokens)):
         at = (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
-        ga = tl.load(dy + at, inside, 0.0).to(tl.float32)
-        gb = tl.load(dy + at + HALF, inside, 0.0).to(tl.float32)
+        ga = _load(dy + at, inside)
+        gb = _load(dy + at + HALF, inside)
+        # The transpose of the rotation: each factor of sin is that of the half which the number went to.
         if ROPE:
             t = token * 2 * HALF + c
-            turned = ga * tl.load(cos + t, row, 0.0).to(tl.float32) + gb * tl.load(sin + t + HALF, row, 0.0).to(tl.float32)
-            gb = gb * tl.load(cos + t + HALF, row, 0.0).to(tl.float32) + ga * tl.load(sin + t, row, 0.0).to(tl.float32)
+            turned = ga * _load(cos + t, row) + gb * _load(sin + t + HALF, row)
+            gb = gb * _load(cos + t + HALF, row) + ga * _load(sin + t, row)
             ga = turned
         if NORM:
-            a = tl.load(x + token * x_row + head * x_head + c, inside, 0.0).to(tl.float32)
-            b = tl.load(x + token * x_row + head * x_head + c + HALF, inside, 0.0).to(tl.float32)
+            a = _load(x + token * x_row + head * x_head + c, inside)
+            b = _load(x + token * x_row + head * x_head + c + HALF, inside)
             r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
-            a, b = a * r, b * r
+            a = a * r
+            b = b * r
             total_a += tl.sum(ga * a, 0)[None, :]
             total_b += tl.sum(gb * b, 0)[None, :]
-            ga = ga * tl.load(w + group * 2 * HALF + c, row, 0.0).to(tl.float32)
-            gb = gb * tl.load(w + group * 2 * HALF + c + HALF, row, 0.0).to(tl.float32)
+            ga = ga * _load(w + group * 2 * HALF + c, row)
+            gb = gb * _load(w + group * 2 * HALF + c + HALF, row)
             mean = ((tl.sum(ga * a, 1) + tl.sum(gb * b, 1)) / (2 * HALF))[:, None]
-            ga, gb = r * (ga - a * mean), r * (gb - b * mean)
+            ga = r * (ga - a * mean)
+            gb = r * (gb - b * mean)
         tl.store(dx + at, ga, inside)
         tl.store(dx + at + HALF, gb, inside)
     if NORM:
@@ -1016,20 +1065,24 @@ def _rope_append_kernel(
     HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head per program: with a single token there is nothing else to share among the processors."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     c = tl.arange(0, BLOCK)
     inside = c < HALF
     at = qkv + token * row + head * 2 * HALF + c
-    a, b = tl.load(at, inside, 0.0).to(tl.float32), tl.load(at + HALF, inside, 0.0).to(tl.float32)
+    a = _load(at, inside)
+    b = _load(at + HALF, inside)
     slot = tl.load(slots + token)
+    # A head of the values goes into the cache as it is, one of the keys turned; one of the queries into q.
     if head >= heads + kv_heads:
         out = v + slot * v_row + (head - heads - kv_heads) * 2 * HALF + c
         tl.store(out, a, inside)
         tl.store(out + HALF, b, inside)
     else:
-        cos_at, sin_at = cos + token * cos_row + c, sin + token * sin_row + c
-        turned = a * tl.load(cos_at, inside, 0.0).to(tl.float32) + b * tl.load(sin_at, inside, 0.0).to(tl.float32)
-        b = b * tl.load(cos_at + HALF, inside, 0.0).to(tl.float32) + a * tl.load(sin_at + HALF, inside, 0.0).to(tl.float32)
+        cos_at = cos + token * cos_row + c
+        sin_at = sin + token * sin_row + c
+        turned = a * _load(cos_at, inside) + b * _load(sin_at, inside)
+        b = b * _load(cos_at + HALF, inside) + a * _load(sin_at + HALF, inside)
         out = q + (token * heads + head) * 2 * HALF + c
         if head >= heads:
             out = k + slot * k_row + (head - heads) * 2 * HALF + c
@@ -1084,20 +1137,22 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @jit
 def _swiglu_kernel(gate, up, y, g_row, u_row, width, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width
-    g = tl.load(gate + row * g_row + c, inside, 0.0).to(tl.float32)
-    u = tl.load(up + row * u_row + c, inside, 0.0).to(tl.float32)
+    g = _load(gate + row * g_row + c, inside)
+    u = _load(up + row * u_row + c, inside)
     tl.store(y + row * width + c, g * tl.sigmoid(g) * u, inside)
 
 
 @jit
 def _swiglu_backward_kernel(dy, gate, up, dg, du, g_row, u_row, dg_row, du_row, width, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width
-    d = tl.load(dy + row * width + c, inside, 0.0).to(tl.float32)
-    g = tl.load(gate + row * g_row + c, inside, 0.0).to(tl.float32)
-    u = tl.load(up + row * u_row + c, inside, 0.0).to(tl.float32)
+    d = _load(dy + row * width + c, inside)
+    g = _load(gate + row * g_row + c, inside)
+    u = _load(up + row * u_row + c, inside)
     sigma = tl.sigmoid(g)
     tl.store(dg + row * dg_row + c, d * u * sigma * (1 + g * (1 - sigma)), inside)
     tl.store(du + row * du_row + c, d * g * sigma, inside)
@@ -1114,8 +1169,9 @@ def standardise_into(out: Tensor, h: Tensor) -> None:
 
 @jit
 def _standardise_kernel(h, out, h_row, out_row, width, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    v = tl.load(h + row * h_row + c, c < width, 0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    v = _load(h + row * h_row + c, c < width)
     v = tl.where(c < width, v - tl.sum(v) / width, 0.0)
     std = tl.sqrt(tl.sum(v * v) / (width - 1))
     tl.store(out + row * out_row + c, v / (std + 1e-8), c < width)
@@ -1131,12 +1187,15 @@ def softmax_gradient(logits: Tensor, labels: Tensor, grad: bool) -> Tensor:
 @jit
 def _softmax_gradient_kernel(logits, labels, loss, vocab, GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """One token's loss, and in place of its logits their gradient: two reads and one write of what PyTorch moves ten times."""
-    token, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
     label = tl.load(labels + token)
     row = logits + token * vocab
     # Read here: the sums below make all threads wait for each other, and behind them the logits are overwritten.
     own = tl.load(row + tl.maximum(label, 0)).to(tl.float32)
-    top, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    # Each of BLOCK columns keeps a maximum and a sum under it, as in attention's equations (1) to (3), joined at the end.
+    top = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         v = tl.load(row + start + c, start + c < vocab, -1e30).to(tl.float32)
         higher = tl.maximum(top, v)
