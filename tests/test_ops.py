@@ -1,6 +1,8 @@
 """Every fused step, in PyTorch and as a kernel in Triton's interpreter, against its formula in float64; gradients too."""
 
+import ast
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,6 +296,25 @@ def test_what_the_kernels_cannot_do_raises(monkeypatch):
     finally:
         ops.set_backend("auto")
     assert ops.rms_norm(x, w, 1e-6).shape == x.shape
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_triton_stays_in_one_file():
+    """kernels.py stands at the bottom, and of the models and scripts only ops.py hands over to it."""
+    files = {path.stem: imports(path) for path in Path(kernels.__file__).parent.glob("*.py")}
+    assert not files["kernels"] & files.keys()
+    assert files["ops"] & files.keys() == {"kernels", "checkpoint"}
+    assert [name for name, found in files.items() if "kernels" in found] == ["ops"]
+    assert [name for name, found in files.items() if "triton" in found] == ["kernels"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
