@@ -39,14 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bench_peers as theirs
-import fused
+import ops
 from checkpoint import InputError, Parser
 from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule
-from graphs import Graph
-from kernels import Segments, attention
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
 from model import PRESETS as MLLMS
+from ops import Graph, Segments, attention
 from plan import count
 from training import LanguageLoss, main
 from vae import VAE, VAEConfig
@@ -499,10 +498,10 @@ def fused_rows(b: Bench) -> None:
     stream, (gate, *tables) = x.view(chunks, -1, w), [b.randn(chunks, 1, w, seed=s).float() for s in (6, 7, 8)]
 
     def add(x, delta, weight):
-        return fused.add_rms_norm(x, delta, weight, 1e-6)
+        return ops.add_rms_norm(x, delta, weight, 1e-6)
 
     def turn(p, g, c, s):
-        return fused.norm_rope(p[:, :w].unflatten(1, (heads, d)), g, 1e-6, c, s)
+        return ops.norm_rope(p[:, :w].unflatten(1, (heads, d)), g, 1e-6, c, s)
 
     def turn_eager(p, g, c, s):
         return theirs.norm_rope(p[:, :w].unflatten(1, (heads, d)), g, c, s)
@@ -511,8 +510,8 @@ def fused_rows(b: Bench) -> None:
     steps = [
         ("add, RMSNorm", add, theirs.add_rms_norm, (x, y, gain), 3, 4 * x.nbytes),
         ("norm of heads, rotation", turn, turn_eager, (qkv, head_gain, cos, sin), 2, 2 * x.nbytes),
-        ("gate, add, modulate", fused.gate_add_modulate, theirs.gate_add_modulate, (stream, gate, y, *tables), 5, 4 * x.nbytes),
-        ("SwiGLU", fused.swiglu, theirs.swiglu, (wide,), 1, wide.nbytes * 3 // 2),
+        ("gate, add, modulate", ops.gate_add_modulate, theirs.gate_add_modulate, (stream, gate, y, *tables), 5, 4 * x.nbytes),
+        ("SwiGLU", ops.swiglu, theirs.swiglu, (wide,), 1, wide.nbytes * 3 // 2),
     ]  # fmt: skip
     for step in steps:
         fused_step(b, *step)
@@ -560,7 +559,7 @@ def cross_entropy(b: Bench) -> None:
         return lambda: run
 
     plain = lambda h, w, y: F.cross_entropy((h @ w.T).float(), y, reduction="sum")  # noqa: E731
-    loss = lambda h, w, y: fused.linear_cross_entropy(h, w, y, *(() if b.size != "smoke" else (8,)))  # noqa: E731
+    loss = lambda h, w, y: ops.linear_cross_entropy(h, w, y, *(() if b.size != "smoke" else (8,)))  # noqa: E731
     shape = f"{t} tokens x {h} on {v}"
     expected = None
     if b.size != "gpu":  # 10 GB of float64 logits are no reference there: the unfused loss is

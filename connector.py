@@ -11,7 +11,7 @@ with a GELU turns that into the vectors which each block of the DiT attends to (
 import torch
 from torch import Tensor, nn
 
-from fused import standardise_into
+from ops import standardise_into
 
 
 def features(hidden: list[Tensor]) -> Tensor:

@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
-from fused import gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
-from kernels import Segments, attention
+from ops import Segments, attention, gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
 
 STEM = "diffusion_pytorch_model"
 # Fields of diffusers' config that mean nothing without the parts which DiTConfig.from_json refuses.
@@ -282,7 +281,7 @@ class Block(nn.Module):
 
 
 def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
-    """A block's table (T, 9D) as nine (T, 1, D), and rows (G,) for fused.py. PyTorch picks the rows here, all nine at once."""
+    """A block's table (T, 9D) as nine (T, 1, D), and rows (G,) for ops.py. PyTorch picks the rows here, all nine at once."""
     if not on_triton(x):
         table, rows = table.index_select(0, rows).to(x.dtype), None
     return [*table.view(len(table), 9, 1, -1).unbind(1), rows]

@@ -33,7 +33,7 @@ import training
 from checkpoint import InputError, Parser, part_folder, pick_device, write_json
 from exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
 from exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares, through
-from kernels import set_backend
+from ops import set_backend
 from page import document
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
 from sketchbook import KINDS
@@ -245,7 +245,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--ablation-n", type=int, default=34, help="dialogues of each split for them (34)")
     parser.add_argument("--batch", type=int, default=64, help="dialogues in lockstep (64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    parser.add_argument("--attention", default="auto", help="auto, triton, sdpa; see kernels.py")
+    parser.add_argument("--attention", default="auto", help="auto, triton, sdpa; see ops.py")
     parser.add_argument("--out", default="out/eval")
     parser.add_argument("--json-line", metavar="FILE", help="append a summary to this file, one line a call")
     group = parser.add_argument_group("sampling", "these override the checkpoint's defaults")

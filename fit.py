@@ -117,7 +117,7 @@ class Fit:
 
 
 # ------------------------------------------------------------------------------------------------------------- activations
-# Highest moments of the forward passes without gradients, with attention that keeps no scores and the fused steps of fused.py.
+# Highest moments of the forward passes without gradients, with attention that keeps no scores and the fused steps of ops.py.
 # They are upper bounds: a few percent of small tensors are counted as if all were alive at once.
 
 

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from checkpoint import InputError
 from dit import DiT, Targets, pack_images, patchify, unpatchify
-from graphs import Graph
-from kernels import Segments
+from ops import Graph, Segments
 
 SAMPLERS = "unipc", "euler", "ancestral"  # of sample_flow
 CONDITION_TIME = 1e-4  # t of clean images for the post-trained Cosmos checkpoint (its pipeline's default)

@@ -1,12 +1,9 @@
-"""Attention over packed sequences, by hand: the one entry that every model in this repository calls, and how it is computed.
+"""The steps of ops.py once more, by hand in Triton. Everything works without this file: it is what a GPU runs, and comes last.
 
-Sequences of different lengths lie one behind the other without padding; Segments holds where they begin, as in FlashAttention's
-varlen interface (Dao, arXiv 2307.08691). No token ever attends outside its own sequence.
+First attention over packed sequences, then the steps between the matrix products. Each part begins with why it is written as it
+is. The public functions have the names that they have in ops.py, which calls them and describes what they take.
 
-    attention(q, k, v, segments)                                     bidirectional: vision tower, DiT
-    attention(q, k, v, segments, causal=True)                        the MLLM, training and prompt
-    attention(q, k, v, queries, keys)                                cross-attention
-    attention(q, k, v, queries, buffers, k_lengths=lengths)          one token against a static KV cache
+                                                  1. Attention
 
 What is computed. With c = scale * log2(e), since the hardware has 2^x and not e^x, for query i over the keys j it may read:
 
@@ -59,171 +56,69 @@ Why the numbers in HOPPER. tests/aot_sm90.json lists what each of them compiles 
 Whole tiles of k and v are copied by Hopper's TMA unit, which saves the loop its address arithmetic; edges go by pointers, since
 a box would reach into the next sequence, and a NaN there times p = 0 is NaN. Not used: warp specialisation, which Triton 3.6
 compiles for some of these loops and breaks for others, and Gluon, which has no interpreter to test with.
+
+                                   2. The steps between the matrix products
+
+A GPU reads 4 TB/s and multiplies 800 TFLOP/s: a number must take part in some 400 operations before arithmetic is what one
+waits for. Norms, rotations, gates and activations do about ten, so their time is the bytes they move, and a chain of separate
+operations moves them again and again. Every kernel here reads its inputs once, computes in fp32 in registers and writes its
+results once. Bytes per element of a bf16 stream, forward, operation by operation against fused:
+
+    add_rms_norm          sum 6, norm 4                                              10 -> 8
+    norm_rope             cast 6, rms 4, norm 8, gain 8, rotation 28, cast 6         60 -> 4, straight out of the projection
+    gate_add_modulate     gated sum 6, LayerNorm 4, modulation 4                     14 -> 8
+    swiglu                silu 4, product 6                                          10 -> 6, backward keeps only its input
+    rope_append           cat, rotation in three, two copies into the cache          6 launches -> 1: decoding waits on them
+    standardise_into      cast 6, std and mean 4, difference 8, quotient 8, copy 6   32 -> 4, into its slice of a wide buffer
+    softmax_gradient      the same in fp32, log-softmax, its gradient                two reads and one write of the logits
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-import sdpa
-from checkpoint import InputError
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # no wheels for macOS and Windows: there the PyTorch path is the only one
-    triton = None
+    triton = tl = None
 
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 as this file is read: kernels run on the CPU
 NEVER = tl.constexpr(-1e30) if triton else None  # below every score; finite, so that NEVER - NEVER is 0 and not NaN
-BACKENDS = ("auto", "triton", "sdpa")
-
-class Segments:
-    """Lengths of packed sequences, known on both sides, so that no call reads them back from the device.
-
-    Built once per batch and handed to every layer. lengths: tokens of each sequence, on the host.
-    """
-
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
-        self.lengths = tuple(int(n) for n in lengths)
-        bounds = [0]
-        for n in self.lengths:
-            bounds.append(bounds[-1] + n)
-        self.bounds = tuple(bounds)
-        self.longest = max(self.lengths, default=0)
-        # non_blocking: the host need not wait for what the device has queued before.
-        self.cu = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)  # (S + 1,)
-
-        self._tiles = {}
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def total(self) -> int:
-        return self.bounds[-1]
-
-    def tiles(self, other: Segments, causal: bool, block: int, side: str) -> Tensor:
-        """(T, 2) int32 on the device: sequence and first row of every tile of `block` of these rows, which are `side`.
-
-        Those with the most rows of `other` to visit come first, so that short ones fill the gaps at the end. Kept for the next
-        layer.
-        """
-        key = id(other), causal, block, side
-        kept = self._tiles.get(key)
-        if kept is None or kept[0] is not other:  # an id can be used again
-            work = []
-            for s, (n, across) in enumerate(zip(self.lengths, other.lengths, strict=True)):
-                for row in range(0, n, block):
-                    # Causal, bottom-right: query i reads keys up to i + keys - queries.
-                    seen = min(across, row + block + across - n if side == "queries" else n - row)
-                    work.append((max(0, seen if causal else across), s, row))
-            work.sort(key=lambda tile: -tile[0])
-            tiles = torch.tensor([tile[1:] for tile in work], dtype=torch.int32).view(-1, 2)
-            kept = self._tiles[key] = other, tiles.to(self.cu.device, non_blocking=True)
-        return kept[1]
-
-    @classmethod
-    def of(cls, cu: Segments | Tensor, device: torch.device | str = "cpu") -> Segments:
-        """From boundaries (S+1,). A tensor is read back, which on a GPU waits for all work queued before it."""
-        if isinstance(cu, Segments):
-            return cu
-        bounds = cu.tolist()
-        return cls([b - a for a, b in zip(bounds, bounds[1:], strict=False)], device)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what the kernels read
 
 
-_backend = "auto"
+def run_on(device: torch.device) -> bool:
+    """On NVIDIA GPUs; in the interpreter on the CPU alone."""
+    return device.type == ("cpu" if INTERPRETED else "cuda")
 
 
-def set_backend(name: str, device: torch.device | None = None) -> None:
-    """Which attention the whole process uses: "triton" (an error where the kernels cannot), "sdpa" (PyTorch's), or "auto".
-
-    auto: the kernels for 16-bit tensors of a supported head dim on a GPU; sdpa for all else. Given the device of the models,
-    what cannot work there is told before they are loaded.
-    """
-    global _backend
-    if name not in BACKENDS:
-        raise InputError(f"attention {name!r} is none of {', '.join(BACKENDS)}")
-    if name == "triton" and triton is None:
-        raise InputError("attention 'triton': the package triton is not installed; choose sdpa")
-    if name == "triton" and device is not None and device.type != ("cpu" if INTERPRETED else "cuda"):
-        raise InputError(f"attention 'triton': its kernels need an NVIDIA GPU, and the device is {device}: choose auto or sdpa")
-    _backend = name
-
-
-def get_backend() -> str:
-    return _backend
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Segments | Tensor,
-    cu_k: Segments | Tensor | None = None,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    deterministic: bool = True,
-    k_lengths: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Softmax attention inside each packed sequence.
-
-    q: (Nq, Hq, D); k, v: (Nk, Hkv, D) with Hq a multiple of Hkv (query heads g*r .. g*r+r-1 read KV head g); cu_q, cu_k: their
-    Segments, or (S+1,) integer boundaries, which are then read back; cu_k defaults to cu_q. `causal` aligns the last query
-    with the last key, which is what a KV cache needs. A query without any key gives zeros. Returns (Nq, Hq, D). `scale`
-    defaults to D**-0.5.
-
-    k_lengths (S,) int32 on the device serves a static KV cache: of each of the S equally large buffers in k and v only the
-    first k_lengths[s] rows count, and each sequence has one query. Its values may change between replays of a CUDA graph.
-    backend overrides `set_backend` for this call.
-    """
-    sq, sk = Segments.of(cu_q, q.device), Segments.of(cu_q if cu_k is None else cu_k, q.device)
-    if len(sq) != len(sk):
-        raise ValueError(f"attention: {len(sq)} query sequences but {len(sk)} key sequences")
-    if sq.total != q.shape[0] or sk.total != k.shape[0] or k.shape != v.shape:
-        raise ValueError(f"attention: boundaries {sq.total}, {sk.total} do not fit q {tuple(q.shape)}, k {tuple(k.shape)}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads")
-    if k_lengths is not None and (len(k_lengths) != len(sk) or sk.longest * len(sk) != sk.total or sq.total != len(sq)):
-        raise ValueError("attention: k_lengths needs one length per sequence, buffers of one size and one query each")
-    choice = backend or _backend
-    if choice != "sdpa":
-        why_not = _unsupported(q, k, v, scale)
-        if why_not and choice == "triton":
-            raise InputError(f"attention 'triton': {why_not}")
-        if not why_not and (choice == "triton" or q.device.type == "cuda" and q.dtype != torch.float32):
-            return _triton_packed(q, k, v, sq, sk, causal, scale, deterministic, k_lengths)
-    return sdpa.attention(q, k, v, sq, sk, causal, scale, k_lengths)
-
-
-# ------------------------------------------------------------------------------------------------------- Triton: the kernels
-
-
-def _jit(function):
+def jit(function):
     """triton.jit, or the bare function where there is no Triton and nothing will call it."""
     return triton.jit(function) if triton else function
 
 
-@_jit
+# --------------------------------------------------------------------------------------------------- attention: the kernels
+
+
+@jit
 def _segment(CU, s):
     start = tl.load(CU + s)
     return start, tl.load(CU + s + 1) - start
 
 
-@_jit
+@jit
 def _tile(pointer, first, stride, rows, dims):
     """Addresses of (rows, dims) counted from row `first`. first * stride can pass 2**31, an offset inside a tile cannot."""
     return pointer + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + dims[None, :])
 
 
-@_jit
+@jit
 def _read(pointer, first, stride, left, rows, dims, RAGGED: tl.constexpr, D: tl.constexpr):
     """A tile; rows from `left` on (another sequence's) and columns from D on become zeros. RAGGED: there may be such rows."""
     at = _tile(pointer, first, stride, rows, dims)
@@ -235,7 +130,7 @@ def _read(pointer, first, stride, left, rows, dims, RAGGED: tl.constexpr, D: tl.
         return tl.load(at)
 
 
-@_jit
+@jit
 def _keys(pointer, box, head, first, stride, left, rows, dims, RAGGED: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr):
     """A tile of keys or values of one head. Whole ones are copied by the TMA unit, which needs no address from any thread."""
     if TMA and not RAGGED:
@@ -244,14 +139,15 @@ def _keys(pointer, box, head, first, stride, left, rows, dims, RAGGED: tl.conste
         return _read(pointer, first, stride, left, rows, dims, RAGGED, D)
 
 
-@_jit
+@jit
 def _forward_step(
     acc, l, m, q, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Equations (1) to (4) for one tile of keys. last (BM,): the last key that each query reads."""
-    cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DIM)
     k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
     s = tl.dot(q, tl.trans(k), input_precision=DOT)  # (BM, BN)
     if MASKED:
@@ -267,7 +163,7 @@ def _forward_step(
     return acc, l * shrink + tl.sum(p, 1), higher
 
 
-@_jit
+@jit
 def _forward(
     Q, K, V, k_box, v_box, O, LSE, TILES, CU_Q, CU_K, total, sq, hq, sk, hk, sv, hv, so, ho, scale, group,
     CAUSAL: tl.constexpr, TMA: tl.constexpr,
@@ -277,17 +173,20 @@ def _forward(
     the same time, so that a key tile comes from memory once and for the rest of its group from the L2 cache."""
     head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
-    s, m0 = tl.load(tile), tl.load(tile + 1)
+    s = tl.load(tile)
+    m0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     kv_head = head // group
     K += kv_head * hk
     V += kv_head * hv
     q = _read(Q + head * hq, q0 + m0, sq, nq - m0, rows, dims, True, D)
     last = m0 + rows + (nk - nq)
     # Keys before `whole` are read by every query of the tile, in tiles without any mask; keys from `end` on by none.
-    whole, end = nk, nk
+    whole = nk
+    end = nk
     if CAUSAL:
         whole = tl.maximum(tl.minimum(nk, m0 + nk - nq + 1), 0)
         end = tl.maximum(tl.minimum(nk, m0 + BM + nk - nq), 0)
@@ -310,23 +209,26 @@ def _forward(
     tl.store(LSE + head * total + q0 + m0 + rows, tl.where(l == 0.0, float("inf"), m + tl.log2(l)), mask=real)
 
 
-@_jit
+@jit
 def _delta(O, DO, DELTA, total, so, ho, sd, hd, D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr):
     """delta_i = dO_i . O_i, equation (7), for BM rows of one head; sequences do not matter here."""
-    head, m0 = tl.program_id(0), tl.program_id(1) * BM
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    head = tl.program_id(0)
+    m0 = tl.program_id(1) * BM
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     o = _read(O + head * ho, m0, so, total - m0, rows, dims, True, D).to(tl.float32)
     do = _read(DO + head * hd, m0, sd, total - m0, rows, dims, True, D).to(tl.float32)
     tl.store(DELTA + head * total + m0 + rows, tl.sum(o * do, 1), mask=rows < total - m0)
 
 
-@_jit
+@jit
 def _dq_step(
     dq, q, do, lse, delta, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DIM)
     k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
     v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=DOT) * scale - lse[:, None])  # (BM, BN)
@@ -339,7 +241,7 @@ def _dq_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
 
 
-@_jit
+@jit
 def _backward_dq(
     Q, K, V, k_box, v_box, DO, LSE, DELTA, DQ, TILES, CU_Q, CU_K, total,
     sq, hq, sk, hk, sv, hv, sd, hd, sg, hg, scale, scale_grad, group,
@@ -349,10 +251,12 @@ def _backward_dq(
     """dQ of BM queries, equation (9): the same walk over the keys as in the forward pass."""
     head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
-    s, m0 = tl.load(tile), tl.load(tile + 1)
+    s = tl.load(tile)
+    m0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     real = rows < nq - m0
     kv_head = head // group
     K += kv_head * hk
@@ -362,7 +266,8 @@ def _backward_dq(
     lse = tl.load(LSE + head * total + q0 + m0 + rows, mask=real, other=float("inf"))
     delta = tl.load(DELTA + head * total + q0 + m0 + rows, mask=real, other=0.0)
     last = m0 + rows + (nk - nq)
-    whole, end = nk, nk
+    whole = nk
+    end = nk
     if CAUSAL:
         whole = tl.maximum(tl.minimum(nk, m0 + nk - nq + 1), 0)
         end = tl.maximum(tl.minimum(nk, m0 + BM + nk - nq), 0)
@@ -380,14 +285,15 @@ def _backward_dq(
     tl.store(at, (dq * scale_grad).to(DQ.dtype.element_ty), mask=real[:, None] & (dims < D)[None, :])
 
 
-@_jit
+@jit
 def _dkv_step(
     dk, dv, k, v, Q, DO, LSE, DELTA, DQ, q0, m, nq, first, sq, sd, sg, scale, scale_grad,
     MASKED: tl.constexpr, DQ_TOO: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Equations (5) to (8) for one tile of queries, all transposed: scores are (BN, BM), so that p and ds are left operands
     and stay in registers. first (BN,): the first query that reads each key."""
-    rows, dims = tl.arange(0, BM), tl.arange(0, DIM)
+    rows = tl.arange(0, BM)
+    dims = tl.arange(0, DIM)
     real = rows < nq - m
     q = _read(Q, q0 + m, sq, nq - m, rows, dims, True, D)
     lse = tl.load(LSE + q0 + m + rows, mask=real, other=float("inf"))  # p = 0 in rows that are not there
@@ -405,7 +311,7 @@ def _dkv_step(
     return dk, dv
 
 
-@_jit
+@jit
 def _backward_dkv(
     Q, K, V, DO, LSE, DELTA, DQ, DK, DV, TILES, CU_Q, CU_K, total,
     sq, hq, sk, hk, sv, hv, sd, hd, sg, hg, sgk, hgk, scale, scale_grad, group,
@@ -416,10 +322,12 @@ def _backward_dkv(
     owns its sums, so their order is fixed. With DQ_TOO the tile's share of dQ goes to fp32 memory by atomic additions."""
     kv_head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
-    s, n0 = tl.load(tile), tl.load(tile + 1)
+    s = tl.load(tile)
+    n0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
-    cols, dims = tl.arange(0, BN), tl.arange(0, DIM)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, DIM)
     k = _read(K + kv_head * hk, k0 + n0, sk, nk - n0, cols, dims, True, D)
     v = _read(V + kv_head * hv, k0 + n0, sv, nk - n0, cols, dims, True, D)
     first = n0 + cols - (nk - nq)
@@ -429,8 +337,11 @@ def _backward_dkv(
     dk = tl.zeros((BN, DIM), tl.float32)
     dv = tl.zeros((BN, DIM), tl.float32)
     for head in range(kv_head * group, kv_head * group + group):
-        q, do, dq = Q + head * hq, DO + head * hd, DQ + head * hg
-        lse, delta = LSE + head * total, DELTA + head * total
+        q = Q + head * hq
+        do = DO + head * hd
+        dq = DQ + head * hg
+        lse = LSE + head * total
+        delta = DELTA + head * total
         for m in range(start, nq, BM):
             dk, dv = _dkv_step(
                 dk, dv, k, v, q, do, lse, delta, dq, q0, m, nq, first, sq, sd, sg, scale, scale_grad,
@@ -440,7 +351,7 @@ def _backward_dkv(
     tl.store(_tile(DV + kv_head * hgk, k0 + n0, sgk, cols, dims), dv.to(DV.dtype.element_ty), mask=inside)
 
 
-@_jit
+@jit
 def _decode(
     Q, K, V, O, LSE, CU_K, K_LENGTHS, sq, hq, sk, hk, sv, hv, so, ho, scale, group,
     STATIC: tl.constexpr, SPLITS: tl.constexpr,
@@ -448,11 +359,14 @@ def _decode(
 ):  # fmt: skip
     """One query per sequence: a tile holds the query heads of one KV head, which read the same keys. Grid (KV heads, splits,
     sequences). Each split takes an equal share of the keys; if there are several, O is (S * splits, heads, D) in fp32."""
-    kv_head, split, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    s = tl.program_id(2)
     k0, nk = _segment(CU_K, s)
     if STATIC:
         nk = tl.load(K_LENGTHS + s)
-    heads, dims = tl.arange(0, ROWS), tl.arange(0, DIM)
+    heads = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
     share = tl.cdiv(tl.cdiv(nk, SPLITS), BN) * BN
     begin = split * share
     end = tl.minimum(begin + share, nk)
@@ -475,11 +389,13 @@ def _decode(
         tl.store(LSE + out * tl.num_programs(0) * group + kv_head * group + heads, lse, mask=heads < group)
 
 
-@_jit
+@jit
 def _merge(PARTS, LSE, O, so, ho, hq, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr):
     """Splits joined: softmax over their log-sums weighs their outputs. Grid (query heads, sequences)."""
-    head, s = tl.program_id(0), tl.program_id(1)
-    slots, dims = tl.arange(0, SLOTS), tl.arange(0, DIM)
+    head = tl.program_id(0)
+    s = tl.program_id(1)
+    slots = tl.arange(0, SLOTS)
+    dims = tl.arange(0, DIM)
     part = (s * SPLITS + slots) * hq + head
     lse = tl.load(LSE + part, mask=slots < SPLITS, other=float("-inf"))
     weight = tl.exp2(lse - tl.maximum(tl.max(lse, 0), NEVER))
@@ -487,8 +403,7 @@ def _merge(PARTS, LSE, O, so, ho, hq, D: tl.constexpr, DIM: tl.constexpr, SPLITS
     o = tl.sum(parts * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
     tl.store(O + tl.cast(s, tl.int64) * so + head * ho + dims, o.to(O.dtype.element_ty), mask=dims < D)
 
-
-# ------------------------------------------------------------------------------------------- Triton: configurations, launches
+# ---------------------------------------------------------------------------------------- attention: configurations, launches
 
 
 class Tiles(NamedTuple):
@@ -516,32 +431,32 @@ EXACT = Tiles(32, 32, 4, 1)  # fp32 has no tensor cores at full precision; also 
 SPLIT_KEYS = 256  # a split of fewer keys costs more to merge than it saves
 PROGRAMS = 264  # splits until there are two programs for each of the H100's 132 processors
 HEAD_DIMS = (16, 32, 64, 80, 128)
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = 1.4426950408889634
 
 
 def config(what: str, dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
     """architecture: major version of the compute capability, 0 for the interpreter."""
+    if architecture == 9 and dtype != torch.float32:
+        return HOPPER[what, max(dim, 64)]
+    tiles = OTHER
     if dtype == torch.float32 or architecture == 0:
-        return EXACT._replace(m=16) if what == "decode" else EXACT
-    if architecture != 9:
-        return OTHER._replace(m=16) if what == "decode" else OTHER
-    return HOPPER[what, max(dim, 64)]
+        tiles = EXACT
+    return tiles._replace(m=16) if what == "decode" else tiles
 
 
 def _architecture(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
+def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
     """Why the kernels cannot do this call, or None."""
     if triton is None:
         return "the package triton is not installed"
-    if q.device.type != ("cpu" if INTERPRETED else "cuda"):
+    if not run_on(q.device):
         return f"no kernels for {q.device.type} tensors (TRITON_INTERPRET=1 runs them on the CPU, for tests)"
     if q.shape[2] not in HEAD_DIMS:
         return f"head dim {q.shape[2]} is none of {', '.join(map(str, HEAD_DIMS))}"
-    if q.dtype not in TYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"types {q.dtype}, {k.dtype}, {v.dtype} are not one of bf16, fp16, fp32"
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bits of bf16 numbers: use fp16 or fp32"
@@ -550,38 +465,97 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | 
     return None
 
 
+def attention(q, k, v, queries, keys, causal, scale, deterministic, k_lengths) -> Tensor:
+    """ops.attention for what `attention_cannot` has nothing against; queries and keys are Segments that fit."""
+    for segments in (queries, keys):
+        if segments.cu.device != q.device:
+            raise ValueError(f"attention: Segments on {segments.cu.device}, tensors on {q.device}")
+    if scale is None:
+        scale = q.shape[2] ** -0.5
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if k_lengths is not None and gradients:
+        raise ValueError("attention: k_lengths is for sampling and has no backward pass")
+    one_query_each = len(queries) > 0 and set(queries.lengths) == {1}
+    if one_query_each and not gradients:
+        return _decode_packed(q, k, v, keys, scale, k_lengths)
+    return _Flash.apply(q, k, v, queries, keys, causal, scale, deterministic)
+
+
+def tile_list(rows, across, causal: bool, block: int, side: str) -> Tensor:
+    """(T, 2) int32 on the device: sequence and first row of every tile of `block` of the rows, which are `side`.
+
+    rows, across: the Segments of queries and keys, or of keys and queries. Tiles with the most rows of the other side to visit
+    come first, so that short ones fill the gaps at the end. Kept with `rows` for the next layer.
+    """
+    call = across, causal, block, side
+    if call in rows.tile_lists:
+        return rows.tile_lists[call]
+    work = []
+    for s, (n, others) in enumerate(zip(rows.lengths, across.lengths, strict=True)):
+        for row in range(0, n, block):
+            visits = others
+            # Causal, bottom-right: query i reads keys up to i + keys - queries.
+            if causal and side == "queries":
+                visits = min(others, row + block + others - n)
+            if causal and side == "keys":
+                visits = min(others, n - row)
+            work.append((max(0, visits), s, row))
+    work.sort(key=itemgetter(0), reverse=True)
+    tiles = [(s, row) for _, s, row in work]
+    on_host = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
+    rows.tile_lists[call] = on_host.to(rows.cu.device, non_blocking=True)
+    return rows.tile_lists[call]
+
+
 def _constants(what: str, x: Tensor) -> tuple[Tiles, dict]:
+    """The tiles of a kernel, and what a launch of it gets by name."""
     dim = max(16, triton.next_power_of_2(x.shape[2]))
     t = config(what, dim, x.dtype, _architecture(x.device))
-    launch = {"num_warps": t.warps, "num_stages": t.stages}
-    return t, {"D": x.shape[2], "DIM": dim, "BN": t.n, "DOT": "ieee" if x.dtype == torch.float32 else "tf32"} | launch
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    constants = {"D": x.shape[2], "DIM": dim, "BN": t.n, "DOT": precision, "num_warps": t.warps, "num_stages": t.stages}
+    return t, constants
 
 
-def _boxes(k: Tensor, v: Tensor, t: Tiles, dim: int, architecture: int) -> tuple:
+def _boxes(k: Tensor, v: Tensor, t: Tiles, dim: int) -> tuple:
     """(k, v, True) as the TMA unit's descriptors; (k, v, False) where there is no such unit or it cannot take these strides."""
-    aligned = all(
-        len(x) and x.data_ptr() % 16 == 0 and all(step and step * x.element_size() % 16 == 0 for step in x.stride()[:2])
-        for x in (k, v)
-    )
-    if architecture not in (0, 9) or not aligned:
+    if _architecture(k.device) not in (0, 9) or not _tma_takes(k) or not _tma_takes(v):
         return k, v, False
-    return *(TensorDescriptor(x, list(x.shape), list(x.stride()), [t.n, 1, dim]) for x in (k, v)), True
+    box = [t.n, 1, dim]
+    k_box = TensorDescriptor(k, list(k.shape), list(k.stride()), box)
+    v_box = TensorDescriptor(v, list(v.shape), list(v.stride()), box)
+    return k_box, v_box, True
+
+
+def _tma_takes(x: Tensor) -> bool:
+    """It counts in steps of 16 bytes."""
+    if len(x) == 0 or x.data_ptr() % 16:
+        return False
+    return all(step and step * x.element_size() % 16 == 0 for step in x.stride()[:2])
 
 
 def _strides(*tensors: Tensor) -> list[int]:
+    """Of rows and heads, tensor by tensor; along D it is 1."""
     return [step for x in tensors for step in x.stride()[:2]]
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sq, sk, causal, scale, deterministic):
-        o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+        heads = q.shape[1]
+        group = heads // k.shape[1]
+        o = _contiguous_like(q)
+        lse = q.new_empty(heads, len(q), dtype=torch.float32)
         t, constants = _constants("forward", q)
-        tiles, group = sq.tiles(sk, causal, t.m, "queries"), q.shape[1] // k.shape[1]
-        k_box, v_box, tma = _boxes(k, v, t, constants["DIM"], _architecture(q.device))
+        tiles = tile_list(sq, sk, causal, t.m, "queries")
+        k_box, v_box, tma = _boxes(k, v, t, constants["DIM"])
         if len(tiles):
             with torch.cuda.device_of(q):
-                _forward[q.shape[1], len(tiles)](
+                _forward[heads, len(tiles)](
                     q, k, v, k_box, v_box, o, lse, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, o), scale * LOG2E, group,
                     CAUSAL=causal, TMA=tma, BM=t.m, **constants)  # fmt: skip
         ctx.save_for_backward(q, k, v, o, lse)
@@ -592,47 +566,57 @@ class _Flash(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         sq, sk, causal, scale, deterministic = ctx.call
-        do = do if do.stride(2) == 1 else do.contiguous()
+        heads, kv_heads = q.shape[1], k.shape[1]
+        numbers = scale * LOG2E, scale, heads // kv_heads
+        if do.stride(2) != 1:
+            do = do.contiguous()
         delta = torch.empty_like(lse)
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        dk = _contiguous_like(k)
+        dv = _contiguous_like(v)
+        # One kernel for all adds to dQ by atomic additions, which begin at zero and are in fp32.
         dq = torch.empty_like(o) if deterministic else torch.zeros_like(o, dtype=torch.float32)
-        group = q.shape[1] // k.shape[1]
-        numbers = scale * LOG2E, scale, group
         with torch.cuda.device_of(q):
             t, constants = _constants("dkv" if deterministic else "onepass", q)
             if len(q):
-                _delta[q.shape[1], triton.cdiv(len(q), 64)](
+                _delta[heads, triton.cdiv(len(q), 64)](
                     o, do, delta, len(q), *_strides(o, do), D=constants["D"], DIM=constants["DIM"], BM=64)  # fmt: skip
-            tiles = sk.tiles(sq, causal, t.n, "keys")
+            tiles = tile_list(sk, sq, causal, t.n, "keys")
             if len(tiles):
-                _backward_dkv[k.shape[1], len(tiles)](
+                _backward_dkv[kv_heads, len(tiles)](
                     q, k, v, do, lse, delta, dq, dk, dv, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, do, dq, dk), *numbers,
                     CAUSAL=causal, DQ_TOO=not deterministic, BM=t.m, **constants)  # fmt: skip
             if deterministic:
                 t, constants = _constants("dq", q)
-                tiles = sq.tiles(sk, causal, t.m, "queries")
-                k_box, v_box, tma = _boxes(k, v, t, constants["DIM"], _architecture(q.device))
+                tiles = tile_list(sq, sk, causal, t.m, "queries")
+                k_box, v_box, tma = _boxes(k, v, t, constants["DIM"])
                 if len(tiles):
-                    _backward_dq[q.shape[1], len(tiles)](
+                    _backward_dq[heads, len(tiles)](
                         q, k, v, k_box, v_box, do, lse, delta, dq, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, do, dq),
                         *numbers, CAUSAL=causal, TMA=tma, BM=t.m, **constants)  # fmt: skip
         return dq.to(q.dtype), dk, dv, None, None, None, None, None
 
 
-def _decode_packed(q, k, v, sk, scale, k_lengths):
+def _decode_packed(q, k, v, sk, scale, k_lengths) -> Tensor:
     """One query per sequence: one launch, or two where one program per KV head and sequence would leave the GPU idle."""
-    (count, heads, d), kv_heads = q.shape, k.shape[1]
+    count, heads, d = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
     t, constants = _constants("decode", q)
-    splits = max(1, min(triton.cdiv(PROGRAMS, count * kv_heads), triton.cdiv(sk.longest, SPLIT_KEYS)))
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    parts, lse = o, o  # with one split nothing reads lse
+    wanted = triton.cdiv(PROGRAMS, count * kv_heads)
+    worthwhile = triton.cdiv(sk.longest, SPLIT_KEYS)
+    splits = max(1, min(wanted, worthwhile))
+    o = _contiguous_like(q)
+    # With one split its result is the result, and nothing reads lse.
+    parts = lse = o
     if splits > 1:
-        parts, lse = (q.new_empty(count * splits, heads, *rest, dtype=torch.float32) for rest in ((d,), ()))
-    group, lengths = heads // kv_heads, sk.cu if k_lengths is None else k_lengths
+        parts = q.new_empty(count * splits, heads, d, dtype=torch.float32)
+        lse = q.new_empty(count * splits, heads, dtype=torch.float32)
+    lengths = sk.cu if k_lengths is None else k_lengths
+    rows = max(t.m, triton.next_power_of_2(group))
     with torch.cuda.device_of(q):
         _decode[kv_heads, splits, count](
             q, k, v, parts, lse, sk.cu, lengths, *_strides(q, k, v, parts), scale * LOG2E, group,
-            STATIC=k_lengths is not None, SPLITS=splits, ROWS=max(t.m, triton.next_power_of_2(group)), **constants)  # fmt: skip
+            STATIC=k_lengths is not None, SPLITS=splits, ROWS=rows, **constants)  # fmt: skip
         if splits > 1:
             _merge[heads, count](
                 parts, lse, o, *_strides(o), heads, D=d, DIM=constants["DIM"], SPLITS=splits,
@@ -640,15 +624,588 @@ def _decode_packed(q, k, v, sk, scale, k_lengths):
     return o
 
 
-def _triton_packed(q, k, v, sq, sk, causal, scale, deterministic, k_lengths):
-    for segments in (sq, sk):
-        if segments.cu.device != q.device:
-            raise ValueError(f"attention: Segments on {segments.cu.device}, tensors on {q.device}")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if k_lengths is not None and gradients:
-        raise ValueError("attention: k_lengths is for sampling and has no backward pass")
-    if not gradients and len(sq) and set(sq.lengths) == {1}:
-        return _decode_packed(q, k, v, sk, scale, k_lengths)
-    return _Flash.apply(q, k, v, sq, sk, causal, scale, deterministic)
+# ------------------------------------------------------------------------------------ between the products: what all share
+
+# The gradient of a gain or a modulation is a sum over tokens: a program sums up to TOKENS of them, PyTorch the programs' sums,
+# always in one order. More would be fewer sums to write, but too few programs for the 132 processors of an H100 at 1000 tokens.
+TOKENS = 8
+
+
+def _launch(kernel, grid: tuple[int, ...], x: Tensor, *args, BLOCK: int | None = None, **meta) -> None:
+    """Start a kernel whose first argument is x, with a warp for every 512 elements of a row."""
+    if BLOCK is not None:
+        meta["BLOCK"] = BLOCK
+        meta["num_warps"] = min(16, max(1, BLOCK // 512))
+    if 0 in grid:
+        return
+    # Triton takes the current device, whatever its arguments.
+    with torch.cuda.device_of(x):
+        kernel[grid](x, *args, **meta)
+
+
+def _check_rows(*tensors: Tensor | None) -> None:
+    for t in tensors:
+        if t is not None and t.stride(-1) != 1:
+            raise ValueError(f"fused: {tuple(t.shape)} with strides {t.stride()} has no contiguous rows")
+
+
+def _step(table: Tensor | None) -> int:
+    """From one row of a table to the next; a kernel that has no such table ignores it."""
+    return 0 if table is None else table.stride(0)
+
+
+def _p2(n: int) -> int:
+    """Triton's blocks are powers of two."""
+    return triton.next_power_of_2(n)
+
+
+@jit
+def _load(at, inside):
+    """In fp32; zeros where there is nothing."""
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+# ------------------------------------------------------------------------------------------- the residual stream and its norms
+#
+# Five functions and one pair of kernels: add, gate, norm, centre and modulate are parts that each of them has or has not.
+#
+#                          x + y   x + gate y   RMS(.) scale   LN(.) scale + shift       autograd function
+#     rms_norm                                        *                                  _Norm
+#     modulate                                                          *                _Norm
+#     gate_add                         *                                                 _GateAdd
+#     add_rms_norm           *                        *                                  _AddNorm
+#     gate_add_modulate                *                                *                _AddNorm
+#
+# In all of them x is a stream (G, n, W), y (G * n, W), and gate, shift, scale are tables (T, 1, W) of which chunk g uses row
+# rows[g]. RMSNorm is the case of one chunk, whose table has the gain as its only row.
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _Norm.apply(x[None], None, weight[None, None], None, x.dtype, eps)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, dtype: torch.dtype, eps: float) -> Tensor:
+    return _Norm.apply(x, shift, scale, rows, dtype, eps)
+
+
+def gate_add(x: Tensor, gate: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+    return _GateAdd.apply(x, gate, y, rows)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, delta.dtype)
+    s, h = _AddNorm.apply(x[None], None, delta, None, weight[None, None], None, dtype, dtype, eps)
+    return s[0], h
+
+
+def gate_add_modulate(x, gate, y, shift, scale, rows, dtype, eps) -> tuple[Tensor, Tensor]:
+    return _AddNorm.apply(x, gate, y, shift, scale, rows, x.dtype, dtype, eps)
+
+
+class _Norm(torch.autograd.Function):
+    """h = LN(x) scale + shift, or without a shift RMS(x) scale: (G * n, W) in dtype."""
+
+    @staticmethod
+    def forward(ctx, x, shift, scale, rows, dtype, eps):
+        h = _new_rows(x, dtype)
+        _launch_add_norm(x, None, None, shift, scale, rows, x, h, eps)
+        ctx.save_for_backward(x, shift, scale, rows)
+        ctx.eps = eps
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        x, shift, scale, rows = ctx.saved_tensors
+        dx, _, parts = _launch_add_norm_backward(x, None, dh, None, None, shift, scale, rows, x.dtype, ctx.eps)
+        d_shift = _table_gradient(shift, parts[1], rows)
+        d_scale = _table_gradient(scale, parts[2], rows)
+        return dx, d_shift, d_scale, None, None, None
+
+
+class _GateAdd(torch.autograd.Function):
+    """s = x + gate y: (G, n, W) in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, gate, y, rows):
+        s = torch.empty_like(x)
+        _launch_add_norm(x, gate, y, None, None, rows, s, None, 0.0)
+        ctx.save_for_backward(s, gate, y, rows)
+        return s
+
+    @staticmethod
+    def backward(ctx, ds):
+        s, gate, y, rows = ctx.saved_tensors
+        dx, dy, parts = _launch_add_norm_backward(s, ds, None, gate, y, None, None, rows, s.dtype, 0.0)
+        d_gate = _table_gradient(gate, parts[0], rows)
+        return dx, d_gate, dy, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """s = x + gate y, or x + y, in the type `stream`; h as _Norm makes it of s."""
+
+    @staticmethod
+    def forward(ctx, x, gate, y, shift, scale, rows, stream, dtype, eps):
+        s = torch.empty_like(x, dtype=stream)
+        h = _new_rows(x, dtype)
+        _launch_add_norm(x, gate, y, shift, scale, rows, s, h, eps)
+        # y is a factor of the gate's gradient alone.
+        ctx.save_for_backward(s, gate, y if gate is not None else None, shift, scale, rows)
+        ctx.eps = eps
+        ctx.dtypes = x.dtype, y.dtype
+        return s, h
+
+    @staticmethod
+    def backward(ctx, ds, dh):
+        s, gate, y, shift, scale, rows = ctx.saved_tensors
+        x_dtype, y_dtype = ctx.dtypes
+        dx, dy, parts = _launch_add_norm_backward(s, ds, dh, gate, y, shift, scale, rows, x_dtype, ctx.eps)
+        # Without a gate what is added has the gradient of the stream.
+        if gate is None:
+            dy = dx.to(y_dtype).flatten(0, 1)
+        d_gate = _table_gradient(gate, parts[0], rows)
+        d_shift = _table_gradient(shift, parts[1], rows)
+        d_scale = _table_gradient(scale, parts[2], rows)
+        return dx, d_gate, dy, d_shift, d_scale, None, None, None, None
+
+
+def _new_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a norm of the stream: (G, n, W) -> (G * n, W)."""
+    chunks, n, width = x.shape
+    return torch.empty(chunks * n, width, dtype=dtype, device=x.device)
+
+
+def _table_gradient(table: Tensor | None, part: Tensor, rows: Tensor | None) -> Tensor | None:
+    """What the programs summed, (G, splits, W) -> the gradient (T, 1, W) of the table, of which the chunks used `rows`."""
+    if table is None:
+        return None
+    part = part.sum(1)                                                                 # (G, W)
+    if rows is not None:
+        part = part.new_zeros(len(table), part.shape[1]).index_add_(0, rows, part)     # (T, W)
+    return part[:, None].to(table.dtype)
+
+
+def _launch_add_norm(x, gate, y, shift, scale, rows, s, h, eps) -> None:
+    """Write s, if there is a y, and h, if there is a scale. Without a y, the stream that is normed is x itself."""
+    _check_rows(gate, shift, scale)
+    if not x.is_contiguous() or (y is not None and not y.is_contiguous()):
+        raise ValueError("fused: the stream and what is added to it must be contiguous")
+    chunks, n, width = x.shape
+    _launch(
+        _add_norm_kernel, (chunks * n,), x, y, gate, shift, scale, rows, s, h, _step(gate), _step(shift), _step(scale), n,
+        width, eps, ADD=y is not None, GATE=gate is not None, NORM=scale is not None, CENTRE=shift is not None,
+        ROWS=rows is not None, BLOCK=_p2(width),
+    )  # fmt: skip
+
+
+def _launch_add_norm_backward(s, ds, dh, gate, y, shift, scale, rows, dtype, eps) -> tuple[Tensor, Tensor | None, Tensor]:
+    """From the gradients of s and h, where there are such: dx (G, n, W) in dtype, dy (with a gate), and the tables' sums
+    (3, G, splits, W) in fp32, of gate, shift and scale."""
+    ds = None if ds is None else ds.contiguous()
+    dh = None if dh is None else dh.contiguous()
+    chunks, n, width = s.shape
+    splits = triton.cdiv(n, TOKENS)
+    dx = torch.empty_like(s, dtype=dtype)
+    dy = None if gate is None else torch.empty_like(y)
+    parts = torch.empty(3, chunks, splits, width, device=s.device)
+    _launch(
+        _add_norm_backward_kernel, (chunks, splits), s, ds, dh, y, gate, scale, rows, dx, dy, parts, _step(gate), _step(scale),
+        n, width, eps, TOKENS=TOKENS, ADD=ds is not None, GATE=gate is not None, NORM=dh is not None, CENTRE=shift is not None,
+        ROWS=rows is not None, BLOCK=_p2(width),
+    )  # fmt: skip
+    return dx, dy, parts
+
+
+@jit
+def _add_norm_kernel(
+    x, y, gate, shift, scale, rows, s, h, gate_row, shift_row, scale_row, n, width, eps,
+    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token per program: its row stays in registers between the sums over it and their use.
+
+    The tables' rows are shared by the n tokens of a chunk and come out of the L2 cache.
+    """
+    # 64 bits: tokens times width may pass 2^31.
+    token = tl.program_id(0).to(tl.int64)
+    # The tables' row: that of the token's chunk.
+    m = token // n
+    if ROWS:
+        m = tl.load(rows + m)
+    c = tl.arange(0, BLOCK)
+    inside = c < width
+    at = token * width + c
+    v = _load(x + at, inside)
+    if ADD:
+        d = _load(y + at, inside)
+        if GATE:
+            d *= _load(gate + m * gate_row + c, inside)
+        # Rounded as it is stored: the norm is that of what the stream will hold.
+        v = (v + d).to(s.dtype.element_ty).to(tl.float32)
+        tl.store(s + at, v, inside)
+    if NORM:
+        # What lies beyond the row becomes zero again, since it is in the next sum.
+        if CENTRE:
+            v = tl.where(inside, v - tl.sum(v) / width, 0.0)
+        v *= tl.rsqrt(tl.sum(v * v) / width + eps) * _load(scale + m * scale_row + c, inside)
+        if CENTRE:
+            v += _load(shift + m * shift_row + c, inside)
+        tl.store(h + at, v, inside)
+
+
+@jit
+def _add_norm_backward_kernel(
+    s, ds, dh, y, gate, scale, rows, dx, dy, parts, gate_row, scale_row, n, width, eps, TOKENS: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """With v the normalised row, r = 1 / rms and g = scale dh: ds += r (g - mean(g) - v mean(g v)), RMSNorm without mean(g).
+
+    A program has up to TOKENS tokens of one chunk; what they add to gate, shift and scale it keeps, and writes once.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    m = chunk
+    if ROWS:
+        m = tl.load(rows + chunk)
+    c = tl.arange(0, BLOCK)
+    inside = c < width
+    to_gate = tl.zeros((BLOCK,), tl.float32)
+    to_shift = tl.zeros((BLOCK,), tl.float32)
+    to_scale = tl.zeros((BLOCK,), tl.float32)
+    for k in range(split * TOKENS, tl.minimum(split * TOKENS + TOKENS, n)):
+        at = (chunk * n + k) * width + c
+        g = tl.zeros((BLOCK,), tl.float32)
+        # Through the norm. v and r are computed again, which costs less than to write and read them.
+        if NORM:
+            v = _load(s + at, inside)
+            if CENTRE:
+                v = tl.where(inside, v - tl.sum(v) / width, 0.0)
+            r = tl.rsqrt(tl.sum(v * v) / width + eps)
+            v *= r
+            g = _load(dh + at, inside)
+            to_shift += g
+            to_scale += g * v
+            g *= _load(scale + m * scale_row + c, inside)
+            if CENTRE:
+                g -= tl.sum(g) / width
+            g = r * (g - v * (tl.sum(g * v) / width))
+        # What has come along the stream.
+        if ADD:
+            g += _load(ds + at, inside)
+        # Through the product of gate and y.
+        if GATE:
+            to_gate += g * _load(y + at, inside)
+            tl.store(dy + at, g * _load(gate + m * gate_row + c, inside), inside)
+        tl.store(dx + at, g, inside)
+    # parts (3, G, splits, W): of gate, shift, scale.
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    out = parts + (chunk * tl.num_programs(1) + split) * width + c
+    if GATE:
+        tl.store(out, to_gate, inside)
+    if CENTRE:
+        tl.store(out + programs * width, to_shift, inside)
+    if NORM:
+        tl.store(out + 2 * programs * width, to_scale, inside)
+
+
+# --------------------------------------------------------------------------------------------------- norm of heads and rotation
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    return _NormRope.apply(x, weight, eps, cos, sin)
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, cos, sin):
+        _check_rows(x, weight, cos, sin)
+        if cos is not None:
+            cos = cos.contiguous()
+            sin = sin.contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        groups = _groups(weight)
+        _launch(
+            _norm_rope_kernel, (len(x), groups), x, weight, cos, sin, y, x.stride(0), x.stride(1), x.shape[1] // groups, eps,
+            NORM=weight is not None, ROPE=cos is not None, **_head_blocks(x, groups),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, cos, sin = ctx.saved_tensors
+        groups = _groups(weight)
+        programs = triton.cdiv(len(x), TOKENS)
+        dy = dy.contiguous()
+        dx = torch.empty_like(dy)
+        dw = None
+        if weight is not None:
+            dw = torch.empty(programs, groups, x.shape[2], device=x.device)
+        _launch(
+            _norm_rope_backward_kernel, (programs, groups), dy, x, weight, cos, sin, dx, dw, len(x), x.stride(0), x.stride(1),
+            x.shape[1] // groups, ctx.eps, NORM=weight is not None, ROPE=cos is not None, TOKENS=TOKENS,
+            **_head_blocks(x, groups),
+        )  # fmt: skip
+        if weight is not None:
+            dw = dw.sum(0).view_as(weight).to(weight.dtype)
+        return dx, dw, None, None, None
+
+
+def _groups(weight: Tensor | None) -> int:
+    """Groups of heads with a gain each."""
+    return len(weight) if weight is not None and weight.ndim == 2 else 1
+
+
+def _head_blocks(x: Tensor, groups: int) -> dict[str, int]:
+    """A group's heads of a token, their channels in two halves, with a warp for every 256 pairs.
+
+    HALF is a constant so that the compiler sees that rows of 80 channels, too, can be read 16 bytes at a time.
+    """
+    _, heads, dim = x.shape
+    h = _p2(heads // groups)
+    d = _p2(dim // 2)
+    return {"HALF": dim // 2, "BLOCK_H": h, "BLOCK_D": d, "num_warps": min(8, max(1, h * d // 256))}
+
+
+@jit
+def _norm_rope_kernel(
+    x, w, cos, sin, y, x_row, x_head, heads, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program has one token's heads of one group; a holds channels i, b channels i + D/2, so the swap costs nothing."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    c = tl.arange(0, BLOCK_D)[None, :]
+    inside = (h < heads) & (c < HALF)
+    row = c < HALF
+    head = group * heads + h
+    at = x + token * x_row + head * x_head + c
+    a = _load(at, inside)
+    b = _load(at + HALF, inside)
+    if NORM:
+        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        gain = w + group * 2 * HALF + c
+        a = a * r * _load(gain, row)
+        b = b * r * _load(gain + HALF, row)
+    # Channel i turns with channel i + D/2, which is at hand.
+    if ROPE:
+        t = token * 2 * HALF + c
+        turned = a * _load(cos + t, row) + b * _load(sin + t, row)
+        b = b * _load(cos + t + HALF, row) + a * _load(sin + t + HALF, row)
+        a = turned
+    out = y + (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
+    tl.store(out, a, inside)
+    tl.store(out + HALF, b, inside)
+
+
+@jit
+def _norm_rope_backward_kernel(
+    dy, x, w, cos, sin, dx, dw, tokens, x_row, x_head, heads, eps,
+    NORM: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The rotation turned back, then the gradient of the norm as in _add_norm_backward_kernel, r computed again from x."""
+    first = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    c = tl.arange(0, BLOCK_D)[None, :]
+    row = c < HALF
+    inside = (h < heads) & row
+    head = group * heads + h
+    total_a = tl.zeros((1, BLOCK_D), tl.float32)
+    total_b = tl.zeros((1, BLOCK_D), tl.float32)
+    for token in range(first * TOKENS, tl.minimum(first * TOKENS + TOKENS, tokens)):
+        at = (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
+        ga = _load(dy + at, inside)
+        gb = _load(dy + at + HALF, inside)
+        # The transpose of the rotation: each factor of sin is that of the half which the number went to.
+        if ROPE:
+            t = token * 2 * HALF + c
+            turned = ga * _load(cos + t, row) + gb * _load(sin + t + HALF, row)
+            gb = gb * _load(cos + t + HALF, row) + ga * _load(sin + t, row)
+            ga = turned
+        if NORM:
+            a = _load(x + token * x_row + head * x_head + c, inside)
+            b = _load(x + token * x_row + head * x_head + c + HALF, inside)
+            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+            a = a * r
+            b = b * r
+            total_a += tl.sum(ga * a, 0)[None, :]
+            total_b += tl.sum(gb * b, 0)[None, :]
+            ga = ga * _load(w + group * 2 * HALF + c, row)
+            gb = gb * _load(w + group * 2 * HALF + c + HALF, row)
+            mean = ((tl.sum(ga * a, 1) + tl.sum(gb * b, 1)) / (2 * HALF))[:, None]
+            ga = r * (ga - a * mean)
+            gb = r * (gb - b * mean)
+        tl.store(dx + at, ga, inside)
+        tl.store(dx + at + HALF, gb, inside)
+    if NORM:
+        out = dw + (first * tl.num_programs(1) + group) * 2 * HALF + c
+        tl.store(out, total_a, row)
+        tl.store(out + HALF, total_b, row)
+
+
+def rope_append(qkv, cos, sin, k_cache, v_cache, slots, heads) -> Tensor:
+    kv_heads, dim = k_cache.shape[1:]
+    _check_rows(qkv, cos, sin)
+    if not (k_cache[:1].is_contiguous() and v_cache[:1].is_contiguous() and k_cache.dtype == v_cache.dtype):
+        raise ValueError("fused: the rows of the cache must be contiguous, keys and values of one dtype")
+    q = torch.empty(len(qkv), heads, dim, dtype=k_cache.dtype, device=qkv.device)
+    _launch(
+        _rope_append_kernel, (len(qkv), heads + 2 * kv_heads), qkv, cos, sin, q, k_cache, v_cache, slots, qkv.stride(0),
+        cos.stride(0), sin.stride(0), k_cache.stride(0), v_cache.stride(0), heads, kv_heads,
+        HALF=dim // 2, BLOCK=_p2(dim // 2),
+    )  # fmt: skip
+    return q
+
+
+@jit
+def _rope_append_kernel(
+    qkv, cos, sin, q, k, v, slots, row, cos_row, sin_row, k_row, v_row, heads, kv_heads,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head per program: with a single token there is nothing else to share among the processors."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    c = tl.arange(0, BLOCK)
+    inside = c < HALF
+    at = qkv + token * row + head * 2 * HALF + c
+    a = _load(at, inside)
+    b = _load(at + HALF, inside)
+    slot = tl.load(slots + token)
+    # A head of the values goes into the cache as it is, one of the keys turned; one of the queries into q.
+    if head >= heads + kv_heads:
+        out = v + slot * v_row + (head - heads - kv_heads) * 2 * HALF + c
+        tl.store(out, a, inside)
+        tl.store(out + HALF, b, inside)
+    else:
+        cos_at = cos + token * cos_row + c
+        sin_at = sin + token * sin_row + c
+        turned = a * _load(cos_at, inside) + b * _load(sin_at, inside)
+        b = b * _load(cos_at + HALF, inside) + a * _load(sin_at + HALF, inside)
+        out = q + (token * heads + head) * 2 * HALF + c
+        if head >= heads:
+            out = k + slot * k_row + (head - heads) * 2 * HALF + c
+        tl.store(out, turned, inside)
+        tl.store(out + HALF, b, inside)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps only its input; backward computes silu again and fills one buffer, so the projection's gradient needs no cat."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        g, u = _halves(gate, up)                                                       # (N, F) each
+        _check_rows(g, u)
+        n, width = g.shape
+        y = torch.empty(n, width, dtype=g.dtype, device=g.device)
+        _launch(_swiglu_kernel, (n, triton.cdiv(width, 1024)), g, u, y, g.stride(0), u.stride(0), width, BLOCK=1024)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dy = dy.contiguous()
+        d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        d_up = None
+        if up is not None:
+            d_up = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        g, u = _halves(gate, up)
+        dg, du = _halves(d_gate, d_up)
+        n, width = g.shape
+        _launch(
+            _swiglu_backward_kernel, (n, triton.cdiv(width, 1024)), dy, g, u, dg, du, g.stride(0), u.stride(0), dg.stride(0),
+            du.stride(0), width, BLOCK=1024,
+        )  # fmt: skip
+        return d_gate, d_up
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Without an up both are in gate (N, 2 F), side by side."""
+    if up is None:
+        return gate.chunk(2, -1)
+    return gate, up
+
+
+@jit
+def _swiglu_kernel(gate, up, y, g_row, u_row, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
+    g = _load(gate + row * g_row + c, inside)
+    u = _load(up + row * u_row + c, inside)
+    tl.store(y + row * width + c, g * tl.sigmoid(g) * u, inside)
+
+
+@jit
+def _swiglu_backward_kernel(dy, gate, up, dg, du, g_row, u_row, dg_row, du_row, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < width
+    d = _load(dy + row * width + c, inside)
+    g = _load(gate + row * g_row + c, inside)
+    u = _load(up + row * u_row + c, inside)
+    sigma = tl.sigmoid(g)
+    tl.store(dg + row * dg_row + c, d * u * sigma * (1 + g * (1 - sigma)), inside)
+    tl.store(du + row * du_row + c, d * g * sigma, inside)
+
+
+# --------------------------------------------------------------------------------------------------------- connector and loss
+
+
+def standardise_into(out: Tensor, h: Tensor) -> None:
+    _check_rows(out, h)
+    n, width = h.shape
+    _launch(_standardise_kernel, (n,), h, out, h.stride(0), out.stride(0), width, BLOCK=_p2(width))
+
+
+@jit
+def _standardise_kernel(h, out, h_row, out_row, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    v = _load(h + row * h_row + c, c < width)
+    v = tl.where(c < width, v - tl.sum(v) / width, 0.0)
+    std = tl.sqrt(tl.sum(v * v) / (width - 1))
+    tl.store(out + row * out_row + c, v / (std + 1e-8), c < width)
+
+
+def softmax_gradient(logits: Tensor, labels: Tensor, grad: bool) -> Tensor:
+    """Losses (C,) of logits (C, V); with grad, softmax - onehot in place of the logits."""
+    loss = torch.empty(len(logits), device=logits.device)                              # (C,)
+    _launch(_softmax_gradient_kernel, (len(logits),), logits, labels, loss, logits.shape[1], GRAD=grad, BLOCK=4096)
+    return loss
+
+
+@jit
+def _softmax_gradient_kernel(logits, labels, loss, vocab, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One token's loss, and in place of its logits their gradient: two reads and one write of what PyTorch moves ten times."""
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    label = tl.load(labels + token)
+    row = logits + token * vocab
+    # Read here: the sums below make all threads wait for each other, and behind them the logits are overwritten.
+    own = tl.load(row + tl.maximum(label, 0)).to(tl.float32)
+    # Each of BLOCK columns keeps a maximum and a sum under it, as in attention's equations (1) to (3), joined at the end.
+    top = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        v = tl.load(row + start + c, start + c < vocab, -1e30).to(tl.float32)
+        higher = tl.maximum(top, v)
+        total = total * tl.exp(top - higher) + tl.exp(v - higher)
+        top = higher
+    highest = tl.max(top, 0)
+    log_z = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    tl.store(loss + token, tl.where(label >= 0, log_z - own, 0.0))
+    if GRAD:
+        for start in range(0, vocab, BLOCK):
+            v = tl.load(row + start + c, start + c < vocab, -1e30).to(tl.float32)
+            d = tl.exp(v - log_z) - tl.where(start + c == label, 1.0, 0.0)
+            tl.store(row + start + c, tl.where(label >= 0, d, 0.0), start + c < vocab)

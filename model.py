@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights, write_json
-from fused import add_rms_norm, join, joint, rms_norm, rope, rope_append, swiglu
-from kernels import Segments, attention
+from ops import Segments, add_rms_norm, attention, join, joint, rms_norm, rope, rope_append, swiglu
 
 # -------------------------------------------------------------------------------------------------------------- configs
 
@@ -197,7 +196,7 @@ def frequencies(axes: tuple[int, ...], shared: bool, theta: float, device: torch
 
 
 def rope_tables(positions: Tensor, axis: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(N, axes) positions -> cos, sin (N, 1, D) for `fused.rope`, the sign of the rotation in sin."""
+    """(N, axes) positions -> cos, sin (N, 1, D) for `ops.rope`, the sign of the rotation in sin."""
     angles = positions.index_select(1, axis).mul(frequency)[:, None]                          # (N, 1, D)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

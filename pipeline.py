@@ -42,9 +42,8 @@ from checkpoint import InputError, config_from_json, is_run, part_folder, parts_
 from connector import features
 from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, SAMPLERS, denoise, karras_schedule, shift_schedule
-from graphs import Graph
-from kernels import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
+from ops import Graph, Segments
 from records import load_image
 from threads import Crew
 from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
@@ -355,7 +354,7 @@ class Offload:
     """Weights in host memory, of which only those of the parts at work are on the device too: for a GPU too small for all.
 
     Here no weight ever changes: a part comes by a copy out of pinned memory and goes by being forgotten. It comes whole, each
-    storage at once, so what `fused.join` laid side by side stays so.
+    storage at once, so what `ops.join` laid side by side stays so.
     """
 
     def __init__(self, parts: dict[str, list[nn.Module]], device: torch.device):
@@ -405,7 +404,7 @@ class DuoGen:
 
     defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
     from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
-    graphs: steps are recorded as CUDA graphs (graphs.py).
+    graphs: steps are recorded as CUDA graphs (ops.Graph).
     """
 
     def __init__(

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from checkpoint import InputError, Parser, abandon_stdout, parse_dtype, pick_device
 from fit import planned
-from kernels import set_backend
+from ops import set_backend
 from page import asked_for, card, overview, printable, prompt_of, run_folder, save, saved, saving, write_text
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate

@@ -66,10 +66,9 @@ from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, new
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
-from fused import linear_cross_entropy
-from kernels import attention, set_backend
 from flow import Samples
 from model import MLLM
+from ops import attention, linear_cross_entropy, set_backend
 from plan import Batch, Plan, PlanConfig, flops, peak_flops
 from threads import Crew
 from tokenizer import Rendered, Tokenizer
@@ -97,7 +96,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
-    attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see kernels.set_backend
+    attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see ops.set_backend
     compile: bool = False  # torch.compile of each transformer block
     zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
     timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
-from kernels import attention
+from ops import attention
 
 # Per-channel statistics of Wan2.1's latents. They are part of the weights' meaning: the DiT sees (z - mean) / std.
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,

@@ -1,7 +1,7 @@
-"""What the kernels of fused.py compile to on Hopper at the models' sizes, found without a GPU: JSON on standard output.
+"""What the fused steps of kernels.py compile to on Hopper at the models' sizes, found without a GPU: JSON on standard output.
 
 The public functions run on tensors without memory, forward and backward; every launch that they would make is written down
-with its exact types, strides and warps, and compiled. test_fused.py reads the result.
+with its exact types, strides and warps, and compiled. test_ops.py reads the result.
 """
 
 import json
@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import fused
+import kernels
+import ops
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 LAUNCHES: dict[str, tuple] = {}
@@ -68,29 +69,29 @@ def launches() -> None:
     """Decoder 7B, vision tower, DiT 2B and 14B."""
     for n, width in ((2048, 3584), (5476, 1280)):
         x, delta, w = empty(n, width), empty(n, width), empty(width)
-        both(fused.add_rms_norm(x, delta, w, 1e-6), x, delta, w)
-        both(fused.rms_norm(x, w, 1e-6), x, w)
+        both(ops.add_rms_norm(x, delta, w, 1e-6), x, delta, w)
+        both(ops.rms_norm(x, w, 1e-6), x, w)
     for width in (2048, 5120):
         x, y, rows = empty(5, 900, width), empty(4500, width), empty(5, dtype=torch.int64)
         gate, shift, scale = empty(2, 9, width, dtype=torch.float32)[:, :3].split(1, 1)
-        both(fused.gate_add_modulate(x, gate, y, shift, scale, rows), x, gate, y, shift, scale)
-        both(fused.modulate(x, shift, scale, rows), x, shift, scale)
-        both(fused.gate_add(x, gate, y, rows), x, gate, y)
+        both(ops.gate_add_modulate(x, gate, y, shift, scale, rows), x, gate, y, shift, scale)
+        both(ops.modulate(x, shift, scale, rows), x, shift, scale)
+        both(ops.gate_add(x, gate, y, rows), x, gate, y)
     for heads in (16, 40):
         qkv, gains = empty(4500, 3 * heads, 128), empty(2, 128)
         cos, sin = (empty(4500, 1, 128, dtype=torch.float32) for _ in range(2))
-        both(fused.norm_rope(qkv[:, : 2 * heads], gains, 1e-6, cos, sin), qkv, gains)
-        both(fused.norm_rope(qkv[:, :heads], gains[0], 1e-6), qkv, gains)
+        both(ops.norm_rope(qkv[:, : 2 * heads], gains, 1e-6, cos, sin), qkv, gains)
+        both(ops.norm_rope(qkv[:, :heads], gains[0], 1e-6), qkv, gains)
     for heads, dim, dtype in ((32, 128, torch.bfloat16), (32, 80, torch.float32)):
         qkv, cos, sin = empty(2048, heads + 4, dim), *(empty(2048, 1, dim, dtype=dtype) for _ in range(2))
-        both(fused.rope(qkv[:, :heads], cos, sin), qkv)
+        both(ops.rope(qkv[:, :heads], cos, sin), qkv)
     cache = empty(4096, 4, 128)
-    fused.rope_append(empty(1, 36 * 128), empty(1, 1, 128), empty(1, 1, 128), cache, cache, empty(1, dtype=torch.int64), 28)
+    ops.rope_append(empty(1, 36 * 128), empty(1, 1, 128), empty(1, 1, 128), cache, cache, empty(1, dtype=torch.int64), 28)
     x = empty(2048, 2 * 18944)
-    both(fused.swiglu(x), x)
-    fused.standardise_into(empty(2048, 28 * 3584)[:, :3584], empty(2048, 3584))
+    both(ops.swiglu(x), x)
+    ops.standardise_into(empty(2048, 28 * 3584)[:, :3584], empty(2048, 3584))
     for grad in (True, False):
-        fused._loss_and_gradient(empty(1024, 152064), empty(1024, dtype=torch.int64), grad)
+        ops._loss_and_gradient(empty(1024, 152064), empty(1024, dtype=torch.int64), grad)
 
 
 def compile_one(launch: tuple) -> dict[str, int]:
@@ -113,9 +114,9 @@ def compile_one(launch: tuple) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    fused.on_triton = lambda x: True
-    for name in [name for name in vars(fused) if name.endswith("_kernel")]:
-        setattr(fused, name, Recorder(getattr(fused, name)))
+    ops.on_triton = lambda x: True
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        setattr(kernels, name, Recorder(getattr(kernels, name)))
     launches()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = pool.map(compile_one, LAUNCHES.values())

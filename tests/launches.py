@@ -9,7 +9,7 @@ of a model and neither on its width nor on the machine, so models of the publish
 
 PyTorch operations count as one each, unless they only make another view of memory or reserve some. That is what a GPU launches
 for nearly all of them; where the CPU takes an operation apart (attention with a mask), the parts count. A kernel of ours counts
-as one: with kernels.set_backend("triton") and TRITON_INTERPRET=1 the models call their kernels here.
+as one: with ops.set_backend("triton") and TRITON_INTERPRET=1 the models call their kernels here.
 """
 
 from collections import Counter

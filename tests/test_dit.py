@@ -13,14 +13,14 @@ from diffusers import CosmosTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 from safetensors.torch import load_file
 
-import kernels
+import ops
 import sketchbook
 from checkpoint import InputError, read_json
 from connector import Connector, features
 from dit import PRESETS, DiT, DiTConfig, Targets, pack_images, patchify, unpatchify
-from kernels import Segments
 from launches import Launches
 from model import MLLM, mrope_positions
+from ops import Segments
 from tokenizer import Tokenizer, render
 from vae import VAE, to_tensor
 
@@ -348,7 +348,7 @@ def test_kernels_and_joint_projections_change_nothing(monkeypatch):
     assert sum(memory.values()) == sum(p.nbytes for p in small.parameters())
     results = []
     for dit, backend in ((small, "sdpa"), (joined, "triton")):
-        monkeypatch.setattr(kernels, "_backend", backend)
+        monkeypatch.setattr(ops, "_backend", backend)
         with torch.no_grad(), Launches() as count:
             v = dit(x, t, condition, pack, context, Segments([3, 2]), targets=Targets(pack, condition.tolist()))
         dit(x, t, condition, pack, context, Segments([3, 2])).square().mean().backward()

@@ -12,7 +12,7 @@ import fit
 import model
 import vae
 from fit import Fit, Load
-from kernels import Segments
+from ops import Segments
 from pipeline import Settings
 from sample import main
 

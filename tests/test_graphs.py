@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import graphs
-import kernels
+import ops
 from flow import denoise, shift_schedule
-from graphs import Graph
 from model import frequencies
+from ops import Graph
 
 
 class Recording(TorchDispatchMode):
@@ -88,7 +87,7 @@ def recordings(monkeypatch):
         made.append(recording)
         return recording.replay, result
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(ops, "capture", capture)
     return made
 
 
@@ -116,7 +115,7 @@ def test_the_stand_in_finds_what_cuda_would_not_do(recordings):
 def test_a_recorded_token_is_that_of_the_written_step(recordings):
     """Several documents that grow, wait and go on: the recording takes all that changes from the cache and its inputs."""
     duo = make_duo()
-    kernels.set_backend("triton")  # a GPU's path: PyTorch's on the CPU may read lengths where they are
+    ops.set_backend("triton")  # a GPU's path: PyTorch's on the CPU may read lengths where they are
     try:
         results = []
         for graphs_on in (False, True):
@@ -134,7 +133,7 @@ def test_a_recorded_token_is_that_of_the_written_step(recordings):
             inputs = graphs_on and next(iter(step.recorded.values()))[0]
             results.append((rows, cache.lengths.tolist(), cache.counts))
     finally:
-        kernels.set_backend("auto")
+        ops.set_backend("auto")
     assert results[0][1:] == results[1][1:] == ([5, 8], [5, 8]) and len(recordings) == 1
     for written, recorded in zip(results[0][0], results[1][0], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(written, recorded, strict=True))
@@ -165,7 +164,7 @@ def test_answers_with_recorded_steps(recordings, monkeypatch):
     duo = make_duo(temperature=1.0)
     dialogues = ["Draw.", question(picture(3)), "Two"]
     settings = [duo.settings(seed=s, max_tokens=5 + s, steps=3) for s in range(3)]
-    monkeypatch.setattr(kernels.sdpa, "_host_cache", kernels.sdpa._device_cache)  # the host does not look at the lengths
+    monkeypatch.setattr(ops, "_attention_to_known_rows", ops._attention_to_masked_rows)  # the host does not look at the lengths
     draw, drawn = duo.choose, Counter()
 
     def choose(logits, settings, generator):

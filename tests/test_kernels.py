@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-import sdpa
+import ops
 from checkpoint import InputError
-from kernels import Segments, attention
+from ops import Segments, attention
 
 
 def reference(q, k, v, bounds_q, bounds_k, causal):
@@ -73,7 +72,7 @@ def test_a_static_cache_reads_the_first_rows_alone(capacity, on_device, monkeypa
     rows = torch.cat([torch.arange(capacity * s, capacity * s + n) for s, n in enumerate(used.tolist())])
     expected = attention(q, k[rows], v[rows], Segments([1] * 4), Segments(used.tolist()))
     if on_device:  # what a GPU without the kernels computes
-        monkeypatch.setattr(sdpa, "_host_cache", sdpa._device_cache)
+        monkeypatch.setattr(ops, "_attention_to_known_rows", ops._attention_to_masked_rows)
     for x in (k, v):  # a buffer is not initialised
         x[torch.ones(len(x), dtype=torch.bool).index_fill(0, rows, False)] = torch.nan
     out = attention(q, k, v, Segments([1] * 4), Segments([capacity] * 4), causal=True, k_lengths=used)
@@ -81,12 +80,12 @@ def test_a_static_cache_reads_the_first_rows_alone(capacity, on_device, monkeypa
 
 
 def test_the_choice_is_process_wide_and_checked():
-    assert kernels.get_backend() == "auto"
+    assert ops.get_backend() == "auto"
     with pytest.raises(InputError, match="flash"):
-        kernels.set_backend("flash")
-    kernels.set_backend("sdpa")
-    assert kernels.get_backend() == "sdpa"
-    kernels.set_backend("auto")
+        ops.set_backend("flash")
+    ops.set_backend("sdpa")
+    assert ops.get_backend() == "sdpa"
+    ops.set_backend("auto")
 
 
 def test_a_pack_without_queries_is_empty():

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 import bench_peers
-import kernels
-from kernels import Segments
+import ops
 from launches import Launches
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
+from ops import Segments
 
 CONFIG = MLLMConfig(
     64, 96, 28, 4, 2, 256, 1e-6, VisionConfig(16, 64, num_heads=1, intermediate_size=24), mrope_section=(2, 3, 3),
@@ -34,7 +34,7 @@ def models():
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    monkeypatch.setattr(kernels, "_backend", "triton")
+    monkeypatch.setattr(ops, "_backend", "triton")
 
 
 def reference_step(theirs):

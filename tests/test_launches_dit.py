@@ -12,6 +12,7 @@ from diffusers.models.transformers import transformer_cosmos
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import kernels
+import ops
 from dit import DiT, DiTConfig
 from flow import denoise, shift_schedule
 from launches import Launches
@@ -63,7 +64,7 @@ def their_step(theirs, frames: int, h: int, w: int, text: int) -> None:
 
 def test_launches_of_a_guided_step(monkeypatch):
     """With the kernels, in 16 bits, at the published depth; diffusers counted the same way. No step waits for the device."""
-    monkeypatch.setattr(kernels, "_backend", "triton")
+    monkeypatch.setattr(ops, "_backend", "triton")
     dit, peer, marks = build(dtype=torch.float16), diffusers(DEPTH, torch.bfloat16), []
     with Launches(run_kernels=False) as count:
         paint(dit, [[(2, 3), (2, 2)]], [5], 4, lambda i, n: marks.append((count.total, count.reads)))
@@ -103,15 +104,15 @@ def test_nothing_is_padded_on_the_ragged_batch(monkeypatch):
     assert sum(lengths) == 38876
     marks = []
 
-    monkeypatch.setattr(kernels, "_backend", "triton")
+    monkeypatch.setattr(ops, "_backend", "triton")
     with flops() as count, Launches(run_kernels=False):
         paint(dit, RAGGED, [512] * len(RAGGED), 2, lambda i, n: marks.append(count.get_total_flops()))
     d, painted = 64, sum(h * w for *_, (h, w) in RAGGED)
     useful = 4 * (sum(lengths) * (72 * d + 16 * d**2) + painted * (12 * d**2 + 64 * d))
     assert useful <= marks[1] - marks[0] <= 1.03 * useful
 
-    segments, tile = kernels.Segments(lengths), kernels.config("forward", 128, torch.bfloat16, 9)
-    tiles = segments.tiles(segments, False, tile.m, "queries")[:, 0].tolist()
+    segments, tile = ops.Segments(lengths), kernels.config("forward", 128, torch.bfloat16, 9)
+    tiles = kernels.tile_list(segments, segments, False, tile.m, "queries")[:, 0].tolist()
     assert sum(lengths) <= len(tiles) * tile.m <= 1.03 * sum(lengths)
     covered = sum(tile.m * tile.n * math.ceil(lengths[s] / tile.n) for s in tiles)
     assert covered <= 1.03 * sum(n**2 for n in lengths)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-import kernels
+import ops
 from checkpoint import InputError
 from launches import Launches
 from model import MLLM, PRESETS, ImageProcessor, KVCache, MLLMConfig, VisionConfig, mrope_positions, smart_resize, to_rgb
@@ -288,14 +288,14 @@ def test_decoding_several_documents_at_once_equals_each_full_pass(backend, joine
         at = sum(len(h[0]) for h in got[d])
         picture = (pixels[d], documents[d]) if PAD in ids[d][at : at + n] else ()
         where = positions[d][:, at : at + n]
-        got[d].append(mllm(ids[d][at : at + n], where, kernels.Segments([n]), *picture, cache=cache, document=place[d]))
+        got[d].append(mllm(ids[d][at : at + n], where, ops.Segments([n]), *picture, cache=cache, document=place[d]))
 
     def step(*growing):
         at = {place[d]: (sum(len(h[0]) for h in got[d]), d) for d in growing}
         cache.advance(list(at))
         rows = [(ids[at[b][1]][at[b][0]], positions[at[b][1]][0, at[b][0]]) if b in at else (0, 0) for b in range(2)]
         with Launches() as count, monkeypatch.context() as patch:
-            patch.setattr(kernels, "_backend", backend)
+            patch.setattr(ops, "_backend", backend)
             hidden = mllm.decode(*(torch.tensor(x) for x in zip(*rows, strict=True)), cache)
         assert backend == "sdpa" or count.reads == 0  # where the device is the host, the lengths may be looked at
         for b, (_, d) in at.items():

@@ -19,7 +19,7 @@ import plan
 import vae
 from checkpoint import InputError
 from data import MLLMBatch
-from kernels import Segments
+from ops import Segments
 from plan import Batch
 from train_stage1 import Stage1Config
 from train_stage2 import Stage2Config

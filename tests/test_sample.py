@@ -20,6 +20,7 @@ from test_pipeline import BOV, END, PLAIN, TWO, make_duo, picture, same
 
 import evaluate
 import kernels
+import ops
 import page
 import sample
 import training
@@ -70,7 +71,7 @@ def duo(parts, monkeypatch):
 def attention():
     """--attention is a choice for the whole process: undone here."""
     yield
-    kernels.set_backend("auto")
+    ops.set_backend("auto")
 
 
 @pytest.fixture
@@ -296,7 +297,7 @@ def test_flags_reach_the_settings(duo, here):
 def test_the_choice_of_attention_changes_no_result(duo, here, monkeypatch):
     """--attention reaches every call of it, and logits and picture stay what they were."""
     seen, ran = [], {"triton": 0, "sdpa": 0}
-    for name, module, function in (("triton", kernels, "_triton_packed"), ("sdpa", kernels.sdpa, "attention")):
+    for name, module, function in (("triton", kernels, "attention"), ("sdpa", ops, "_packed_attention")):
         real = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *a, n=name, f=real: ran.update({n: ran[n] + 1}) or f(*a))
     choose = duo.choose
@@ -305,7 +306,7 @@ def test_the_choice_of_attention_changes_no_result(duo, here, monkeypatch):
     for name in ("sdpa", "triton"):
         duo.say(["", BOV, END])
         assert main(["--prompt", "x", "--name", name, "--system", "", "--attention", name, *small]) == 0
-        assert kernels.get_backend() == name
+        assert ops.get_backend() == name
     assert ran["triton"] > 10 and ran["sdpa"] == ran["triton"] + 2  # the VAE has one of its own, and always PyTorch's
     one, other = torch.stack(seen[: len(seen) // 2]), torch.stack(seen[len(seen) // 2 :])
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import kernels
+import ops
 from checkpoint import InputError
-from kernels import Segments, attention
+from ops import Segments, attention
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone"),
@@ -132,10 +133,10 @@ def test_decode_kernels(poisoned, monkeypatch, lengths, heads, kv_heads, static)
 
 def test_twenty_steps_with_either_backend(monkeypatch):
     s, losses = Segments([9, 14]), {}
-    monkeypatch.setattr(kernels, "_backend", "auto")  # what is set here is undone after the test
+    monkeypatch.setattr(ops, "_backend", "auto")  # what is set here is undone after the test
     for backend in ("triton", "sdpa"):
         torch.manual_seed(1)
-        kernels.set_backend(backend)
+        ops.set_backend(backend)
         embed, qkv, head = torch.nn.Embedding(11, 32), torch.nn.Linear(32, 64), torch.nn.Linear(32, 11)
         # AdamW divides by the size of the gradients, and so makes whole steps of what is rounding in the smallest.
         optimizer = torch.optim.SGD([*embed.parameters(), *qkv.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
@@ -177,7 +178,7 @@ def test_static_lengths_have_no_backward_pass():
 
 def test_tiles_come_once_and_the_longest_first():
     sq, sk = Segments([40, 0, 70]), Segments([40, 9, 100])
-    tiles = sq.tiles(sk, True, 32, "queries")
-    assert tiles is sq.tiles(sk, True, 32, "queries")
+    tiles = kernels.tile_list(sq, sk, True, 32, "queries")
+    assert tiles is kernels.tile_list(sq, sk, True, 32, "queries")
     assert tiles.tolist() == [[2, 64], [2, 32], [2, 0], [0, 32], [0, 0]]
-    assert sk.tiles(sq, True, 64, "keys").tolist() == [[2, 0], [0, 0], [2, 64], [1, 0]]
+    assert kernels.tile_list(sk, sq, True, 64, "keys").tolist() == [[2, 0], [0, 0], [2, 64], [1, 0]]

@@ -1,13 +1,15 @@
 """Every fused step, in PyTorch and as a kernel in Triton's interpreter, against its formula in float64; gradients too."""
 
+import ast
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import fused
 import kernels
+import ops
 from bench import peak
 from checkpoint import InputError
 
@@ -20,11 +22,11 @@ SIZES = [(1, 80), (5, 256), (3, 3584)]  # (rows, width): one row, a width that i
 def backend(request):
     if request.param == "triton":
         pytest.importorskip("triton")
-    kernels.set_backend(request.param)
+    ops.set_backend(request.param)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN: what a kernel leaves out shows
     yield request.param
     torch.use_deterministic_algorithms(False)
-    kernels.set_backend("auto")
+    ops.set_backend("auto")
 
 
 def check(function, formula, *inputs, dtype=torch.float32, tolerance=1e-6):
@@ -60,14 +62,14 @@ def tables(n, dim):
 @pytest.mark.parametrize("n,width", SIZES)
 def test_rms_norm(backend, n, width):
     x, delta, w = torch.randn(n, width), torch.randn(n, width), torch.randn(width)
-    check(lambda x, w: fused.rms_norm(x, w, 1e-6), norm, x, w)
-    check(lambda x, d, w: fused.add_rms_norm(x, d, w, 1e-6), lambda x, d, w: (x + d, norm(x + d, w)), x, delta, w)
+    check(lambda x, w: ops.rms_norm(x, w, 1e-6), norm, x, w)
+    check(lambda x, d, w: ops.add_rms_norm(x, d, w, 1e-6), lambda x, d, w: (x + d, norm(x + d, w)), x, delta, w)
 
 
 def test_a_narrow_delta_enters_a_wide_stream(backend):
     """Under autocast the stream is fp32 and what a sub-layer adds is bf16."""
     x, delta, w = torch.randn(4, 96, requires_grad=True), torch.randn(4, 96).bfloat16().requires_grad_(), torch.randn(96)
-    s, h = fused.add_rms_norm(x, delta, w, 1e-6)
+    s, h = ops.add_rms_norm(x, delta, w, 1e-6)
     assert s.dtype == h.dtype == torch.float32 and torch.equal(s, x + delta)
     for got, like in zip(torch.autograd.grad(s.sum() + h.sum(), (x, delta)), (x, delta), strict=True):
         assert got.dtype == like.dtype
@@ -87,9 +89,9 @@ def test_norm_rope_of_a_slice(backend, n, heads, dim, groups):
         x = norm(x[:, 1 : heads + 1], gain(w[0])) if w else x[:, 1 : heads + 1]
         return turn(x, cos.double(), sin.double())
 
-    check(lambda x, *w: fused.norm_rope(x[:, 1 : heads + 1], *(w or [None]), 1e-6, cos, sin), formula, qkv, *w)
+    check(lambda x, *w: ops.norm_rope(x[:, 1 : heads + 1], *(w or [None]), 1e-6, cos, sin), formula, qkv, *w)
     if groups:
-        check(lambda x, w: fused.norm_rope(x, w, 1e-6), lambda x, w: norm(x, gain(w)), qkv[:, :heads].contiguous(), *w)
+        check(lambda x, w: ops.norm_rope(x, w, 1e-6), lambda x, w: norm(x, gain(w)), qkv[:, :heads].contiguous(), *w)
 
 
 @pytest.mark.parametrize("heads,kv_heads,dim", [(7, 1, 64), (2, 2, 80)])
@@ -97,7 +99,7 @@ def test_rope_append(backend, heads, kv_heads, dim):
     """Tokens of two documents go where `slots` says; other rows of the cache, poisoned here, stay as they are."""
     qkv, (cos, sin) = torch.randn(2, (heads + 2 * kv_heads) * dim), tables(2, dim)
     k, v = (torch.full((9, kv_heads, dim), torch.nan) for _ in range(2))
-    q = fused.rope_append(qkv, cos, sin, k, v, torch.tensor([3, 8]), heads)
+    q = ops.rope_append(qkv, cos, sin, k, v, torch.tensor([3, 8]), heads)
     parts = qkv.view(2, -1, dim).double().split((heads, kv_heads, kv_heads), 1)
     for got, part in zip((q, k[[3, 8]]), parts, strict=False):
         assert (got - turn(part, cos, sin)).norm() < 1e-6 * part.norm()
@@ -122,12 +124,12 @@ def test_adaln(backend, chunks, n, width, shared):
 
     def once(x, y, table):
         gate, shift, scale = table.split(1, 1)
-        return fused.gate_add_modulate(x, gate, y, shift, scale, rows)
+        return ops.gate_add_modulate(x, gate, y, shift, scale, rows)
 
     def apart(x, y, table):
         gate, shift, scale = table.split(1, 1)
-        x = fused.gate_add(x, gate, y, rows)
-        return x, fused.modulate(x, shift, scale, rows)
+        x = ops.gate_add(x, gate, y, rows)
+        return x, ops.modulate(x, shift, scale, rows)
 
     for function in (once, apart):
         check(function, formula, x, y, table)
@@ -135,22 +137,22 @@ def test_adaln(backend, chunks, n, width, shared):
 
 def test_modulate_writes_the_dtype_of_the_product_that_follows(backend):
     x, m = torch.randn(2, 3, 32), torch.randn(2, 1, 32)
-    assert fused.modulate(x, m, m, dtype=torch.bfloat16).dtype == torch.bfloat16
-    stream, h = fused.gate_add_modulate(x, m, torch.randn(6, 32).bfloat16(), m, m, dtype=torch.bfloat16)
+    assert ops.modulate(x, m, m, dtype=torch.bfloat16).dtype == torch.bfloat16
+    stream, h = ops.gate_add_modulate(x, m, torch.randn(6, 32).bfloat16(), m, m, dtype=torch.bfloat16)
     assert (stream.dtype, h.dtype) == (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("n,width", [(1, 80), (3, 640), (2, 18944)])
 def test_swiglu(backend, n, width):
     x = torch.randn(n, 2 * width) * 3
-    check(fused.swiglu, lambda x: x[:, :width] * x[:, :width].sigmoid() * x[:, width:], x)
-    check(fused.swiglu, lambda g, u: g * g.sigmoid() * u, *(part.contiguous() for part in x.chunk(2, 1)))
+    check(ops.swiglu, lambda x: x[:, :width] * x[:, :width].sigmoid() * x[:, width:], x)
+    check(ops.swiglu, lambda g, u: g * g.sigmoid() * u, *(part.contiguous() for part in x.chunk(2, 1)))
 
 
 @pytest.mark.parametrize("n,width", SIZES)
 def test_standardise_into_a_slice(backend, n, width):
     h, out = torch.randn(n, width) + 2, torch.full((n, 3 * width), torch.nan)
-    fused.standardise_into(out[:, width : 2 * width], h)
+    ops.standardise_into(out[:, width : 2 * width], h)
     std, mean = torch.std_mean(h.double(), -1, keepdim=True)
     expected = (h - mean) / (std + 1e-8)
     assert (out[:, width : 2 * width] - expected).norm() < 1e-6 * expected.norm()
@@ -161,9 +163,9 @@ def test_standardise_into_a_slice(backend, n, width):
 def test_half_precision(backend, dtype, tolerance):
     """Computed in fp32: the error is that of the roundings to the stream's dtype."""
     def both(x, d, w, qk, g, gate, shift, scale):
-        s, h = fused.add_rms_norm(x, d, w, 1e-6)
-        ada = fused.gate_add_modulate(x[None], gate, d, shift, scale)
-        return s, h, fused.norm_rope(qk, w[:64], 1e-6, *tables_64), fused.swiglu(g), ada[0], ada[1]
+        s, h = ops.add_rms_norm(x, d, w, 1e-6)
+        ada = ops.gate_add_modulate(x[None], gate, d, shift, scale)
+        return s, h, ops.norm_rope(qk, w[:64], 1e-6, *tables_64), ops.swiglu(g), ada[0], ada[1]
 
     def formula(x, d, w, qk, g, gate, shift, scale):
         stream = x + gate[0] * d
@@ -180,9 +182,9 @@ def test_half_precision(backend, dtype, tolerance):
 
 def test_no_tokens(backend):
     x, w = torch.zeros(0, 64, requires_grad=True), torch.ones(64, requires_grad=True)
-    s, h = fused.add_rms_norm(x, x, w, 1e-6)
+    s, h = ops.add_rms_norm(x, x, w, 1e-6)
     assert torch.equal(torch.autograd.grad(h.sum() + s.sum(), w)[0], torch.zeros(64))
-    assert fused.swiglu(x).shape == (0, 32)
+    assert ops.swiglu(x).shape == (0, 32)
 
 
 # ------------------------------------------------------------------------------------------------ linear + cross-entropy
@@ -197,9 +199,9 @@ def test_linear_cross_entropy(backend, tokens, vocab, chunk):
     def formula(h, w):
         return F.cross_entropy(h @ w.T, labels, reduction="sum") * 3
 
-    check(lambda h, w: 3 * fused.linear_cross_entropy(h, w, labels, chunk), formula, hidden, weight, tolerance=2e-6)
+    check(lambda h, w: 3 * ops.linear_cross_entropy(h, w, labels, chunk), formula, hidden, weight, tolerance=2e-6)
     with torch.no_grad():
-        loss = fused.linear_cross_entropy(hidden, weight, labels, chunk)
+        loss = ops.linear_cross_entropy(hidden, weight, labels, chunk)
     assert abs(3 * loss.item() / formula(hidden.double(), weight.double()).item() - 1) < 1e-6
 
 
@@ -209,7 +211,7 @@ def test_one_needed_gradient_suffices(backend):
         live = (w if frozen is h else h).clone().requires_grad_()
         pair = (frozen, live) if frozen is h else (live, frozen)
         exact, = torch.autograd.grad(F.cross_entropy(pair[0] @ pair[1].T, labels, reduction="sum"), live)
-        got, = torch.autograd.grad(fused.linear_cross_entropy(*pair, labels), live)
+        got, = torch.autograd.grad(ops.linear_cross_entropy(*pair, labels), live)
         assert torch.allclose(got, exact, atol=1e-6)
 
 
@@ -220,14 +222,14 @@ def test_tied_embeddings_get_both_gradients():
         return head(F.embedding(ids, table).tanh(), table)
 
     exact, = torch.autograd.grad(loss(lambda h, w: F.cross_entropy(h @ w.T, ids, reduction="sum")), table)
-    got, = torch.autograd.grad(loss(lambda h, w: fused.linear_cross_entropy(h, w, ids, 4)), table)
+    got, = torch.autograd.grad(loss(lambda h, w: ops.linear_cross_entropy(h, w, ids, 4)), table)
     assert torch.allclose(got, exact, atol=1e-5)
 
 
 def test_nothing_to_learn_from_is_zero(backend):
     h, w = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     for rows in (0, 3):
-        loss = fused.linear_cross_entropy(h[:rows], w, torch.full((rows,), -100))
+        loss = ops.linear_cross_entropy(h[:rows], w, torch.full((rows,), -100))
         assert loss.item() == 0
         assert all((g == 0).all() for g in torch.autograd.grad(loss, (h, w)))
 
@@ -236,7 +238,7 @@ def test_autocast_as_the_plain_loss():
     """bf16 products, fp32 softmax, gradients in the parameters' dtype: no further from float64 than the plain loss is."""
     h, w, labels = torch.randn(40, 64), torch.randn(500, 64) / 8, torch.randint(500, (40,))
     losses = {
-        "ours": lambda h, w: fused.linear_cross_entropy(h, w, labels, 16),
+        "ours": lambda h, w: ops.linear_cross_entropy(h, w, labels, 16),
         "plain": lambda h, w: F.cross_entropy(F.linear(h, w).float(), labels, reduction="sum"),
     }
     results = {}
@@ -253,7 +255,7 @@ def test_autocast_as_the_plain_loss():
 
 def test_a_second_backward_pass_raises():
     h, w = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
-    loss = fused.linear_cross_entropy(h, w, torch.tensor([0, 1, 2]))
+    loss = ops.linear_cross_entropy(h, w, torch.tensor([0, 1, 2]))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="given away"):
         loss.backward()
@@ -269,7 +271,7 @@ def test_logits_are_never_whole():
     def run(loss):
         return peak(lambda: torch.autograd.grad(loss(), (h, w)), h.device) - grads
 
-    ours = run(lambda: fused.linear_cross_entropy(h, w, labels, chunk))
+    ours = run(lambda: ops.linear_cross_entropy(h, w, labels, chunk))
     plain = run(lambda: F.cross_entropy(h @ w.T, labels, reduction="sum"))
     assert plain > 2 * 4 * tokens * vocab  # else the measure is wrong
     assert ours < 2.2 * 4 * chunk * vocab
@@ -282,18 +284,37 @@ def test_logits_are_never_whole():
 def test_what_the_kernels_cannot_do_raises(monkeypatch):
     pytest.importorskip("triton")
     x, w = torch.randn(4, 64), torch.ones(64)
-    kernels.set_backend("triton")
+    ops.set_backend("triton")
     try:
         with pytest.raises(InputError, match="float64"):
-            fused.rms_norm(x.double(), w.double(), 1e-6)
+            ops.rms_norm(x.double(), w.double(), 1e-6)
         with pytest.raises(ValueError, match="contiguous"):
-            fused.rms_norm(x.T, torch.ones(4), 1e-6)
-        monkeypatch.setattr(fused, "INTERPRETED", False)
+            ops.rms_norm(x.T, torch.ones(4), 1e-6)
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
         with pytest.raises(InputError, match="cpu"):
-            fused.rms_norm(x, w, 1e-6)
+            ops.rms_norm(x, w, 1e-6)
     finally:
-        kernels.set_backend("auto")
-    assert fused.rms_norm(x, w, 1e-6).shape == x.shape
+        ops.set_backend("auto")
+    assert ops.rms_norm(x, w, 1e-6).shape == x.shape
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_triton_stays_in_one_file():
+    """kernels.py stands at the bottom, and of the models and scripts only ops.py hands over to it."""
+    files = {path.stem: imports(path) for path in Path(kernels.__file__).parent.glob("*.py")}
+    assert not files["kernels"] & files.keys()
+    assert files["ops"] & files.keys() == {"kernels", "checkpoint"}
+    assert [name for name, found in files.items() if "kernels" in found] == ["ops"]
+    assert [name for name, found in files.items() if "triton" in found] == ["kernels"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
@@ -301,7 +322,7 @@ def test_every_launch_compiles_for_hopper(compiled_for_hopper):
     """At the models' sizes: no spills beyond a pair of registers that ptxas parks, and rows are read 16 bytes at a time."""
     rows = compiled_for_hopper("aot_fused.py")
     kernels_met = {label.split("(")[0] for label in rows}
-    assert kernels_met == {name for name in vars(fused) if name.endswith("_kernel")}
+    assert kernels_met == {name for name in vars(kernels) if name.endswith("_kernel")}
     for label, row in rows.items():
         assert row["spill"] <= 8, label
         # A label and its logit; the number of a table's row.
