@@ -19,6 +19,7 @@ import random
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -472,12 +473,32 @@ PART_WORDS = sorted({p.name for s in SUBJECTS.values() for p in s.parts if p.nam
 SUBJECT = "|".join(sorted(SUBJECT_WORDS, key=len, reverse=True))
 PART = "|".join(PART_WORDS)
 NUMBER = "|".join(NUMBERS[1:])
-THING = re.compile(rf"\b(?:(an?|the|{NUMBER}) )?(?:({COLOUR}) )?(?:({SUBJECT})|({PART}))\b(?: in ({COLOUR})\b)?")
-TURNED = re.compile(rf"\bthe (?:({COLOUR}) )?(?:({SUBJECT})|({PART})(?: of the ({SUBJECT}))?) (?:(?:is|are) )?(?:now )?"
-                    rf"({COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)")
 RELATION = {phrase: word for word, phrases in RELATION_WORDS.items() for phrase in phrases}
-RELATION_RE = re.compile("|".join(sorted(RELATION, key=len, reverse=True)))
 SUBJECTS_WITH = {p: [s for s in SUBJECTS if p in [q.name for q in SUBJECTS[s].parts]] for p in PART_WORDS}
+
+# "three red cats", "a blue door", "the cup in green"
+MENTION = re.compile(
+    rf"\b(?:(?P<number>an?|the|{NUMBER}) )?"
+    rf"(?:(?P<colour>{COLOUR}) )?"
+    rf"(?:(?P<subject>{SUBJECT})|(?P<part>{PART}))\b"
+    rf"(?: in (?P<paint>{COLOUR})\b)?"
+)
+# "the red car is now blue", "the roof of the house green"; not "the car red roof": that colour is the roof's
+TURNED = re.compile(
+    rf"\bthe (?:(?P<was>{COLOUR}) )?"
+    rf"(?:(?P<subject>{SUBJECT})|(?P<part>{PART})(?: of the (?P<owner>{SUBJECT}))?) "
+    rf"(?:(?:is|are) )?(?:now )?"
+    rf"(?P<colour>{COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)"
+)
+ON_PAGE = re.compile(rf"\b({PAGE}) (?:background|paper|page)\b|\bbackground (?:is )?(?:now )?({PAGE})\b")
+ANY_COLOUR = re.compile(rf"\b({COLOUR})\b")
+ANY_SUBJECT = re.compile(rf"\b({SUBJECT})\b")
+STEP = re.compile(rf"\b(?:draw|start|paint|put|add|place)\b.*\b(?:for|as) the ({PART})\b")
+REMOVED = re.compile(r"\b(?:removed|gone|took|without|erased)\b")
+ADDED = re.compile(r"\b(?:added|put|now there is)\b")
+RELATED = re.compile("|".join(sorted(RELATION, key=len, reverse=True)))
+# "to the left", but not "to the left of the house"
+MOVED = {side: re.compile(rf"\b(?:{'|'.join([*ways, at])})\b(?! of)") for side, (ways, at) in MOVES.items()}
 
 
 def plain(text: str) -> str:
@@ -486,7 +507,7 @@ def plain(text: str) -> str:
 
 def subject_of(context: str, part: str) -> str | None:
     """The subject last named in the context that has the part, or the only one there is."""
-    named = [SUBJECT_WORDS[m] for m in re.findall(rf"\b({SUBJECT})\b", plain(context))]
+    named = [SUBJECT_WORDS[word] for word in ANY_SUBJECT.findall(plain(context))]
     owners = SUBJECTS_WITH[part]
     return next((s for s in reversed(named) if s in owners), owners[0] if len(owners) == 1 else None)
 
@@ -501,64 +522,154 @@ def claims(text: str, context: str = "") -> list[dict]:
     return found
 
 
-def claim_of(words: str, context: str) -> dict | None:
-    page = re.search(rf"\b({PAGE}) (?:background|paper|page)\b|\bbackground (?:is )?(?:now )?({PAGE})\b", words)
-    background = (page.group(1) or page.group(2)) if page else None
+class Mention(NamedTuple):
+    """A thing or a part that a sentence names."""
+    number: str | None      # "a", "the" or a number
+    colour: str | None      # said before it: "a red house"
+    subject: str | None     # this
+    part: str | None        # or that
+    paint: str | None       # a colour said after it: "the house in red"
+
+
+@dataclass
+class Said:
+    """A plain sentence and what it names."""
+    words: str              # without those for the page
+    context: str            # everything said before
+    background: str | None
+    mentions: list[Mention]
+
+    @property
+    def things(self) -> list[Mention]:
+        return [m for m in self.mentions if m.subject]
+
+
+def understood(words: str, context: str) -> Said:
+    """The page first: its colour is no colour of a thing, so that its words are taken out before things are looked for."""
+    background = None
+    page = ON_PAGE.search(words)
+    if page:
+        background = page[1] or page[2]
     for name, place in PLACES.items():
         if place in words:
             background = name
     if page:
         words = words[:page.start()] + words[page.end():]
-    colours = re.findall(rf"\b({COLOUR})\b", words)
-    step = re.search(rf"\b(?:draw|start|paint|put|add|place)\b.*\b(?:for|as) the ({PART})\b", words)
-    if step and colours and not words.startswith("i "):
-        part = step.group(1)
-        subject = subject_of(context, part)
-        check = {"op": "part", "subject": subject, "part": part, "colour": colours[0]}
-        if subject and SUBJECTS[subject].parts[0].name == part:
-            check.update(op="start", background=background)
-        return check
-    named = list(THING.finditer(words))
-    things = [m for m in named if m.group(3)]
-    if background and not named:
-        return {"op": "background", "background": background}
-    if not named:
+
+    mentions = [Mention(**match.groupdict()) for match in MENTION.finditer(words)]
+    mentions = [m._replace(subject=SUBJECT_WORDS[m.subject]) if m.subject else m for m in mentions]
+    return Said(words, context, background, mentions)
+
+
+def claim_of(words: str, context: str) -> dict | None:
+    """The check that one plain sentence states; the first reading that makes sense of it counts."""
+    said = understood(words, context)
+    for reading in (
+        claim_step, claim_background, claim_removed, claim_moved, claim_recoloured, claim_new_part, claim_added, claim_scene,
+    ):
+        claim = reading(said)
+        if claim:
+            return claim
+    return None
+
+
+def claim_step(said: Said) -> dict | None:
+    """A step of a lesson: "draw a red square in the middle for the walls"."""
+    step = STEP.search(said.words)
+    colour = ANY_COLOUR.search(said.words)
+    # "I put a red cat ..." tells of an edit.
+    if not step or not colour or said.words.startswith("i "):
         return None
-    first = things[0] if things else None
-    subject = SUBJECT_WORDS[first.group(3)] if first else None
-    if first and re.search(r"\b(removed|gone|took|without|erased)\b", words):
-        return {"op": "remove", "subject": subject, "colour": first.group(2)}
-    to = next((side for side, (ways, at) in MOVES.items() for p in (*ways, at) if re.search(rf"\b{p}\b(?! of)", words)), None)
-    if first and to and not background:
-        return {"op": "move", "subject": subject, "to": to, "colour": first.group(2)}
-    turned = TURNED.search(words)
-    if turned:
-        was, whole, part, owner, colour = turned.groups()
-        if whole:
-            whole = SUBJECT_WORDS[whole]
-            part = SUBJECTS[whole].parts[main_part(whole)].name
-        else:
-            whole = SUBJECT_WORDS[owner] if owner else subject_of(context, part)
-        return {"op": "recolour", "subject": whole, "was": was, "part": part, "colour": colour}
-    parts = [m for m in named if m.group(4) and m.group(2)]
-    if first and first.group(1) == "the" and not first.group(2) and not first.group(5) and len(parts) == 1 and len(things) == 1:
-        return {"op": "part", "subject": subject, "part": parts[0].group(4), "colour": parts[0].group(2)}
-    relation = RELATION_RE.search(words)
-    if relation and len(things) == 2 and re.search(r"\b(added|put|now there is)\b", words):
-        return {"op": "add", "subject": subject, "colour": first.group(2), "relation": RELATION[relation.group()],
-                "anchor": SUBJECT_WORDS[things[1].group(3)]}
-    if not first or not (first.group(2) or first.group(5)):
+    part = step[1]
+    subject = subject_of(said.context, part)
+    claim = {"op": "part", "subject": subject, "part": part, "colour": colour[1]}
+    # With its first part a drawing begins, and so does its page.
+    if subject and SUBJECTS[subject].parts[0].name == part:
+        claim |= {"op": "start", "background": said.background}
+    return claim
+
+
+def claim_background(said: Said) -> dict | None:
+    """A page and nothing on it: "now the background is grey"."""
+    if not said.background or said.mentions:
+        return None
+    return {"op": "background", "background": said.background}
+
+
+def claim_removed(said: Said) -> dict | None:
+    """"The red car is gone"."""
+    if not said.things or not REMOVED.search(said.words):
+        return None
+    thing = said.things[0]
+    return {"op": "remove", "subject": thing.subject, "colour": thing.colour}
+
+
+def claim_moved(said: Said) -> dict | None:
+    """"The car is at the top now"; with a page it is a scene in which the thing merely stands there."""
+    if not said.things or said.background:
+        return None
+    to = next((side for side, phrases in MOVED.items() if phrases.search(said.words)), None)
+    if not to:
+        return None
+    thing = said.things[0]
+    return {"op": "move", "subject": thing.subject, "to": to, "colour": thing.colour}
+
+
+def claim_recoloured(said: Said) -> dict | None:
+    """"The roof is green now"."""
+    turned = TURNED.search(said.words)
+    if not turned:
+        return None
+    part = turned["part"]
+    if turned["subject"]:
+        # A thing that turns red is one whose main part does.
+        subject = SUBJECT_WORDS[turned["subject"]]
+        part = SUBJECTS[subject].parts[main_part(subject)].name
+    elif turned["owner"]:
+        subject = SUBJECT_WORDS[turned["owner"]]
+    else:
+        subject = subject_of(said.context, part)
+    return {"op": "recolour", "subject": subject, "was": turned["was"], "part": part, "colour": turned["colour"]}
+
+
+def claim_new_part(said: Said) -> dict | None:
+    """A coloured part of the one thing named, which was there before: "now the house has a blue door"."""
+    parts = [m for m in said.mentions if m.part and m.colour]
+    if len(parts) != 1 or len(said.things) != 1:
+        return None
+    thing, part = said.things[0], parts[0]
+    # "A house with a blue door" and "the red house with a blue door" are whole scenes.
+    if thing.number != "the" or thing.colour or thing.paint:
+        return None
+    return {"op": "part", "subject": thing.subject, "part": part.part, "colour": part.colour}
+
+
+def claim_added(said: Said) -> dict | None:
+    """"Now there is a red car left of the house"."""
+    relation = RELATED.search(said.words)
+    if not relation or len(said.things) != 2 or not ADDED.search(said.words):
+        return None
+    new, anchor = said.things
+    return {"op": "add", "subject": new.subject, "colour": new.colour, "relation": RELATION[relation[0]],
+            "anchor": anchor.subject}
+
+
+def claim_scene(said: Said) -> dict | None:
+    """A whole picture: "here is a red car with black wheels above two yellow fish on blue paper"."""
+    # A thing without a colour is one that is spoken of, not shown.
+    if not said.things or not (said.things[0].colour or said.things[0].paint):
         return None
     objects = []
-    for m in named:
-        if m.group(3):
-            count = NUMBERS.index(m.group(1)) if m.group(1) in NUMBERS else 1
-            colour = m.group(2) or m.group(5)
-            objects.append({"subject": SUBJECT_WORDS[m.group(3)], "colour": colour, "count": count, "parts": {}})
-        elif objects and m.group(2):
-            objects[-1]["parts"][m.group(4)] = m.group(2)
-    relations = [[0, RELATION[relation.group()], 1]] if relation and len(objects) == 2 else []
-    return {"op": "scene", "objects": objects, "relations": relations, "background": background}
+    for m in said.mentions:
+        if m.subject:
+            count = NUMBERS.index(m.number) if m.number in NUMBERS else 1
+            objects.append({"subject": m.subject, "colour": m.colour or m.paint, "count": count, "parts": {}})
+        elif objects and m.colour:
+            # A part belongs to the thing named last.
+            objects[-1]["parts"][m.part] = m.colour
+    relation = RELATED.search(said.words)
+    relations = [[0, RELATION[relation[0]], 1]] if relation and len(objects) == 2 else []
+    return {"op": "scene", "objects": objects, "relations": relations, "background": said.background}
 
 
 def judge_text(image: Image.Image, text: str, previous: Image.Image | None = None, context: str = "") -> Verdict:
@@ -574,39 +685,69 @@ def judge_text(image: Image.Image, text: str, previous: Image.Image | None = Non
 
 def states(claim: dict, need: dict) -> bool:
     """Whether a claim contains everything that is needed."""
-    if need["op"] != "scene":
-        vague = ("subject", "was", "anchor") + (("colour",) if need["op"] == "remove" else ())     # "the car" will do
-        return all(claim.get(k) == v or (k in vague and claim.get(k) is None) for k, v in need.items())
-    if claim["op"] != "scene":
-        return False
+    if need["op"] == "scene":
+        return claim["op"] == "scene" and states_scene(claim, need)
+    # "The car" will do for the red one.
+    vague = {"subject", "was", "anchor"}
+    if need["op"] == "remove":
+        vague.add("colour")
+    return all(claim.get(key) == value or (key in vague and claim.get(key) is None) for key, value in need.items())
+
+
+def states_scene(claim: dict, need: dict) -> bool:
+    # Each object needed takes the first of the claim that fits and is not taken yet.
     chosen = []
-    for o in need["objects"]:
-        fits = [i for i, c in enumerate(claim["objects"]) if i not in chosen and o["colour"] in (None, c["colour"])
-                and (c["subject"], c["count"]) == (o["subject"], o["count"]) and o["parts"].items() <= c["parts"].items()]
-        if not fits:
+    for wanted in need["objects"]:
+        free = (i for i in range(len(claim["objects"])) if i not in chosen)
+        i = next((i for i in free if states_object(claim["objects"][i], wanted)), None)
+        if i is None:
             return False
-        chosen.append(fits[0])
+        chosen.append(i)
+    # "A left of B" is also said by "B right of A".
+    stated = {tuple(relation) for relation in claim["relations"]}
     for i, word, j in need.get("relations") or []:
-        if not {(chosen[i], word, chosen[j]), (chosen[j], OPPOSITE[word], chosen[i])} & {tuple(r) for r in claim["relations"]}:
+        first, second = chosen[i], chosen[j]
+        if not {(first, word, second), (second, OPPOSITE[word], first)} & stated:
             return False
     return need.get("background") in (None, claim["background"])
 
 
+def states_object(stated: dict, wanted: dict) -> bool:
+    if (stated["subject"], stated["count"]) != (wanted["subject"], wanted["count"]):
+        return False
+    if wanted["colour"] not in (None, stated["colour"]):
+        return False
+    return wanted["parts"].items() <= stated["parts"].items()
+
+
 def text_complete(turn: dict, texts: list[str], context: str = "") -> bool:
     """Whether the texts of an answer (split at its pictures) say everything that the request of truth["turns"] asks for."""
-    text = " ".join(texts)
     for need in turn["need"]:
         if need["op"] == "lesson":
-            steps = [c for t in texts for c in claims(t, f"{context} {need['subject']}") if c["op"] in ("start", "part")]
-            colours = {c["part"]: c["colour"] for c in steps}
-            if [c["part"] for c in steps] != [p.name for p in SUBJECTS[need["subject"]].parts] or \
-                    not need["colours"].items() <= colours.items():
-                return False
-        elif not any(states(c, need) for t in texts for c in claims(t, context)):
+            stated = lesson_told(need, texts, context)
+        else:
+            stated = any(states(claim, need) for text in texts for claim in claims(text, context))
+        if not stated:
             return False
-    words = f" {plain(text)} "
-    has = lambda w: any(f" {x} " in words for x in ([w] if isinstance(w, str) else w))  # noqa: E731
-    return all(map(has, turn["words"])) and not any(map(has, turn.get("avoid", ())))
+    words = f" {plain(' '.join(texts))} "
+    has_all = all(has_any(words, wanted) for wanted in turn["words"])
+    return has_all and not any(has_any(words, unwanted) for unwanted in turn.get("avoid", ()))
+
+
+def lesson_told(need: dict, texts: list[str], context: str) -> bool:
+    """Whether the steps name all parts of the subject in their order, and the colours that the request gave."""
+    subject = need["subject"]
+    stated = [claim for text in texts for claim in claims(text, f"{context} {subject}")]
+    steps = [claim for claim in stated if claim["op"] in ("start", "part")]
+    if [step["part"] for step in steps] != [part.name for part in SUBJECTS[subject].parts]:
+        return False
+    return need["colours"].items() <= {step["part"]: step["colour"] for step in steps}.items()
+
+
+def has_any(words: str, wanted: str | list[str]) -> bool:
+    """Whether a plain text with spaces about it has a word, or any one of several."""
+    options = [wanted] if isinstance(wanted, str) else wanted
+    return any(f" {option} " in words for option in options)
 
 
 def expected_images(turn: dict) -> tuple[int, int]:
