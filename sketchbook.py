@@ -561,7 +561,10 @@ class Question(NamedTuple):
 
 
 def questions(d: Dialogue, scene: Scene) -> list[Question]:
-    """What one may ask about a picture. One of its things, drawn by lot, is the one that the questions are about."""
+    """What one may ask about a picture. One of its things, drawn by lot, is the one that the questions are about.
+
+    Every question draws from d.rng, asked or not: in another order the same seeds would give other dialogues.
+    """
     thing = d.rng.choice(scene.things)
     items = [about_background(d, scene), about_something_absent(d, scene), about_the_total(d, scene)]
     if len(scene.things) == 1 and thing.drawn > 1:
@@ -640,12 +643,10 @@ def about_colour(d: Dialogue, thing: Thing) -> list[Question]:
     asks = ways("q_thing_colour", p=subject) + ways("q_colour", p=subject)
     items = [Question("colour", asks, reply(d, "a_colour", s=subject, c=main), [main], others(COLOURS, main))]
     wrong = d.rng.choice([c for c in COLOURS if c not in (main, HELD_OUT_COLOURS[subject])])
-    for topic, guess, kind, words, avoid in (
-        ("colour no", wrong, "a_no_colour", ["no", main], ["yes"]),
-        ("colour yes", main, "a_yes_colour", ["yes"], ["no"]),
-    ):
-        asks = ways("q_is_colour", s=subject, c=guess)
-        items.append(Question(topic, asks, reply(d, kind, s=subject, c=main), words, avoid))
+    asks = ways("q_is_colour", s=subject, c=wrong)
+    items.append(Question("colour no", asks, reply(d, "a_no_colour", s=subject, c=main), ["no", main], ["yes"]))
+    asks = ways("q_is_colour", s=subject, c=main)
+    items.append(Question("colour yes", asks, reply(d, "a_yes_colour", s=subject, c=main), ["yes"], ["no"]))
     return items
 
 
