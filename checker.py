@@ -761,77 +761,134 @@ def expected_images(turn: dict) -> tuple[int, int]:
 
 def spoilt(scene: Scene, check: dict, before: Scene | None, rng: random.Random) -> list[tuple[str, Scene]]:
     """(what is wrong, scene): pictures that differ from what the check demands in one attribute."""
-    def swap(i: int, thing: Thing | None) -> Scene:
-        return replace(scene, things=tuple(t for t in (*scene.things[:i], thing, *scene.things[i + 1:]) if t))
+    spoiler = Spoiler(scene, check, before, rng)
+    return spoiler.whole() if check["op"] == "scene" else getattr(spoiler, check["op"])()
 
-    def painted(i: int, part: int) -> Scene:
-        t = scene.things[i]
-        free = [c for c in COLOURS if c != t.colours[part] and all(t.colours[j] != c for j in touching(t.subject)[part])]
-        return swap(i, replace(t, colours=(*t.colours[:part], rng.choice(free), *t.colours[part + 1:])))
 
-    def other(i: int) -> Scene:
-        t = scene.things[i]
-        x0, y0, x1, y1 = t.box
-        subject = rng.choice([s for s in SUBJECTS if s != t.subject])
-        drawn = SUBJECTS[subject].small if max(x1 - x0, y1 - y0) < 32 else len(SUBJECTS[subject].parts)
-        return swap(i, fit(subject, drawn, usual_colours(subject, t.main), max(x1 - x0, y1 - y0), *t.centre))
+class Spoiler:
+    """Makes wrong pictures out of a right one: helpers that change one attribute, then a method for each op."""
 
-    def other_page() -> str:
-        return rng.choice([b for b in BACKGROUNDS if b != scene.background and (before is None or b != before.background)])
+    def __init__(self, scene: Scene, check: dict, before: Scene | None, rng: random.Random):
+        self.scene, self.check, self.before, self.rng = scene, check, before, rng
+        self.last = len(scene.things) - 1
+        # Parts of the thing drawn last; a page that was emptied has none.
+        self.names = [part.name for part in SUBJECTS[scene.things[-1].subject].parts] if scene.things else []
 
-    wrong, last, op = [], len(scene.things) - 1, check["op"]
-    one = scene.things[last] if scene.things else None
-    names = [p.name for p in SUBJECTS[one.subject].parts] if one else []
-    if op == "scene":
-        i = rng.randrange(len(scene.things))
-        wrong += [("colour", painted(i, main_part(scene.things[i].subject))), ("subject", other(i))]
-        if check["objects"][-1]["parts"]:
-            wrong.append(("part colour", painted(last, names.index(rng.choice(sorted(check["objects"][-1]["parts"]))))))
-        if last:
-            wrong.append(("count", swap(i, None)))
-        if check["relations"]:
-            a, b = scene.things
-            wrong.append(("relation", replace(scene, things=tuple(
-                replace(t, x=round(t.x + u.centre[0] - t.centre[0], 2), y=round(t.y + u.centre[1] - t.centre[1], 2))
-                for t, u in ((a, b), (b, a))))))
-        if check.get("background"):
-            wrong.append(("background", replace(scene, background=other_page())))
-    if op in ("part", "start"):
-        wrong.append(("colour", painted(last, names.index(check["part"]))))
-        if op == "start":
-            wrong.append(("subject", other(last)))
-    if op == "part":
-        wrong.append(("too much", swap(last, replace(one, drawn=one.drawn + 1)) if one.drawn < len(names) else
-                      swap(last, replace(one, drawn=max(1, one.drawn - 2)))))
-        wrong.append(("other part", painted(last, rng.choice([i for i in range(one.drawn) if names[i] != check["part"]]))))
-    if op == "recolour":
-        i = next(k for k, (t, u) in enumerate(zip(scene.things, before.things, strict=True)) if t != u)
-        part = next(k for k, (c, e) in enumerate(zip(scene.things[i].colours, before.things[i].colours, strict=True)) if c != e)
-        wrong.append(("colour", painted(i, part)))
-        if scene.things[i].drawn > 1:
-            wrong.append(("other part", painted(i, rng.choice([k for k in range(scene.things[i].drawn) if k != part]))))
-        if last:
-            k = rng.choice([k for k in range(last + 1) if k != i])
-            wrong.append(("other thing", painted(k, main_part(scene.things[k].subject))))
-    if op == "remove":
-        gone = next(t for t in before.things if t not in scene.things)
-        rest = before.things[1:] if before.things[0] != gone else before.things[:-1]
-        wrong.append(("wrong one", replace(before, things=rest)))
-        wrong.append(("kept colour", painted(0, main_part(scene.things[0].subject))))
-    if op == "add":
-        wrong += [("colour", painted(last, main_part(one.subject))), ("subject", other(last)),
-                  ("kept colour", painted(0, main_part(scene.things[0].subject)))]
-    if op == "background":
-        wrong.append(("background", replace(scene, background=other_page())))
-    if op in ("background", "move"):
-        wrong.append(("kept colour", painted(last, main_part(one.subject))))
-    if op == "move":
-        old = before.things[0]
-        wrong.append(("place", replace(scene, things=(replace(one, x=(one.x + old.x) / 2, y=(one.y + old.y) / 2),))))
-    if op in ("part", "recolour", "add", "background"):
-        t = scene.things[0]
-        wrong.append(("shifted", swap(0, replace(t, x=t.x + (5 if t.centre[0] < 32 else -5)))))
-    return wrong
+    def swap(self, i: int, thing: Thing | None) -> Scene:
+        """Another thing in place of the i-th, or none."""
+        things = (*self.scene.things[:i], thing, *self.scene.things[i + 1:])
+        return replace(self.scene, things=tuple(t for t in things if t))
+
+    def painted(self, i: int, part: int) -> Scene:
+        """A part in another colour, one that no part beside it has."""
+        thing = self.scene.things[i]
+        taken = {thing.colours[part]} | {thing.colours[j] for j in touching(thing.subject)[part]}
+        colour = self.rng.choice([c for c in COLOURS if c not in taken])
+        return self.swap(i, replace(thing, colours=(*thing.colours[:part], colour, *thing.colours[part + 1:])))
+
+    def painted_whole(self, i: int) -> Scene:
+        return self.painted(i, main_part(self.scene.things[i].subject))
+
+    def other(self, i: int) -> Scene:
+        """Another subject, of the same colour, size and place."""
+        thing = self.scene.things[i]
+        x0, y0, x1, y1 = thing.box
+        length = max(x1 - x0, y1 - y0)
+        subject = self.rng.choice([s for s in SUBJECTS if s != thing.subject])
+        drawn = SUBJECTS[subject].small if length < 32 else len(SUBJECTS[subject].parts)
+        return self.swap(i, fit(subject, drawn, usual_colours(subject, thing.main), length, *thing.centre))
+
+    def other_page(self) -> Scene:
+        pages = {self.scene.background} | ({self.before.background} if self.before else set())
+        return replace(self.scene, background=self.rng.choice([b for b in BACKGROUNDS if b not in pages]))
+
+    def shifted(self) -> Scene:
+        """The first thing five units away, towards the middle."""
+        thing = self.scene.things[0]
+        dx = 5 if thing.centre[0] < 32 else -5
+        return self.swap(0, replace(thing, x=thing.x + dx))
+
+    def exchanged(self) -> Scene:
+        """Two things, each at the other's place."""
+        things = []
+        for thing, there in zip(self.scene.things, reversed(self.scene.things), strict=True):
+            x = round(thing.x + there.centre[0] - thing.centre[0], 2)
+            y = round(thing.y + there.centre[1] - thing.centre[1], 2)
+            things.append(replace(thing, x=x, y=y))
+        return replace(self.scene, things=tuple(things))
+
+    # -- one method for each op
+
+    def whole(self) -> list[tuple[str, Scene]]:
+        i = self.rng.randrange(len(self.scene.things))
+        wrong = [("colour", self.painted_whole(i)), ("subject", self.other(i))]
+        parts = sorted(self.check["objects"][-1]["parts"])
+        if parts:
+            wrong.append(("part colour", self.painted(self.last, self.names.index(self.rng.choice(parts)))))
+        if self.last:
+            wrong.append(("count", self.swap(i, None)))
+        if self.check["relations"]:
+            wrong.append(("relation", self.exchanged()))
+        if self.check.get("background"):
+            wrong.append(("background", self.other_page()))
+        return wrong
+
+    def start(self) -> list[tuple[str, Scene]]:
+        new = self.names.index(self.check["part"])
+        return [("colour", self.painted(self.last, new)), ("subject", self.other(self.last))]
+
+    def part(self) -> list[tuple[str, Scene]]:
+        thing = self.scene.things[-1]
+        new = self.names.index(self.check["part"])
+        wrong = [("colour", self.painted(self.last, new))]
+        # One part too many; a finished drawing loses its last two instead.
+        drawn = thing.drawn + 1 if thing.drawn < len(self.names) else max(1, thing.drawn - 2)
+        wrong.append(("too much", self.swap(self.last, replace(thing, drawn=drawn))))
+        old = self.rng.choice([i for i in range(thing.drawn) if i != new])
+        wrong.append(("other part", self.painted(self.last, old)))
+        wrong.append(("shifted", self.shifted()))
+        return wrong
+
+    def recolour(self) -> list[tuple[str, Scene]]:
+        # Which part of which thing has changed is read off the scene before.
+        i = next(k for k, thing in enumerate(self.scene.things) if thing != self.before.things[k])
+        thing, old = self.scene.things[i], self.before.things[i]
+        part = next(k for k, colour in enumerate(thing.colours) if colour != old.colours[k])
+        wrong = [("colour", self.painted(i, part))]
+        if thing.drawn > 1:
+            rest = [k for k in range(thing.drawn) if k != part]
+            wrong.append(("other part", self.painted(i, self.rng.choice(rest))))
+        if self.last:
+            rest = [k for k in range(self.last + 1) if k != i]
+            wrong.append(("other thing", self.painted_whole(self.rng.choice(rest))))
+        wrong.append(("shifted", self.shifted()))
+        return wrong
+
+    def remove(self) -> list[tuple[str, Scene]]:
+        gone = next(thing for thing in self.before.things if thing not in self.scene.things)
+        things = self.before.things
+        rest = things[1:] if things[0] != gone else things[:-1]
+        return [("wrong one", replace(self.before, things=rest)), ("kept colour", self.painted_whole(0))]
+
+    def add(self) -> list[tuple[str, Scene]]:
+        return [
+            ("colour", self.painted_whole(self.last)),
+            ("subject", self.other(self.last)),
+            ("kept colour", self.painted_whole(0)),
+            ("shifted", self.shifted()),
+        ]
+
+    def background(self) -> list[tuple[str, Scene]]:
+        return [
+            ("background", self.other_page()),
+            ("kept colour", self.painted_whole(self.last)),
+            ("shifted", self.shifted()),
+        ]
+
+    def move(self) -> list[tuple[str, Scene]]:
+        thing, old = self.scene.things[-1], self.before.things[0]
+        halfway = replace(thing, x=(thing.x + old.x) / 2, y=(thing.y + old.y) / 2)
+        return [("kept colour", self.painted_whole(self.last)), ("place", replace(self.scene, things=(halfway,)))]
 
 
 def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Image.Image:
