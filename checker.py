@@ -15,8 +15,10 @@ just before it, whatever the request was, and `text_complete` whether the text a
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -899,31 +901,41 @@ def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Im
 
 def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> dict[str, dict[str, tuple[int, int]]]:
     """{kind: {test: (accepted, tried)}} over n pictures a kind: truth, worn truth, the frame before, one wrong attribute."""
-    table: dict[str, dict[str, list[int]]] = {}
+    table = {}
     for kind in KINDS:
         if kind in ("question", "text"):
             continue
-        row, done, at = table.setdefault(kind, {}), 0, seed
-        while done < n:
-            record, at = dialogue(at, "seen", {kind: 1.0}, size), at + 1
-            rng, noise = random.Random(at), np.random.default_rng(at)
-            pictures = [c["image"] for m in record["messages"] for c in m["content"] if c["type"] == "image"]
-            previous = before = None
-            for item, image in zip(record["truth"]["images"], pictures, strict=True):
-                scene, check = Scene.from_json(item["scene"]), item["check"]
-                if check and done < n:
-                    trials = [("truth", image, previous), ("worn", worn(image, noise), previous and worn(previous, noise))]
-                    trials += [("before", previous, previous)] if previous and check["op"] != "scene" else []
-                    trials += [(f"wrong {what}", render(s, size), previous) for what, s in spoilt(scene, check, before, rng)]
-                    for what, shown, earlier in trials:
-                        cell = row.setdefault(what, [0, 0])
-                        cell[0] += judge(shown, check, earlier).ok
-                        cell[1] += 1
-                    done += 1
-                previous, before = image, scene
+        row: dict[str, list[int]] = {}
+        for tests in itertools.islice(trials_of(kind, seed, size), n):
+            for what, shown, check, previous in tests:
+                cell = row.setdefault(what, [0, 0])
+                cell[0] += judge(shown, check, previous).ok
+                cell[1] += 1
         if progress:
             progress(kind, row)
-    return {kind: {what: tuple(cell) for what, cell in row.items()} for kind, row in table.items()}
+        table[kind] = {what: tuple(cell) for what, cell in row.items()}
+    return table
+
+
+def trials_of(kind: str, seed: int, size: int) -> Iterator[list[tuple]]:
+    """For every picture of the assistant, without end: [(what it is, picture, check, picture before)]."""
+    for at in itertools.count(seed):
+        record = dialogue(at, "seen", {kind: 1.0}, size)
+        rng, noise = random.Random(at + 1), np.random.default_rng(at + 1)
+        pictures = [c["image"] for m in record["messages"] for c in m["content"] if c["type"] == "image"]
+        previous = before = None
+        for item, image in zip(record["truth"]["images"], pictures, strict=True):
+            scene, check = Scene.from_json(item["scene"]), item["check"]
+            if check:
+                tests = [("truth", image, check, previous)]
+                tests.append(("worn", worn(image, noise), check, previous and worn(previous, noise)))
+                # Where nothing was done, an edit must fail; a whole scene may look like the one before.
+                if previous and check["op"] != "scene":
+                    tests.append(("before", previous, check, previous))
+                for what, wrong in spoilt(scene, check, before, rng):
+                    tests.append((f"wrong {what}", render(wrong, size), check, previous))
+                yield tests
+            previous, before = image, scene
 
 
 def report(n: int = 150, size: int = 64) -> None:
