@@ -190,6 +190,8 @@ MOVES = {"left": (["to the left side", "to the left"], "on the left side"),
 
 def ways(kind: str, **words) -> list[str]:
     """All phrasings of a request, filled in."""
+    if not words:
+        return ASK[kind]
     return [t.format(**words) for t in ASK[kind]]
 
 
