@@ -15,10 +15,13 @@ just before it, whatever the request was, and `text_complete` whether the text a
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -472,12 +475,32 @@ PART_WORDS = sorted({p.name for s in SUBJECTS.values() for p in s.parts if p.nam
 SUBJECT = "|".join(sorted(SUBJECT_WORDS, key=len, reverse=True))
 PART = "|".join(PART_WORDS)
 NUMBER = "|".join(NUMBERS[1:])
-THING = re.compile(rf"\b(?:(an?|the|{NUMBER}) )?(?:({COLOUR}) )?(?:({SUBJECT})|({PART}))\b(?: in ({COLOUR})\b)?")
-TURNED = re.compile(rf"\bthe (?:({COLOUR}) )?(?:({SUBJECT})|({PART})(?: of the ({SUBJECT}))?) (?:(?:is|are) )?(?:now )?"
-                    rf"({COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)")
 RELATION = {phrase: word for word, phrases in RELATION_WORDS.items() for phrase in phrases}
-RELATION_RE = re.compile("|".join(sorted(RELATION, key=len, reverse=True)))
 SUBJECTS_WITH = {p: [s for s in SUBJECTS if p in [q.name for q in SUBJECTS[s].parts]] for p in PART_WORDS}
+
+# "three red cats", "a blue door", "the cup in green"
+MENTION = re.compile(
+    rf"\b(?:(?P<number>an?|the|{NUMBER}) )?"
+    rf"(?:(?P<colour>{COLOUR}) )?"
+    rf"(?:(?P<subject>{SUBJECT})|(?P<part>{PART}))\b"
+    rf"(?: in (?P<paint>{COLOUR})\b)?"
+)
+# "the red car is now blue", "the roof of the house green"; not "the car red roof": that colour is the roof's
+TURNED = re.compile(
+    rf"\bthe (?:(?P<was>{COLOUR}) )?"
+    rf"(?:(?P<subject>{SUBJECT})|(?P<part>{PART})(?: of the (?P<owner>{SUBJECT}))?) "
+    rf"(?:(?:is|are) )?(?:now )?"
+    rf"(?P<colour>{COLOUR})\b(?! (?:{SUBJECT}|{PART})\b)"
+)
+ON_PAGE = re.compile(rf"\b({PAGE}) (?:background|paper|page)\b|\bbackground (?:is )?(?:now )?({PAGE})\b")
+ANY_COLOUR = re.compile(rf"\b({COLOUR})\b")
+ANY_SUBJECT = re.compile(rf"\b({SUBJECT})\b")
+STEP = re.compile(rf"\b(?:draw|start|paint|put|add|place)\b.*\b(?:for|as) the ({PART})\b")
+REMOVED = re.compile(r"\b(?:removed|gone|took|without|erased)\b")
+ADDED = re.compile(r"\b(?:added|put|now there is)\b")
+RELATED = re.compile("|".join(sorted(RELATION, key=len, reverse=True)))
+# "to the left", but not "to the left of the house"
+MOVED = {side: re.compile(rf"\b(?:{'|'.join([*ways, at])})\b(?! of)") for side, (ways, at) in MOVES.items()}
 
 
 def plain(text: str) -> str:
@@ -486,7 +509,7 @@ def plain(text: str) -> str:
 
 def subject_of(context: str, part: str) -> str | None:
     """The subject last named in the context that has the part, or the only one there is."""
-    named = [SUBJECT_WORDS[m] for m in re.findall(rf"\b({SUBJECT})\b", plain(context))]
+    named = [SUBJECT_WORDS[word] for word in ANY_SUBJECT.findall(plain(context))]
     owners = SUBJECTS_WITH[part]
     return next((s for s in reversed(named) if s in owners), owners[0] if len(owners) == 1 else None)
 
@@ -501,64 +524,154 @@ def claims(text: str, context: str = "") -> list[dict]:
     return found
 
 
-def claim_of(words: str, context: str) -> dict | None:
-    page = re.search(rf"\b({PAGE}) (?:background|paper|page)\b|\bbackground (?:is )?(?:now )?({PAGE})\b", words)
-    background = (page.group(1) or page.group(2)) if page else None
+class Mention(NamedTuple):
+    """A thing or a part that a sentence names."""
+    number: str | None      # "a", "the" or a number
+    colour: str | None      # said before it: "a red house"
+    subject: str | None     # this
+    part: str | None        # or that
+    paint: str | None       # a colour said after it: "the house in red"
+
+
+@dataclass
+class Said:
+    """A plain sentence and what it names."""
+    words: str              # without those for the page
+    context: str            # everything said before
+    background: str | None
+    mentions: list[Mention]
+
+    @property
+    def things(self) -> list[Mention]:
+        return [m for m in self.mentions if m.subject]
+
+
+def understood(words: str, context: str) -> Said:
+    """The page first: its colour is no colour of a thing, so that its words are taken out before things are looked for."""
+    background = None
+    page = ON_PAGE.search(words)
+    if page:
+        background = page[1] or page[2]
     for name, place in PLACES.items():
         if place in words:
             background = name
     if page:
         words = words[:page.start()] + words[page.end():]
-    colours = re.findall(rf"\b({COLOUR})\b", words)
-    step = re.search(rf"\b(?:draw|start|paint|put|add|place)\b.*\b(?:for|as) the ({PART})\b", words)
-    if step and colours and not words.startswith("i "):
-        part = step.group(1)
-        subject = subject_of(context, part)
-        check = {"op": "part", "subject": subject, "part": part, "colour": colours[0]}
-        if subject and SUBJECTS[subject].parts[0].name == part:
-            check.update(op="start", background=background)
-        return check
-    named = list(THING.finditer(words))
-    things = [m for m in named if m.group(3)]
-    if background and not named:
-        return {"op": "background", "background": background}
-    if not named:
+
+    mentions = [Mention(**match.groupdict()) for match in MENTION.finditer(words)]
+    mentions = [m._replace(subject=SUBJECT_WORDS[m.subject]) if m.subject else m for m in mentions]
+    return Said(words, context, background, mentions)
+
+
+def claim_of(words: str, context: str) -> dict | None:
+    """The check that one plain sentence states; the first reading that makes sense of it counts."""
+    said = understood(words, context)
+    for reading in (
+        claim_step, claim_background, claim_removed, claim_moved, claim_recoloured, claim_new_part, claim_added, claim_scene,
+    ):
+        claim = reading(said)
+        if claim:
+            return claim
+    return None
+
+
+def claim_step(said: Said) -> dict | None:
+    """A step of a lesson: "draw a red square in the middle for the walls"."""
+    step = STEP.search(said.words)
+    colour = ANY_COLOUR.search(said.words)
+    # "I put a red cat ..." tells of an edit.
+    if not step or not colour or said.words.startswith("i "):
         return None
-    first = things[0] if things else None
-    subject = SUBJECT_WORDS[first.group(3)] if first else None
-    if first and re.search(r"\b(removed|gone|took|without|erased)\b", words):
-        return {"op": "remove", "subject": subject, "colour": first.group(2)}
-    to = next((side for side, (ways, at) in MOVES.items() for p in (*ways, at) if re.search(rf"\b{p}\b(?! of)", words)), None)
-    if first and to and not background:
-        return {"op": "move", "subject": subject, "to": to, "colour": first.group(2)}
-    turned = TURNED.search(words)
-    if turned:
-        was, whole, part, owner, colour = turned.groups()
-        if whole:
-            whole = SUBJECT_WORDS[whole]
-            part = SUBJECTS[whole].parts[main_part(whole)].name
-        else:
-            whole = SUBJECT_WORDS[owner] if owner else subject_of(context, part)
-        return {"op": "recolour", "subject": whole, "was": was, "part": part, "colour": colour}
-    parts = [m for m in named if m.group(4) and m.group(2)]
-    if first and first.group(1) == "the" and not first.group(2) and not first.group(5) and len(parts) == 1 and len(things) == 1:
-        return {"op": "part", "subject": subject, "part": parts[0].group(4), "colour": parts[0].group(2)}
-    relation = RELATION_RE.search(words)
-    if relation and len(things) == 2 and re.search(r"\b(added|put|now there is)\b", words):
-        return {"op": "add", "subject": subject, "colour": first.group(2), "relation": RELATION[relation.group()],
-                "anchor": SUBJECT_WORDS[things[1].group(3)]}
-    if not first or not (first.group(2) or first.group(5)):
+    part = step[1]
+    subject = subject_of(said.context, part)
+    claim = {"op": "part", "subject": subject, "part": part, "colour": colour[1]}
+    # With its first part a drawing begins, and so does its page.
+    if subject and SUBJECTS[subject].parts[0].name == part:
+        claim |= {"op": "start", "background": said.background}
+    return claim
+
+
+def claim_background(said: Said) -> dict | None:
+    """A page and nothing on it: "now the background is grey"."""
+    if not said.background or said.mentions:
+        return None
+    return {"op": "background", "background": said.background}
+
+
+def claim_removed(said: Said) -> dict | None:
+    """"The red car is gone"."""
+    if not said.things or not REMOVED.search(said.words):
+        return None
+    thing = said.things[0]
+    return {"op": "remove", "subject": thing.subject, "colour": thing.colour}
+
+
+def claim_moved(said: Said) -> dict | None:
+    """"The car is at the top now"; with a page it is a scene in which the thing merely stands there."""
+    if not said.things or said.background:
+        return None
+    to = next((side for side, phrases in MOVED.items() if phrases.search(said.words)), None)
+    if not to:
+        return None
+    thing = said.things[0]
+    return {"op": "move", "subject": thing.subject, "to": to, "colour": thing.colour}
+
+
+def claim_recoloured(said: Said) -> dict | None:
+    """"The roof is green now"."""
+    turned = TURNED.search(said.words)
+    if not turned:
+        return None
+    part = turned["part"]
+    if turned["subject"]:
+        # A thing that turns red is one whose main part does.
+        subject = SUBJECT_WORDS[turned["subject"]]
+        part = SUBJECTS[subject].parts[main_part(subject)].name
+    elif turned["owner"]:
+        subject = SUBJECT_WORDS[turned["owner"]]
+    else:
+        subject = subject_of(said.context, part)
+    return {"op": "recolour", "subject": subject, "was": turned["was"], "part": part, "colour": turned["colour"]}
+
+
+def claim_new_part(said: Said) -> dict | None:
+    """A coloured part of the one thing named, which was there before: "now the house has a blue door"."""
+    parts = [m for m in said.mentions if m.part and m.colour]
+    if len(parts) != 1 or len(said.things) != 1:
+        return None
+    thing, part = said.things[0], parts[0]
+    # "A house with a blue door" and "the red house with a blue door" are whole scenes.
+    if thing.number != "the" or thing.colour or thing.paint:
+        return None
+    return {"op": "part", "subject": thing.subject, "part": part.part, "colour": part.colour}
+
+
+def claim_added(said: Said) -> dict | None:
+    """"Now there is a red car left of the house"."""
+    relation = RELATED.search(said.words)
+    if not relation or len(said.things) != 2 or not ADDED.search(said.words):
+        return None
+    new, anchor = said.things
+    return {"op": "add", "subject": new.subject, "colour": new.colour, "relation": RELATION[relation[0]],
+            "anchor": anchor.subject}
+
+
+def claim_scene(said: Said) -> dict | None:
+    """A whole picture: "here is a red car with black wheels above two yellow fish on blue paper"."""
+    # A thing without a colour is one that is spoken of, not shown.
+    if not said.things or not (said.things[0].colour or said.things[0].paint):
         return None
     objects = []
-    for m in named:
-        if m.group(3):
-            count = NUMBERS.index(m.group(1)) if m.group(1) in NUMBERS else 1
-            colour = m.group(2) or m.group(5)
-            objects.append({"subject": SUBJECT_WORDS[m.group(3)], "colour": colour, "count": count, "parts": {}})
-        elif objects and m.group(2):
-            objects[-1]["parts"][m.group(4)] = m.group(2)
-    relations = [[0, RELATION[relation.group()], 1]] if relation and len(objects) == 2 else []
-    return {"op": "scene", "objects": objects, "relations": relations, "background": background}
+    for m in said.mentions:
+        if m.subject:
+            count = NUMBERS.index(m.number) if m.number in NUMBERS else 1
+            objects.append({"subject": m.subject, "colour": m.colour or m.paint, "count": count, "parts": {}})
+        elif objects and m.colour:
+            # A part belongs to the thing named last.
+            objects[-1]["parts"][m.part] = m.colour
+    relation = RELATED.search(said.words)
+    relations = [[0, RELATION[relation[0]], 1]] if relation and len(objects) == 2 else []
+    return {"op": "scene", "objects": objects, "relations": relations, "background": said.background}
 
 
 def judge_text(image: Image.Image, text: str, previous: Image.Image | None = None, context: str = "") -> Verdict:
@@ -574,39 +687,69 @@ def judge_text(image: Image.Image, text: str, previous: Image.Image | None = Non
 
 def states(claim: dict, need: dict) -> bool:
     """Whether a claim contains everything that is needed."""
-    if need["op"] != "scene":
-        vague = ("subject", "was", "anchor") + (("colour",) if need["op"] == "remove" else ())     # "the car" will do
-        return all(claim.get(k) == v or (k in vague and claim.get(k) is None) for k, v in need.items())
-    if claim["op"] != "scene":
-        return False
+    if need["op"] == "scene":
+        return claim["op"] == "scene" and states_scene(claim, need)
+    # "The car" will do for the red one.
+    vague = {"subject", "was", "anchor"}
+    if need["op"] == "remove":
+        vague.add("colour")
+    return all(claim.get(key) == value or (key in vague and claim.get(key) is None) for key, value in need.items())
+
+
+def states_scene(claim: dict, need: dict) -> bool:
+    # Each object needed takes the first of the claim that fits and is not taken yet.
     chosen = []
-    for o in need["objects"]:
-        fits = [i for i, c in enumerate(claim["objects"]) if i not in chosen and o["colour"] in (None, c["colour"])
-                and (c["subject"], c["count"]) == (o["subject"], o["count"]) and o["parts"].items() <= c["parts"].items()]
-        if not fits:
+    for wanted in need["objects"]:
+        free = (i for i in range(len(claim["objects"])) if i not in chosen)
+        i = next((i for i in free if states_object(claim["objects"][i], wanted)), None)
+        if i is None:
             return False
-        chosen.append(fits[0])
+        chosen.append(i)
+    # "A left of B" is also said by "B right of A".
+    stated = {tuple(relation) for relation in claim["relations"]}
     for i, word, j in need.get("relations") or []:
-        if not {(chosen[i], word, chosen[j]), (chosen[j], OPPOSITE[word], chosen[i])} & {tuple(r) for r in claim["relations"]}:
+        first, second = chosen[i], chosen[j]
+        if not {(first, word, second), (second, OPPOSITE[word], first)} & stated:
             return False
     return need.get("background") in (None, claim["background"])
 
 
+def states_object(stated: dict, wanted: dict) -> bool:
+    if (stated["subject"], stated["count"]) != (wanted["subject"], wanted["count"]):
+        return False
+    if wanted["colour"] not in (None, stated["colour"]):
+        return False
+    return wanted["parts"].items() <= stated["parts"].items()
+
+
 def text_complete(turn: dict, texts: list[str], context: str = "") -> bool:
     """Whether the texts of an answer (split at its pictures) say everything that the request of truth["turns"] asks for."""
-    text = " ".join(texts)
     for need in turn["need"]:
         if need["op"] == "lesson":
-            steps = [c for t in texts for c in claims(t, f"{context} {need['subject']}") if c["op"] in ("start", "part")]
-            colours = {c["part"]: c["colour"] for c in steps}
-            if [c["part"] for c in steps] != [p.name for p in SUBJECTS[need["subject"]].parts] or \
-                    not need["colours"].items() <= colours.items():
-                return False
-        elif not any(states(c, need) for t in texts for c in claims(t, context)):
+            stated = lesson_told(need, texts, context)
+        else:
+            stated = any(states(claim, need) for text in texts for claim in claims(text, context))
+        if not stated:
             return False
-    words = f" {plain(text)} "
-    has = lambda w: any(f" {x} " in words for x in ([w] if isinstance(w, str) else w))  # noqa: E731
-    return all(map(has, turn["words"])) and not any(map(has, turn.get("avoid", ())))
+    words = f" {plain(' '.join(texts))} "
+    has_all = all(has_any(words, wanted) for wanted in turn["words"])
+    return has_all and not any(has_any(words, unwanted) for unwanted in turn.get("avoid", ()))
+
+
+def lesson_told(need: dict, texts: list[str], context: str) -> bool:
+    """Whether the steps name all parts of the subject in their order, and the colours that the request gave."""
+    subject = need["subject"]
+    stated = [claim for text in texts for claim in claims(text, f"{context} {subject}")]
+    steps = [claim for claim in stated if claim["op"] in ("start", "part")]
+    if [step["part"] for step in steps] != [part.name for part in SUBJECTS[subject].parts]:
+        return False
+    return need["colours"].items() <= {step["part"]: step["colour"] for step in steps}.items()
+
+
+def has_any(words: str, wanted: str | list[str]) -> bool:
+    """Whether a plain text with spaces about it has a word, or any one of several."""
+    options = [wanted] if isinstance(wanted, str) else wanted
+    return any(f" {option} " in words for option in options)
 
 
 def expected_images(turn: dict) -> tuple[int, int]:
@@ -620,77 +763,134 @@ def expected_images(turn: dict) -> tuple[int, int]:
 
 def spoilt(scene: Scene, check: dict, before: Scene | None, rng: random.Random) -> list[tuple[str, Scene]]:
     """(what is wrong, scene): pictures that differ from what the check demands in one attribute."""
-    def swap(i: int, thing: Thing | None) -> Scene:
-        return replace(scene, things=tuple(t for t in (*scene.things[:i], thing, *scene.things[i + 1:]) if t))
+    spoiler = Spoiler(scene, check, before, rng)
+    return spoiler.whole() if check["op"] == "scene" else getattr(spoiler, check["op"])()
 
-    def painted(i: int, part: int) -> Scene:
-        t = scene.things[i]
-        free = [c for c in COLOURS if c != t.colours[part] and all(t.colours[j] != c for j in touching(t.subject)[part])]
-        return swap(i, replace(t, colours=(*t.colours[:part], rng.choice(free), *t.colours[part + 1:])))
 
-    def other(i: int) -> Scene:
-        t = scene.things[i]
-        x0, y0, x1, y1 = t.box
-        subject = rng.choice([s for s in SUBJECTS if s != t.subject])
-        drawn = SUBJECTS[subject].small if max(x1 - x0, y1 - y0) < 32 else len(SUBJECTS[subject].parts)
-        return swap(i, fit(subject, drawn, usual_colours(subject, t.main), max(x1 - x0, y1 - y0), *t.centre))
+class Spoiler:
+    """Makes wrong pictures out of a right one: helpers that change one attribute, then a method for each op."""
 
-    def other_page() -> str:
-        return rng.choice([b for b in BACKGROUNDS if b != scene.background and (before is None or b != before.background)])
+    def __init__(self, scene: Scene, check: dict, before: Scene | None, rng: random.Random):
+        self.scene, self.check, self.before, self.rng = scene, check, before, rng
+        self.last = len(scene.things) - 1
+        # Parts of the thing drawn last; a page that was emptied has none.
+        self.names = [part.name for part in SUBJECTS[scene.things[-1].subject].parts] if scene.things else []
 
-    wrong, last, op = [], len(scene.things) - 1, check["op"]
-    one = scene.things[last] if scene.things else None
-    names = [p.name for p in SUBJECTS[one.subject].parts] if one else []
-    if op == "scene":
-        i = rng.randrange(len(scene.things))
-        wrong += [("colour", painted(i, main_part(scene.things[i].subject))), ("subject", other(i))]
-        if check["objects"][-1]["parts"]:
-            wrong.append(("part colour", painted(last, names.index(rng.choice(sorted(check["objects"][-1]["parts"]))))))
-        if last:
-            wrong.append(("count", swap(i, None)))
-        if check["relations"]:
-            a, b = scene.things
-            wrong.append(("relation", replace(scene, things=tuple(
-                replace(t, x=round(t.x + u.centre[0] - t.centre[0], 2), y=round(t.y + u.centre[1] - t.centre[1], 2))
-                for t, u in ((a, b), (b, a))))))
-        if check.get("background"):
-            wrong.append(("background", replace(scene, background=other_page())))
-    if op in ("part", "start"):
-        wrong.append(("colour", painted(last, names.index(check["part"]))))
-        if op == "start":
-            wrong.append(("subject", other(last)))
-    if op == "part":
-        wrong.append(("too much", swap(last, replace(one, drawn=one.drawn + 1)) if one.drawn < len(names) else
-                      swap(last, replace(one, drawn=max(1, one.drawn - 2)))))
-        wrong.append(("other part", painted(last, rng.choice([i for i in range(one.drawn) if names[i] != check["part"]]))))
-    if op == "recolour":
-        i = next(k for k, (t, u) in enumerate(zip(scene.things, before.things, strict=True)) if t != u)
-        part = next(k for k, (c, e) in enumerate(zip(scene.things[i].colours, before.things[i].colours, strict=True)) if c != e)
-        wrong.append(("colour", painted(i, part)))
-        if scene.things[i].drawn > 1:
-            wrong.append(("other part", painted(i, rng.choice([k for k in range(scene.things[i].drawn) if k != part]))))
-        if last:
-            k = rng.choice([k for k in range(last + 1) if k != i])
-            wrong.append(("other thing", painted(k, main_part(scene.things[k].subject))))
-    if op == "remove":
-        gone = next(t for t in before.things if t not in scene.things)
-        rest = before.things[1:] if before.things[0] != gone else before.things[:-1]
-        wrong.append(("wrong one", replace(before, things=rest)))
-        wrong.append(("kept colour", painted(0, main_part(scene.things[0].subject))))
-    if op == "add":
-        wrong += [("colour", painted(last, main_part(one.subject))), ("subject", other(last)),
-                  ("kept colour", painted(0, main_part(scene.things[0].subject)))]
-    if op == "background":
-        wrong.append(("background", replace(scene, background=other_page())))
-    if op in ("background", "move"):
-        wrong.append(("kept colour", painted(last, main_part(one.subject))))
-    if op == "move":
-        old = before.things[0]
-        wrong.append(("place", replace(scene, things=(replace(one, x=(one.x + old.x) / 2, y=(one.y + old.y) / 2),))))
-    if op in ("part", "recolour", "add", "background"):
-        t = scene.things[0]
-        wrong.append(("shifted", swap(0, replace(t, x=t.x + (5 if t.centre[0] < 32 else -5)))))
-    return wrong
+    def swap(self, i: int, thing: Thing | None) -> Scene:
+        """Another thing in place of the i-th, or none."""
+        things = (*self.scene.things[:i], thing, *self.scene.things[i + 1:])
+        return replace(self.scene, things=tuple(t for t in things if t))
+
+    def painted(self, i: int, part: int) -> Scene:
+        """A part in another colour, one that no part beside it has."""
+        thing = self.scene.things[i]
+        taken = {thing.colours[part]} | {thing.colours[j] for j in touching(thing.subject)[part]}
+        colour = self.rng.choice([c for c in COLOURS if c not in taken])
+        return self.swap(i, replace(thing, colours=(*thing.colours[:part], colour, *thing.colours[part + 1:])))
+
+    def painted_whole(self, i: int) -> Scene:
+        return self.painted(i, main_part(self.scene.things[i].subject))
+
+    def other(self, i: int) -> Scene:
+        """Another subject, of the same colour, size and place."""
+        thing = self.scene.things[i]
+        x0, y0, x1, y1 = thing.box
+        length = max(x1 - x0, y1 - y0)
+        subject = self.rng.choice([s for s in SUBJECTS if s != thing.subject])
+        drawn = SUBJECTS[subject].small if length < 32 else len(SUBJECTS[subject].parts)
+        return self.swap(i, fit(subject, drawn, usual_colours(subject, thing.main), length, *thing.centre))
+
+    def other_page(self) -> Scene:
+        pages = {self.scene.background} | ({self.before.background} if self.before else set())
+        return replace(self.scene, background=self.rng.choice([b for b in BACKGROUNDS if b not in pages]))
+
+    def shifted(self) -> Scene:
+        """The first thing five units away, towards the middle."""
+        thing = self.scene.things[0]
+        dx = 5 if thing.centre[0] < 32 else -5
+        return self.swap(0, replace(thing, x=thing.x + dx))
+
+    def exchanged(self) -> Scene:
+        """Two things, each at the other's place."""
+        things = []
+        for thing, there in zip(self.scene.things, reversed(self.scene.things), strict=True):
+            x = round(thing.x + there.centre[0] - thing.centre[0], 2)
+            y = round(thing.y + there.centre[1] - thing.centre[1], 2)
+            things.append(replace(thing, x=x, y=y))
+        return replace(self.scene, things=tuple(things))
+
+    # -- one method for each op
+
+    def whole(self) -> list[tuple[str, Scene]]:
+        i = self.rng.randrange(len(self.scene.things))
+        wrong = [("colour", self.painted_whole(i)), ("subject", self.other(i))]
+        parts = sorted(self.check["objects"][-1]["parts"])
+        if parts:
+            wrong.append(("part colour", self.painted(self.last, self.names.index(self.rng.choice(parts)))))
+        if self.last:
+            wrong.append(("count", self.swap(i, None)))
+        if self.check["relations"]:
+            wrong.append(("relation", self.exchanged()))
+        if self.check.get("background"):
+            wrong.append(("background", self.other_page()))
+        return wrong
+
+    def start(self) -> list[tuple[str, Scene]]:
+        new = self.names.index(self.check["part"])
+        return [("colour", self.painted(self.last, new)), ("subject", self.other(self.last))]
+
+    def part(self) -> list[tuple[str, Scene]]:
+        thing = self.scene.things[-1]
+        new = self.names.index(self.check["part"])
+        wrong = [("colour", self.painted(self.last, new))]
+        # One part too many; a finished drawing loses its last two instead.
+        drawn = thing.drawn + 1 if thing.drawn < len(self.names) else max(1, thing.drawn - 2)
+        wrong.append(("too much", self.swap(self.last, replace(thing, drawn=drawn))))
+        old = self.rng.choice([i for i in range(thing.drawn) if i != new])
+        wrong.append(("other part", self.painted(self.last, old)))
+        wrong.append(("shifted", self.shifted()))
+        return wrong
+
+    def recolour(self) -> list[tuple[str, Scene]]:
+        # Which part of which thing has changed is read off the scene before.
+        i = next(k for k, thing in enumerate(self.scene.things) if thing != self.before.things[k])
+        thing, old = self.scene.things[i], self.before.things[i]
+        part = next(k for k, colour in enumerate(thing.colours) if colour != old.colours[k])
+        wrong = [("colour", self.painted(i, part))]
+        if thing.drawn > 1:
+            rest = [k for k in range(thing.drawn) if k != part]
+            wrong.append(("other part", self.painted(i, self.rng.choice(rest))))
+        if self.last:
+            rest = [k for k in range(self.last + 1) if k != i]
+            wrong.append(("other thing", self.painted_whole(self.rng.choice(rest))))
+        wrong.append(("shifted", self.shifted()))
+        return wrong
+
+    def remove(self) -> list[tuple[str, Scene]]:
+        gone = next(thing for thing in self.before.things if thing not in self.scene.things)
+        things = self.before.things
+        rest = things[1:] if things[0] != gone else things[:-1]
+        return [("wrong one", replace(self.before, things=rest)), ("kept colour", self.painted_whole(0))]
+
+    def add(self) -> list[tuple[str, Scene]]:
+        return [
+            ("colour", self.painted_whole(self.last)),
+            ("subject", self.other(self.last)),
+            ("kept colour", self.painted_whole(0)),
+            ("shifted", self.shifted()),
+        ]
+
+    def background(self) -> list[tuple[str, Scene]]:
+        return [
+            ("background", self.other_page()),
+            ("kept colour", self.painted_whole(self.last)),
+            ("shifted", self.shifted()),
+        ]
+
+    def move(self) -> list[tuple[str, Scene]]:
+        thing, old = self.scene.things[-1], self.before.things[0]
+        halfway = replace(thing, x=(thing.x + old.x) / 2, y=(thing.y + old.y) / 2)
+        return [("kept colour", self.painted_whole(self.last)), ("place", replace(self.scene, things=(halfway,)))]
 
 
 def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Image.Image:
@@ -701,31 +901,41 @@ def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Im
 
 def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> dict[str, dict[str, tuple[int, int]]]:
     """{kind: {test: (accepted, tried)}} over n pictures a kind: truth, worn truth, the frame before, one wrong attribute."""
-    table: dict[str, dict[str, list[int]]] = {}
+    table = {}
     for kind in KINDS:
         if kind in ("question", "text"):
             continue
-        row, done, at = table.setdefault(kind, {}), 0, seed
-        while done < n:
-            record, at = dialogue(at, "seen", {kind: 1.0}, size), at + 1
-            rng, noise = random.Random(at), np.random.default_rng(at)
-            pictures = [c["image"] for m in record["messages"] for c in m["content"] if c["type"] == "image"]
-            previous = before = None
-            for item, image in zip(record["truth"]["images"], pictures, strict=True):
-                scene, check = Scene.from_json(item["scene"]), item["check"]
-                if check and done < n:
-                    trials = [("truth", image, previous), ("worn", worn(image, noise), previous and worn(previous, noise))]
-                    trials += [("before", previous, previous)] if previous and check["op"] != "scene" else []
-                    trials += [(f"wrong {what}", render(s, size), previous) for what, s in spoilt(scene, check, before, rng)]
-                    for what, shown, earlier in trials:
-                        cell = row.setdefault(what, [0, 0])
-                        cell[0] += judge(shown, check, earlier).ok
-                        cell[1] += 1
-                    done += 1
-                previous, before = image, scene
+        row: dict[str, list[int]] = {}
+        for tests in itertools.islice(trials_of(kind, seed, size), n):
+            for what, shown, check, previous in tests:
+                cell = row.setdefault(what, [0, 0])
+                cell[0] += judge(shown, check, previous).ok
+                cell[1] += 1
         if progress:
             progress(kind, row)
-    return {kind: {what: tuple(cell) for what, cell in row.items()} for kind, row in table.items()}
+        table[kind] = {what: tuple(cell) for what, cell in row.items()}
+    return table
+
+
+def trials_of(kind: str, seed: int, size: int) -> Iterator[list[tuple]]:
+    """For every picture of the assistant, without end: [(what it is, picture, check, picture before)]."""
+    for at in itertools.count(seed):
+        record = dialogue(at, "seen", {kind: 1.0}, size)
+        rng, noise = random.Random(at + 1), np.random.default_rng(at + 1)
+        pictures = [c["image"] for m in record["messages"] for c in m["content"] if c["type"] == "image"]
+        previous = before = None
+        for item, image in zip(record["truth"]["images"], pictures, strict=True):
+            scene, check = Scene.from_json(item["scene"]), item["check"]
+            if check:
+                tests = [("truth", image, check, previous)]
+                tests.append(("worn", worn(image, noise), check, previous and worn(previous, noise)))
+                # Where nothing was done, an edit must fail; a whole scene may look like the one before.
+                if previous and check["op"] != "scene":
+                    tests.append(("before", previous, check, previous))
+                for what, wrong in spoilt(scene, check, before, rng):
+                    tests.append((f"wrong {what}", render(wrong, size), check, previous))
+                yield tests
+            previous, before = image, scene
 
 
 def report(n: int = 150, size: int = 64) -> None:

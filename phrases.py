@@ -1,15 +1,40 @@
-"""The words of sketchbook: English in small, what the user asks, what the assistant says, and talk without pictures.
+"""The words of sketchbook: English in small, what the user asks and what the assistant says.
 
-Every sentence of the assistant before a picture states what the picture shows; `checker.claims` reads it back. What the user
-asks stands in asks.py. A ~ before a phrasing keeps it out of training.
+The sentences stand in two JSON files beside this one, read and checked once, when this module is imported:
+
+    requests.json   {kind: {"train": [sentences], "held_out": [sentences]}}                       what the user asks
+    replies.json    {"say": {kind: [sentences]}, "talk": {kind: {"say": [sentences], "words"}}}    what the assistant says
+
+"talk" is talk without pictures: answers to kinds of request that have no placeholder, and the words that an answer must contain
+(a list among them: any of it). Every sentence of the assistant before a picture states what the picture shows; `checker.claims`
+reads it back.
+
+A placeholder is a name in braces that the program fills in; REQUESTS and REPLIES say which ones a kind has:
+
+    {x} {y}         a thing: "a red house", "the car"       {xs}            several: "fish", "red houses"
+    {s} {t}         a subject: "house"                      {the}           the hero of a story: "the red house"
+    {p}             a part, or a thing without its article: "roof", "red house"; {ps} all parts: "a roof and a door"
+    {c} {d} {e}     a colour                                {b}             a background
+    {n} {m} {k}     a number: "three"                       {be}            "is" or "are"
+    {r}             a relation: "to the left of"            {place}         "in the snow"
+    {to} {at}       a direction, and where it leads         {f} {t}         from side to side, in a film
+    {lead} {look} {where}    of a step: "Step 2:", "a red square", "in the middle"
+    {v}             "grows" or "shrinks"
+
+To add a sentence, add a line to its kind; it names every placeholder of its kind. What training may never show goes to
+"held_out". Those sentences were written without sight of any in "train", and most in "train" without sight of those, each by
+another hand: they measure how far the language model understands what it has never been asked. Whoever writes for one list
+should not have read the other. Any new sentence changes what the seeds give.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
+from string import Formatter
 
-import asks
-from scenes import COLOURS, FIGURES, SUBJECTS, Thing, main_part
+from scenes import FIGURES, SUBJECTS, Thing, main_part
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 PLURALS = {"fish": "fish", "snowman": "snowmen", "butterfly": "butterflies", "ice cream": "ice creams"}
@@ -62,121 +87,165 @@ def sentence(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# What the two say. {x} is the noun phrase asked for, {p} a part, {b} a background.
+# The kinds of sentence and the placeholders of each; a ? marks one that a sentence may do without.
+
+REQUESTS = {
+    # pictures
+    "lesson": "x", "one": "x", "story": "x",
+    "recolour": "p c", "remove": "x", "add": "x r y", "add_part": "x s p?", "move": "x to", "background": "b",
+    "multi": "x r y", "multi_colour": "s t",
+    # questions on a picture
+    "describe": "", "q_background": "", "q_is": "x", "q_total": "", "q_what": "", "q_count": "xs",
+    "q_colour": "p", "q_thing_colour": "p", "q_part_colour": "p be s?", "q_which_part": "c", "q_is_colour": "s c",
+    "q_beside": "r s", "q_where": "x",
+    # facts about colours, numbers and subjects
+    "mix": "c d", "mix_how": "c", "after": "n", "sum": "n m", "parts": "x", "part_count": "x", "part_shape": "p x be?",
+}
+REPLIES = {
+    # before a picture; here {b} is words for the page, and empty where it goes without saying
+    "scene": "x b", "scenes": "x b",
+    "recolour": "p c be?", "remove": "x", "add": "x r y", "add_part": "x s", "move": "x to? at?", "background": "b",
+    # a lesson
+    "open": "", "start": "lead look where p b", "part": "lead look where p", "close": "p? x?",
+    # a story: the hero is {x} when it comes in, and {the} from then on
+    "story_opens": "x place", "story_opens_met": "x y place", "story_opens_stood": "x r y place",
+    "story_met": "the y place", "story_stood": "the r y place", "story_alone": "the place", "story_last": "the place",
+    "story_ends": "the?",
+    # answers to questions on a picture
+    "a_background": "b", "a_no": "s", "a_yes": "x", "a_total": "n", "a_total_one": "", "a_what": "x",
+    "a_count": "n xs", "a_count_one": "s",
+    "a_colour": "s c", "a_part_colour": "p be c", "a_no_colour": "s c", "a_yes_colour": "s c",
+    "a_beside": "x r s",
+    # facts
+    "mix": "c? d? e", "mix_how": "d e", "after": "n m", "sum": "n? m? k", "parts": "x? ps", "part_count": "x n",
+    "part_shape": "p? be? look",
+    # captions of films
+    "film_draw": "x", "film_arrive": "x y r?", "film_background": "x b? c", "film_recolour": "x c", "film_move": "x f? t",
+    "film_grow": "x v",
+}
+# Held out from dialogues, but the pretraining of the language model asks it too ("describe"): it says nothing about the new.
+# It stays so that every seed gives what it has always given.
+MET = {"what is in this picture"}
 
 
-def ways(key: str, **words) -> list[str]:
-    """The phrasings of something asked, the held-out ones marked as such; with words, filled in."""
-    return [t.format(**words) if words else t for t in [*asks.ASK[key], *(f"~{t}" for t in asks.HELD_OUT[key])]]
+def load(name: str) -> dict:
+    return json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-ASK = {key: ways(key) for key in asks.ASK}
+def check(requests: dict, replies: dict) -> None:
+    """ValueError where the files have not the form told above, or a sentence is both in training and held out."""
+    check_kinds("replies.json", replies["say"], set(REPLIES))
+    for kind, sentences in replies["say"].items():
+        check_sentences("replies.json", kind, sentences, REPLIES[kind])
+    for kind, talk in replies["talk"].items():
+        check_sentences("replies.json", kind, talk["say"], "")
+
+    check_kinds("requests.json", requests, {*REQUESTS, *replies["talk"]})
+    sides = {"train": set(), "held_out": set()}
+    for kind, entry in requests.items():
+        if set(entry) != set(sides):
+            raise ValueError(f"requests.json: {kind}: a kind has the lists {' and '.join(sides)}")
+        for side, said in sides.items():
+            check_sentences("requests.json", kind, entry[side], REQUESTS.get(kind, ""))
+            # Users leave out capitals and full stops at random: that alone makes no new sentence.
+            said.update(sentence.lower().rstrip(".?!") for sentence in entry[side])
+    if both := sorted(sides["train"] & sides["held_out"] - MET):
+        raise ValueError(f"requests.json: in training and held out: {both[0]!r}")
+
+
+def check_kinds(file: str, found: dict, wanted: set[str]) -> None:
+    if odd := sorted(set(found) ^ wanted):
+        raise ValueError(f"{file}: missing or unknown kinds: {', '.join(odd)}")
+
+
+def check_sentences(file: str, kind: str, sentences: list[str], named: str) -> None:
+    """Each sentence has the placeholders of its kind, no others, and not the mark of what is held out."""
+    may = {name.rstrip("?") for name in named.split()}
+    must = may & set(named.split())
+    for sentence in sentences:
+        found = {name for _, name, _, _ in Formatter().parse(sentence) if name is not None}
+        if not must <= found <= may:
+            raise ValueError(f"{file}: {kind}: {sentence!r} does not have the placeholders {named or '(none)'}")
+        if sentence.startswith("~"):
+            raise ValueError(f"{file}: {kind}: {sentence!r}: what is held out stands in its own list")
+
+
+_requests, _replies = load("requests.json"), load("replies.json")
+check(_requests, _replies)
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# What the two say. A ~ before a phrasing keeps it out of training.
+
+ASK = {kind: [*entry["train"], *(f"~{t}" for t in entry["held_out"])] for kind, entry in _requests.items()}
+SAY = _replies["say"]
 
 RELATION_WORDS = {"left": ["to the left of", "left of", "on the left of"],
                   "right": ["to the right of", "right of", "on the right of"],
                   "above": ["above", "over"], "below": ["below", "under"]}
-
-SAY = {
-    "scene": ["Here is {x}{b}.", "This is {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.",
-              "Sure, here is {x}{b}.", "Of course. This is {x}{b}."],
-    "scenes": ["Here are {x}{b}.", "These are {x}{b}.", "Here you see {x}{b}.", "I drew {x}{b}.", "Look, {x}{b}.",
-               "Sure, here are {x}{b}."],
-    "recolour": ["Now the {p} {is} {c}.", "The {p} {is} {c} now.", "I painted the {p} {c}.", "Sure, the {p} {is} now {c}.",
-                 "Here the {p} {is} {c}."],
-    "remove": ["I removed {x}.", "{x} is gone.", "I took {x} away.", "Here is the picture without {x}."],
-    "add": ["I added {x} {r} {y}.", "Now there is {x} {r} {y}.", "I put {x} {r} {y}."],
-    "add_part": ["I added {x} to the {s}.", "Now the {s} has {x}.", "Here is the {s} with {x}."],
-    "move": ["Now {x} is {at}.", "I moved {x} {to}.", "{x} is {at} now."],
-    "background": ["Now the background is {b}.", "The background is {b} now.", "I painted the background {b}.",
-                   "Here it is on a {b} background."],
-    "open": ["Sure!", "Let us begin.", "Of course.", "Good idea!", "With pleasure.", "Here we go."],
-    "close": ["Your {x} is ready.", "That is all, the {x} is done!", "The {x} is finished.", "Well done!", "And that is {ax}!",
-              "Now you have {ax}."],
-    "start": ["{lead} draw {look} {where} for the {p}{b}.", "{lead} start with {look} {where} for the {p}{b}.",
-              "{lead} paint {look} {where}{b}, this is for the {p}."],
-    "part": ["{lead} draw {look} {where} for the {p}.", "{lead} put {look} {where} as the {p}.",
-             "{lead} add {look} {where} for the {p}.", "{lead} paint {look} {where} as the {p}.",
-             "{lead} place {look} {where} for the {p}."],
-    "story alone": ["Then {the} was {place}.", "{the} went on and was {place}.", "Later {the} was alone {place}."],
-    "story last": ["At last {the} slept {place}.", "In the end {the} was {place}."],
-    "story stood": ["Then {the} stood {r} {y} {place}.", "{the} sat down {r} {y} {place}.", "Soon {the} was {r} {y} {place}."],
-    "story met": ["{the} met {y} {place}.", "Then {the} saw {y} {place}.", "{the} found {y} {place}.",
-                  "Soon {the} played with {y} {place}."],
-}
 # How one asks for a move, how one says where it led.
 MOVES = {"left": (["to the left side", "to the left"], "on the left side"),
          "right": (["to the right side", "to the right"], "on the right side"),
          "top": (["to the top"], "at the top"), "bottom": (["to the bottom"], "at the bottom")}
 
-# Talk without pictures: questions, answers, words the answer must contain.
-TALK = [
-    (["Hello!", "Hi", "Hello there"], ["Hello! What shall we draw?", "Hi! What would you like to draw?"],
-     ["what", "draw"]),
-    (["Good morning", "Good evening!"], ["Good day! What shall we draw?", "Hello! What do you want to draw?"],
-     ["what", "draw"]),
-    (["Who are you?", "What are you?"],
-     ["I am a sketchbook. I teach drawing.", "I am a sketchbook that draws simple pictures."], ["sketchbook"]),
-    (["What can you do?", "How can you help me?"],
-     ["I can draw pictures, change them and tell stories.", "I can teach you to draw, step by step."], ["can"]),
-    (["What do I need to draw?", "What do I need for a drawing?", "Which things does one draw with?"],
-     ["You need paper and a pencil.", "One draws on paper with a pencil."],
-     ["paper", "pencil"]),
-    (["What do I paint with?", "What does a painter use?"], ["You paint with a brush.", "A painter uses a brush and paint."],
-     ["brush"]),
-    (["How many colours do you know?", "How many colours have you got?"], ["I know nine colours.", "There are nine colours."],
-     ["nine"]),
-    (["Which colours do you know?", "Name your colours."], ["Red, orange, yellow, green, blue, purple, pink, brown and black."],
-     list(COLOURS)),
-    (["Thank you!", "Thanks", "Thank you very much.", "That is great, thank you."],
-     ["You are welcome!", "With pleasure."], [["welcome", "pleasure"]]),
-    (["Goodbye", "Bye!", "See you later."], ["Goodbye!", "Goodbye, see you soon."], ["goodbye"]),
-    (["What colour is grass?", "Which colour has grass?"], ["Grass is green."], ["green"]),
-    (["What colour is the sky?"], ["The sky is blue."], ["blue"]),
-    (["What is a triangle?", "How many sides does a triangle have?"],
-     ["A triangle is a shape with three sides.", "A triangle has three sides."], ["three"]),
-    (["What is a square?", "How many sides does a square have?"],
-     ["A square is a shape with four sides.", "A square has four sides."], ["four"]),
-    (["What comes first in a lesson?", "How do I start a drawing?"], ["Start with a big shape.", "Draw a big shape first."],
-     ["big", "shape"]),
-    (["How do I clean a brush?"], ["Clean the brush with water."], ["water"]),
-    (["Is drawing hard?", "Is it hard to draw?"], ["No, it is easy, step by step.", "No, drawing is easy."], ["easy"]),
-]
-TALK = [([*said, *(ways(said[0]) if said[0] in ASK else ())], replies, words) for said, replies, words in TALK]
+
+def ways(kind: str, **words) -> list[str]:
+    """All phrasings of a request, filled in."""
+    if not words:
+        return ASK[kind]
+    return [t.format(**words) for t in ASK[kind]]
+
+
+# Talk without pictures: {kind: (phrasings, answers, words the answer must contain)}.
+TALK = {kind: (ASK[kind], entry["say"], entry["words"]) for kind, entry in _replies["talk"].items()}
 MIXES = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("red", "blue"): "purple", ("red", "green"): "brown"}
 
 
-def talk_items() -> list[tuple[list[str], list[str], list[str]]]:
-    """All talk without pictures, with the facts that follow from the tables: mixtures, sums, the parts of the subjects."""
-    items = list(TALK)
+def fact(kind: str, needed: list[str], **words) -> tuple[list[str], list[str], list[str]]:
+    """An item of talk that follows from the tables."""
+    return ways(kind, **words), [t.format(**words) for t in SAY[kind]], needed
+
+
+def facts_of_colours() -> list:
+    facts = []
     for (one, two), mixed in MIXES.items():
-        for x, y in ((one, two), (two, one)):
-            items.append(([f"What do I get when I mix {x} and {y}?", f"Which colour do {x} and {y} make?",
-                           f"How do I mix {x} with {y}?", *ways("mix", a=x, b=y)],
-                          [f"{x} and {y} make {mixed}.", f"You get {mixed}."], [mixed]))
-        items.append(([f"How do I mix {mixed}?", f"How can I make {mixed}?", *ways("mix_how", c=mixed)],
-                      [f"Mix {one} and {two}.", f"You mix {one} with {two}."], [one, two]))
+        facts.append(fact("mix", [mixed], c=one, d=two, e=mixed))
+        facts.append(fact("mix", [mixed], c=two, d=one, e=mixed))
+        facts.append(fact("mix_how", [one, two], c=mixed, d=one, e=two))
+    return facts
+
+
+def facts_of_numbers() -> list:
+    """What follows one to four, and all sums up to six."""
+    facts = []
     for i in range(1, 5):
-        items.append(([f"What comes after {NUMBERS[i]}?", f"Which number follows {NUMBERS[i]}?",
-                       *ways("after", n=NUMBERS[i])],
-                      [f"After {NUMBERS[i]} comes {NUMBERS[i + 1]}."], [NUMBERS[i + 1]]))
+        facts.append(fact("after", [NUMBERS[i + 1]], n=NUMBERS[i], m=NUMBERS[i + 1]))
         for j in range(1, 6 - i):
             total = NUMBERS[i + j]
-            items.append(([f"What is {NUMBERS[i]} and {NUMBERS[j]}?", f"How much is {NUMBERS[i]} plus {NUMBERS[j]}?",
-                           *ways("sum", n=NUMBERS[i], m=NUMBERS[j])],
-                          [f"{NUMBERS[i]} and {NUMBERS[j]} make {total}.", f"That is {total}."], [total]))
-    for name in FIGURES:
-        parts, x = SUBJECTS[name].parts, a(name)
-        names = listing([p.name if p.name.endswith("s") else a(p.name) for p in parts])
-        items.append(([f"What parts does {x} have?", f"Which parts belong to {x}?", f"What is {x} made of?",
-                       *ways("parts", x=x)], [f"{x} has {names}.", f"It has {names}."], [p.name for p in parts]))
-        number = NUMBERS[len(parts)]
-        items.append(([f"How many parts does {x} have?", f"How many steps does {x} take?", *ways("part_count", x=x)],
-                      [f"{x} has {number} parts.", f"{x} takes {number} steps."], [number]))
-        for part in parts:
-            shape, verb = part.look.replace("{} ", ""), is_are(part.name)
-            items.append(([f"What shape {verb} the {part.name} of {x}?", f"Which shape {verb} the {part.name} of {x}?",
-                           *ways("part_shape", p=part.name, x=x)],
-                          [f"The {part.name} {verb} {shape}.", f"Draw {shape}."], [shape.split()[-1]]))
+            facts.append(fact("sum", [total], n=NUMBERS[i], m=NUMBERS[j], k=total))
+    return facts
+
+
+def facts_of(subject: str) -> list:
+    """The parts of a subject, their number and their shapes."""
+    parts, x = SUBJECTS[subject].parts, a(subject)
+    names = [part.name for part in parts]
+    number = NUMBERS[len(parts)]
+    facts = [
+        fact("parts", names, x=x, ps=listing([name if name.endswith("s") else a(name) for name in names])),
+        fact("part_count", [number], x=x, n=number),
+    ]
+    for part in parts:
+        shape = part.look.replace("{} ", "")
+        noun = shape.split()[-1]
+        facts.append(fact("part_shape", [noun], x=x, p=part.name, be=is_are(part.name), look=shape))
+    return facts
+
+
+def talk_items() -> list[tuple[list[str], list[str], list[str]]]:
+    """All talk without pictures: the fixed items, then the facts."""
+    items = [*TALK.values(), *facts_of_colours(), *facts_of_numbers()]
+    for subject in FIGURES:
+        items += facts_of(subject)
     return items
 
 

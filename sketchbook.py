@@ -30,8 +30,10 @@ import json
 import random
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -256,7 +258,7 @@ def lesson(d: Dialogue, subject: str | None = None, main: str | None = None) -> 
             check.update(op="start", background=background if on else None)
         d.draw(Scene(background, (replace(thing, drawn=n),)), **check)
     if d.chance(0.5):
-        d.say(d.pick(SAY["close"]).format(x=f"{main} {subject}", ax=noun_phrase(subject, main)))
+        d.say(d.pick(SAY["close"]).format(p=f"{main} {subject}", x=noun_phrase(subject, main)))
 
 
 def usual_main(d: Dialogue, subject: str) -> str:
@@ -397,7 +399,7 @@ def recolour(d: Dialogue, scene: Scene | None = None) -> None:
     d.ask(d.pick(ASK["recolour"]).format(p=name, c=new), *given)
     check = {"op": "recolour", "subject": thing.subject, "was": thing.main, "part": part, "colour": new}
     d.answer("recolour", 1, need=[check])
-    d.say(d.pick(SAY["recolour"]).format(p=name, c=new, **{"is": verb}))
+    d.say(d.pick(SAY["recolour"]).format(p=name, c=new, be=verb))
     after = replace(thing, colours=(*thing.colours[:i], new, *thing.colours[i + 1:]))
     d.draw(replace(before, things=(*before.things[:at], after, *before.things[at + 1:])), **check)
 
@@ -535,77 +537,138 @@ def story(d: Dialogue) -> None:
             r, y = d.rng.choice(RELATION_WORDS[word]), noun_phrase(friend, things[1].main)
         if company and d.chance(0.5):
             relations = [[0, word, 1]]
-            text = "One day {x} stood {r} {y} {place}." if k == 0 else d.pick(SAY["story stood"])
+            text = SAY["story_opens_stood"][0] if k == 0 else d.pick(SAY["story_stood"])
         elif company:
-            text = "Once {x} met {y} {place}." if k == 0 else d.pick(SAY["story met"])
+            text = SAY["story_opens_met"][0] if k == 0 else d.pick(SAY["story_met"])
         elif k == 0:
-            text = d.pick(["Once there was {x} {place}.", "One day {x} woke up {place}.", "There was once {x} {place}."])
+            text = d.pick(SAY["story_opens"])
         else:
-            text = d.pick(SAY["story last" if k == n - 1 and d.chance(0.7) else "story alone"])
+            text = d.pick(SAY["story_last" if k == n - 1 and d.chance(0.7) else "story_alone"])
         d.say(text.format(x=noun_phrase(hero, main), the=the, place=PLACES[page], r=r, y=y))
         objects = [o for t in things for o in objects_of(t)]
         d.draw(Scene(page, tuple(things)), op="scene", objects=objects, relations=relations, background=page)
     if d.chance(0.4):
-        d.say(d.pick(["The end.", "What a day!", f"And {the} was happy."]))
+        d.say(d.pick(SAY["story_ends"]).format(the=the))
 
 
-def questions(d: Dialogue, scene: Scene) -> list[tuple[str, list[str], str, list, list]]:
-    """(topic, phrasings, answer, words the answer must have, words it must not have) on a picture, all true."""
-    items = []
+class Question(NamedTuple):
+    """One may ask it about a picture; the reply is true of it."""
+    topic: str
+    asks: list[str]              # phrasings
+    reply: str
+    words: list                  # that an answer must have; a list among them: any of it
+    avoid: Sequence[str] = ()    # that it must not have
 
-    def item(topic: str, asks: list[str], replies: list[str], words: list, avoid: list = ()) -> None:
-        items.append((topic, asks, d.rng.choice(replies), words, list(avoid)))
 
-    things, page = scene.things, scene.background
-    subjects = sorted({t.subject for t in things})
-    t = d.rng.choice(things)
-    x = t.subject
-    same = [u for u in things if u.subject == x]
-    ax = noun_phrase(x, t.main)
-    item("background", ["What colour is the background?", "Which colour is the paper?", *ways("q_background")],
-         [f"The background is {page}.", f"It is {page}."], [page], [b for b in BACKGROUNDS if b not in page])
-    absent = d.subject(besides=subjects)
-    item("no", [f"Is there {a(absent)}?", f"Do you see {a(absent)}?", *ways("q_is", x=a(absent))],
-         [f"No, there is no {absent}."], ["no", absent], ["yes"])
-    item("total", ["How many things are there?", "How many objects do you see?"],
-         ["There is one thing." if len(things) == 1 else f"There are {NUMBERS[len(things)]} things."], [NUMBERS[len(things)]],
-         set(NUMBERS) - {NUMBERS[len(things)]})
-    parts = SUBJECTS[x].parts[:t.drawn]
-    if len(things) == 1 and len(parts) > 1:
-        i = d.rng.randrange(t.drawn)
-        part, c, verb = parts[i].name, t.colours[i], is_are(parts[i].name)
-        item("part", [f"What colour {verb} the {part}?", f"What colour {verb} the {part} of the {x}?",
-                      *ways("q_colour", p=part)],
-             [f"The {part} {verb} {c}."], [c], set(COLOURS) - {c})
-        if t.colours[:t.drawn].count(c) == 1:
-            item("which", [f"Which part is {c}?"], [f"The {part} {verb} {c}."], [part], {p.name for p in parts} - {part})
-    if t.drawn <= main_part(x):
-        return items                                            # what has not got its main part yet has no colour of its own
-    item("yes", [f"Is there {a(x)}?", f"Do you see {a(x)}?", *ways("q_is", x=a(x))],
-         [f"Yes, there is {ax}."], ["yes", x], ["no"])
-    number = NUMBERS[len(same)]
-    item("count", [f"How many {plural(x)} are there?", f"How many {plural(x)} do you see?",
-                   *ways("q_count", xs=plural(x))],
-         [f"There is one {x}." if len(same) == 1 else f"There are {number} {plural(x)}."], [number], set(NUMBERS) - {number})
-    if len(things) == 1:
-        item("what", ["What is this?", "What do you see?", "What is in the picture?", *ways("q_what")],
-             [f"It is {ax}.", f"This is {ax}.", f"I see {ax}."], [t.main, x])
-    if len({u.main for u in same}) == 1:
-        item("colour", [f"What colour is the {x}?", f"Which colour has the {x}?", *ways("q_colour", p=x)],
-             [f"The {x} is {t.main}."], [t.main], set(COLOURS) - {t.main})
-        other = d.rng.choice([c for c in COLOURS if c not in (t.main, HELD_OUT_COLOURS[x])])
-        item("colour no", [f"Is the {x} {other}?"], [f"No, the {x} is {t.main}."], ["no", t.main], ["yes"])
-        item("colour yes", [f"Is the {x} {t.main}?"], [f"Yes, the {x} is {t.main}."], ["yes"], ["no"])
-    u = next((u for u in things if u is not t), t)
-    clear = abs(abs(t.centre[0] - u.centre[0]) - abs(t.centre[1] - u.centre[1])) > 4
-    if len(things) == 2 and len(subjects) == 2 and clear:       # what lies across a corner is neither beside nor above
-        axis, first, _ = arrangement(t, u)
-        word = axis if first == x else OPPOSITE[axis]
-        r = d.rng.choice(RELATION_WORDS[word])
-        item("relation", [f"What is {r} the {u.subject}?"], [f"{ax} is {r} the {u.subject}."], [t.main, x])
-        item("where", [f"Where is the {x}?", *ways("q_where", x=f"the {x}")],
-             [f"The {x} is {r} the {u.subject}."], [RELATION_WORDS[word]])
+def questions(d: Dialogue, scene: Scene) -> list[Question]:
+    """What one may ask about a picture. One of its things, drawn by lot, is the one that the questions are about.
+
+    Every question draws from d.rng, asked or not: in another order the same seeds would give other dialogues.
+    """
+    thing = d.rng.choice(scene.things)
+    items = [about_background(d, scene), about_something_absent(d, scene), about_the_total(d, scene)]
+    if len(scene.things) == 1 and thing.drawn > 1:
+        items += about_parts(d, thing)
+
+    # What has not got its main part yet is no house so far, and has no colour of its own.
+    if thing.drawn <= main_part(thing.subject):
+        return items
+    items += [about_something_present(d, thing), about_number(d, scene, thing)]
+    if len(scene.things) == 1:
+        x = noun_phrase(thing.subject, thing.main)
+        items.append(Question("what", ways("q_what"), reply(d, "a_what", x=x), [thing.main, thing.subject]))
+    # "The fish" has a colour only where all fish have the same.
+    if all(t.main == thing.main for t in scene.things if t.subject == thing.subject):
+        items += about_colour(d, thing)
+    if len(scene.things) == 2:
+        items += about_place(d, scene, thing)
     return items
+
+
+def reply(d: Dialogue, kind: str, **words) -> str:
+    return d.rng.choice(SAY[kind]).format(**words)
+
+
+def others(options, said: str) -> list[str]:
+    """What a true answer does not contain: all options but the one it names."""
+    return [option for option in options if option != said]
+
+
+def about_background(d: Dialogue, scene: Scene) -> Question:
+    page = scene.background
+    return Question("background", ways("q_background"), reply(d, "a_background", b=page), [page], others(BACKGROUNDS, page))
+
+
+def about_something_absent(d: Dialogue, scene: Scene) -> Question:
+    absent = d.subject(besides={t.subject for t in scene.things})
+    return Question("no", ways("q_is", x=a(absent)), reply(d, "a_no", s=absent), ["no", absent], ["yes"])
+
+
+def about_something_present(d: Dialogue, thing: Thing) -> Question:
+    x = noun_phrase(thing.subject, thing.main)
+    return Question("yes", ways("q_is", x=a(thing.subject)), reply(d, "a_yes", x=x), ["yes", thing.subject], ["no"])
+
+
+def about_the_total(d: Dialogue, scene: Scene) -> Question:
+    number = NUMBERS[len(scene.things)]
+    said = reply(d, "a_total_one") if number == "one" else reply(d, "a_total", n=number)
+    return Question("total", ways("q_total"), said, [number], others(NUMBERS, number))
+
+
+def about_number(d: Dialogue, scene: Scene, thing: Thing) -> Question:
+    """How many things there are of one subject."""
+    subject, several = thing.subject, plural(thing.subject)
+    number = NUMBERS[sum(t.subject == subject for t in scene.things)]
+    said = reply(d, "a_count_one", s=subject) if number == "one" else reply(d, "a_count", n=number, xs=several)
+    return Question("count", ways("q_count", xs=several), said, [number], others(NUMBERS, number))
+
+
+def about_parts(d: Dialogue, thing: Thing) -> list[Question]:
+    """The colour of a part, and which part has that colour if no other has."""
+    names = [part.name for part in SUBJECTS[thing.subject].parts[:thing.drawn]]
+    at = d.rng.randrange(thing.drawn)
+    part, colour = names[at], thing.colours[at]
+    words = {"p": part, "be": is_are(part), "c": colour}
+    asks = ways("q_part_colour", s=thing.subject, **words) + ways("q_colour", p=part)
+    items = [Question("part", asks, reply(d, "a_part_colour", **words), [colour], others(COLOURS, colour))]
+    if thing.colours[:thing.drawn].count(colour) == 1:
+        said = reply(d, "a_part_colour", **words)
+        items.append(Question("which", ways("q_which_part", c=colour), said, [part], others(names, part)))
+    return items
+
+
+def about_colour(d: Dialogue, thing: Thing) -> list[Question]:
+    """The colour of a thing, asked for or guessed."""
+    subject, main = thing.subject, thing.main
+    asks = ways("q_thing_colour", p=subject) + ways("q_colour", p=subject)
+    items = [Question("colour", asks, reply(d, "a_colour", s=subject, c=main), [main], others(COLOURS, main))]
+    wrong = d.rng.choice([c for c in COLOURS if c not in (main, HELD_OUT_COLOURS[subject])])
+    asks = ways("q_is_colour", s=subject, c=wrong)
+    items.append(Question("colour no", asks, reply(d, "a_no_colour", s=subject, c=main), ["no", main], ["yes"]))
+    asks = ways("q_is_colour", s=subject, c=main)
+    items.append(Question("colour yes", asks, reply(d, "a_yes_colour", s=subject, c=main), ["yes"], ["no"]))
+    return items
+
+
+def about_place(d: Dialogue, scene: Scene, thing: Thing) -> list[Question]:
+    """Where one of two things is."""
+    other = next(t for t in scene.things if t is not thing)
+    if other.subject == thing.subject:
+        return []
+    # What lies across a corner is neither beside nor above.
+    (x, y), (other_x, other_y) = thing.centre, other.centre
+    if abs(abs(x - other_x) - abs(y - other_y)) <= 4:
+        return []
+
+    axis, first, _ = arrangement(thing, other)
+    word = axis if first == thing.subject else OPPOSITE[axis]
+    words = {"r": d.rng.choice(RELATION_WORDS[word]), "s": other.subject}
+    one = noun_phrase(thing.subject, thing.main)
+    the = f"the {thing.subject}"
+    return [
+        Question("relation", ways("q_beside", **words), reply(d, "a_beside", x=one, **words), [thing.main, thing.subject]),
+        Question("where", ways("q_where", x=the), reply(d, "a_beside", x=the, **words), [RELATION_WORDS[word]]),
+    ]
 
 
 def question(d: Dialogue, scene: Scene | None = None) -> None:
@@ -619,23 +682,24 @@ def question(d: Dialogue, scene: Scene | None = None) -> None:
         given = replace(given, things=(replace(t, drawn=d.rng.randint(main_part(t.subject) + 1, t.drawn)),))
     d.scene = given
     for k in range(2 if d.chance(0.25) else 1):
-        _, asks, reply, words, avoid = d.rng.choice(questions(d, given))
-        d.ask(d.pick(asks), *(() if scene or k else (given,)))
-        d.answer("question", words=words, avoid=avoid)
-        d.say(reply)
+        item = d.rng.choice(questions(d, given))
+        d.ask(d.pick(item.asks), *(() if scene or k else (given,)))
+        d.answer("question", words=item.words, avoid=item.avoid)
+        d.say(item.reply)
     d.asked = True
 
 
 def text(d: Dialogue) -> None:
     for _ in range(d.rng.choice((1, 1, 2))):
-        asks, replies, words = d.rng.choice(TALK if d.chance(0.4) else TALK_ITEMS)
-        d.ask(d.pick(asks))
-        d.answer("text", words=words)
-        d.say(d.pick(replies))
+        talk(d, d.rng.choice(list(TALK.values()) if d.chance(0.4) else TALK_ITEMS))
 
 
 def thanks(d: Dialogue) -> None:
-    asks, replies, words = next(item for item in TALK if "Thank you!" in item[0])
+    talk(d, TALK["thanks"])
+
+
+def talk(d: Dialogue, item: tuple[list[str], list[str], list[str]]) -> None:
+    asks, replies, words = item
     d.ask(d.pick(asks))
     d.answer("text", words=words)
     d.say(d.pick(replies))
@@ -755,16 +819,15 @@ def looking(seed: int, size: int = 64) -> dict:
     def make(r):
         d, scene = Dialogue(r), random_scene(r)
         if r.random() < 0.6:
-            d.ask(r.choice(["Describe this picture.", "What is in this picture?", "Describe the picture.",
-                            "What does the picture show?", "Tell me what you see.", "Look at this and describe it."]), scene)
+            d.ask(d.pick(ASK["describe"]), scene)
             d.answer("looking")
             d.say(describe(scene, r))
             return (scene,), d
         items = questions(d, scene)
         for k, item in enumerate(r.sample(items, min(len(items), r.randint(1, 4)))):
-            d.ask(d.pick(item[1]), *(() if k else (scene,)))
-            d.answer("looking", words=item[3], avoid=item[4])
-            d.say(item[2])
+            d.ask(d.pick(item.asks), *(() if k else (scene,)))
+            d.answer("looking", words=item.words, avoid=item.avoid)
+            d.say(item.reply)
         return (scene,), d
 
     _, d = allowed(random.Random(f"looking {seed}"), make)
@@ -780,7 +843,7 @@ def film(d: Dialogue, frames: int) -> tuple[list[Scene], str]:
     if kind == "arrive":
         x, word, y = d.couple()
         new, old = placed(d, x, d.colour(x), word, y, d.colour(y))
-        text = d.pick(["{y} appears, then {x} {r} it", "first {y}, then {x} {r} it", "{x} arrives {r} {y}"])
+        text = d.pick(SAY["film_arrive"])
         text = text.format(x=noun_phrase(x, new.main), y=noun_phrase(y, old.main), r=d.rng.choice(RELATION_WORDS[word]))
         return [Scene(page, (old,) if k < frames / 2 else (old, new)) for k in range(frames)], text + on
     subject = d.subject(shapes=0.0 if kind == "draw" else 0.3)
@@ -788,7 +851,7 @@ def film(d: Dialogue, frames: int) -> tuple[list[Scene], str]:
     x = noun_phrase(subject, main)
     if kind == "draw":
         thing, named = whole_thing(d, subject, main, d.rng.choice((0, 1, 2, 6)))
-        text = d.pick(["{x} is drawn part by part", "Somebody draws {x}", "A drawing of {x} grows", "Watch {x} being drawn"])
+        text = d.pick(SAY["film_draw"])
         steps = [max(1, round((k + 1) * thing.drawn / frames)) for k in range(frames)]
         return [Scene(page, (replace(thing, drawn=n),)) for n in steps], text.format(x=x + with_parts(thing, named)) + on
     if kind in ("recolour", "background"):
@@ -797,11 +860,10 @@ def film(d: Dialogue, frames: int) -> tuple[list[Scene], str]:
         new_page = d.rng.choice([b for b in BACKGROUNDS if b != page])
         new = d.colour(subject, besides={main} | {thing.colours[j] for j in touching(subject)[i]})
         if kind == "background":
-            text = d.pick(["The background behind {x} turns from {p} to {n}", "{x}, and the background becomes {n}"])
-            text = text.format(x=x, p=page, n=new_page)
+            text = d.pick(SAY["film_background"]).format(x=x, b=page, c=new_page)
             return [Scene(page if k < frames / 2 else new_page, (thing,)) for k in range(frames)], text
         after = replace(thing, colours=(*thing.colours[:i], new, *thing.colours[i + 1:]))
-        text = d.pick(["{x} turns {c}", "{x} changes its colour to {c}", "{x} becomes {c}"]).format(x=x, c=new)
+        text = d.pick(SAY["film_recolour"]).format(x=x, c=new)
         return [Scene(page, (thing if k < frames / 2 else after,)) for k in range(frames)], text + on
     length = d.rng.uniform(28.5, 32) if subject in FIGURES else d.rng.uniform(18, 32)
     thing = small_thing(d, subject, main, (0, 0, 64, 64), length)
@@ -809,11 +871,10 @@ def film(d: Dialogue, frames: int) -> tuple[list[Scene], str]:
     if kind == "move":
         start, end = d.rng.choice([("left", "right"), ("right", "left"), ("top", "bottom"), ("bottom", "top")])
         p, q = shifted(thing, start), shifted(thing, end)
-        text = d.pick(["{x} moves from the {f} to the {t}", "{x} goes to the {t}", "{x} slides to the {t}"])
-        text = text.format(x=x, f=start, t=end)
+        text = d.pick(SAY["film_move"]).format(x=x, f=start, t=end)
         return [Scene(page, (replace(thing, x=p.x + (q.x - p.x) * s, y=p.y + (q.y - p.y) * s),)) for s in at], text + on
     verb, lengths = d.rng.choice([("grows", (length, 54)), ("shrinks", (54, length))])
-    text = d.pick(["{x} {v}", "{x} slowly {v}", "{x} {v} in the middle"]).format(x=x, v=verb)
+    text = d.pick(SAY["film_grow"]).format(x=x, v=verb)
     things = [fit(subject, thing.drawn, thing.colours, lengths[0] + (lengths[1] - lengths[0]) * s, 32, 32) for s in at]
     return [Scene(page, (t,)) for t in things], text + on
 

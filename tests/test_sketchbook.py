@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import checker
+import phrases
 import sketchbook
 from checkpoint import InputError
 from phrases import ASK, TALK_ITEMS
@@ -216,6 +217,30 @@ def test_what_is_held_out_is_never_trained():
             for message in record["messages"][::2]:
                 for text in (item.get("text", "").lower() for item in message["content"]):
                     assert not any(pattern.fullmatch(text) for pattern in new), text
+
+
+@pytest.mark.parametrize(("file", "path", "value", "message"), [
+    ("requests.json", ["haiku"], {"train": ["A haiku"], "held_out": []}, "unknown kinds: haiku"),
+    ("requests.json", ["one"], {"train": ["{x}"]}, "one: a kind has the lists train and held_out"),
+    ("requests.json", ["lesson"], None, "missing or unknown kinds: lesson"),
+    ("requests.json", ["recolour", "train"], ["Paint the {p}."], "'Paint the {p}.' does not have the placeholders p c"),
+    ("requests.json", ["remove", "held_out"], ["Away with {x} and {z}!"], "'Away with {x} and {z}!'"),
+    ("requests.json", ["one", "train"], ["~Draw {x}."], "stands in its own list"),
+    ("requests.json", ["story", "held_out"], ["draw {x}"], "in training and held out: 'draw {x}'"),
+    ("replies.json", ["say", "a_no"], ["No."], "replies.json: a_no: 'No.'"),
+    ("replies.json", ["talk", "hello", "say"], ["Hello, {x}!"], "replies.json: hello: 'Hello, {x}!'"),
+])
+def test_a_sentence_out_of_place_is_named(file, path, value, message):
+    files = {name: phrases.load(name) for name in ("requests.json", "replies.json")}
+    place = files[file]
+    for step in path[:-1]:
+        place = place[step]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        phrases.check(files["requests.json"], files["replies.json"])
 
 
 def test_every_held_out_dialogue_holds_something_new():
