@@ -30,12 +30,12 @@ aot: .venv/dev .venv-aot/triton
 
 # The recipe of checkpoints/tiny. Every line resumes where it stopped, and costs nothing once it is done.
 tiny: .venv/runtime
-	$(PY) pretrain.py vae
-	$(PY) pretrain.py mllm
-	$(PY) pretrain.py dit
+	$(PY) -m sketchbook.pretrain vae
+	$(PY) -m sketchbook.pretrain mllm
+	$(PY) -m sketchbook.pretrain dit
 	$(PY) train_stage1.py --mllm runs/tiny/mllm --lr 1e-3 --out runs/tiny/stage1
 	$(PY) train_stage2.py --mllm runs/tiny/stage1 --dit runs/tiny/dit --vae runs/tiny/vae --lr 1e-3 --out runs/tiny/stage2
-	$(PY) pretrain.py bundle
+	$(PY) -m sketchbook.pretrain bundle
 
 # Only what make and the tests left; answers in out/ and training in runs/ stay.
 clean:

@@ -300,7 +300,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
             code = f"s.save_file(torch.load('{pickled[0]}', weights_only=True), 'model.safetensors')"
             remedy = f'convert it there with python -c "import torch, safetensors.torch as s; {code}"'
             if pickled[0].endswith((".pt", ".pth")):  # as NVIDIA and Wan publish, with more in it than tensors
-                remedy = "see `python convert.py --help`"
+                remedy = "see `python -m tools.convert --help`"
             raise InputError(f"{folder}: only safetensors is loaded, not {pickled[0]}: {remedy}")
         raise InputError(f"{folder}: no {' or '.join(f'{s}.safetensors' for s in STEMS)} here, nor an index of shards")
     if entries[0].suffix != ".json":

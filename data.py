@@ -15,14 +15,15 @@ A text-to-image pair, an edit, a video transition and a how-to are all this reco
     * "image" is a path relative to the file, or a "data:image/png;base64,..." URL; OpenAI's {"type": "image_url", "image_url":
       {"url": ...}} is read too. A path must stay in the file's folder, so that a downloaded file cannot pull in whatever else
       is on the disk; links in that folder are followed. Nothing is fetched from the network.
-    * A picture is taken upright (EXIF), on white where it is transparent, of several frames the first; limits: records.py.
+    * A picture is taken upright (EXIF), on white where it is transparent, of several frames the first; limits:
+      records/validate.py.
     * Other keys are ignored, with a warning. Text never becomes a control token, whatever characters it has.
 
     python data.py check train.jsonl                     every problem as FILE:LINE: field: message, then a summary
     python data.py check train.jsonl --no-images         the same without opening the pictures
     python data.py check train.jsonl --tokenizer MLLM    counts tokens too; MLLM is a checkpoint's mllm/ folder or a Hub id
-    python data.py convert --from llava in.json out.jsonl --images coco     also llama-factory, alpaca, obelics: formats.py
-    python data.py pack train.jsonl shards/train         records and pictures into shards/train-000000.tar, ... (files.py)
+    python data.py convert --from llava in.json out.jsonl --images coco  also llama-factory, alpaca, obelics: records/formats.py
+    python data.py pack train.jsonl shards/train       records and pictures into shards/train-000000.tar, ... (records/files.py)
     python data.py check shards/train-000000.tar         the same for a shard
 
 Exit status: 0 all is well, 1 some records are not, 2 there is nothing to work with.
@@ -45,11 +46,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import InputError, abandon_stdout
-from files import Files, Shard, pack_shards
-from formats import CONVERTERS, convert
 from model import ImageProcessor, mrope_positions
-from records import Problem, load_image, normalise, one_line, open_lines, read_records, validate
-from sources import Mix, Stream
+from records.files import Files, Shard, pack_shards
+from records.formats import CONVERTERS, convert
+from records.stream import Mix, Stream
+from records.validate import Problem, load_image, normalise, one_line, open_lines, read_records, validate
 from tokenizer import Rendered, Tokenizer, render
 from vae import to_tensor
 

@@ -44,7 +44,7 @@ from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, SAMPLERS, denoise, karras_schedule, shift_schedule
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from ops import Graph, Segments
-from records import load_image
+from records.validate import load_image
 from threads import Crew
 from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
 from vae import VAE, VAEConfig, to_image, to_tensor

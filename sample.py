@@ -8,7 +8,7 @@
     python sample.py --dit runs/x --prompt "..."                                   the newest DiT of a training run
     python sample.py --plan --mllm 7B --dit 2B --vae wan2.1                        what it takes of a GPU, nothing is loaded
 
-The answer appears on stdout as it is written; bars and notices are on stderr. What remains is a folder (page.py):
+The answer appears on stdout as it is written; bars and notices are on stderr. What remains is a folder (pages/answer.py):
 
     out/how-do-i-draw-a-house/index.html     the answer as one self-contained page
                               answer.md      the same as Markdown, with image_01.png, image_02.png, ...
@@ -50,12 +50,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import InputError, Parser, abandon_stdout, parse_dtype, pick_device
-from fit import planned
 from ops import set_backend
-from page import asked_for, card, overview, printable, prompt_of, run_folder, save, saved, saving, write_text
+from pages.answer import asked_for, card, overview, printable, prompt_of, run_folder, save, saved, saving, write_text
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
-from records import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate
-from records import parse as parse_line
+from records.validate import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate
+from records.validate import parse as parse_line
+from tools.fit import planned
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
 BATCH = 8
@@ -83,7 +83,7 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
     p.add_argument("--graphs", action="store_true", help="CUDA graphs of the steps: fewer launches; no GPU has run it yet")
-    p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see fit.py")
+    p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see tools/fit.py")
     p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
@@ -161,7 +161,7 @@ def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
 
 
 def read_lines(file: str) -> Iterator[tuple[int, dict | Problem]]:
-    """As records.read_records, and of standard input if the file is "-"."""
+    """As records.validate.read_records, and of standard input if the file is "-"."""
     if file != "-":
         yield from read_records(file)
     elif sys.stdin is not None:  # it is None if it was closed

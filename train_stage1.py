@@ -25,7 +25,7 @@ import torch
 from checkpoint import InputError, part_folder
 from data import Document, fill, loader, pack_documents
 from model import MLLM, ImageProcessor, mrope_positions
-from sources import Quarantine, open_source
+from records.stream import Quarantine, open_source
 from tokenizer import Rendered, Tokenizer
 from training import BUNDLED, LanguageLoss, Run, TrainConfig, World, add_statistics, check_step0, language_statistics, main
 from training import model_flops, parse_config, print_trained

@@ -25,7 +25,7 @@ from data import Document, fill, loader
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
-from sources import Quarantine, open_source
+from records.stream import Quarantine, open_source
 from tokenizer import Tokenizer
 from training import BUNDLED, Run, TrainConfig, World, add_statistics, asked_and_told, check_step0, encode, flow_statistics
 from training import generator, main, model_flops, parse_config, print_trained, read, sheet

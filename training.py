@@ -61,7 +61,6 @@ from torch import Tensor, nn
 import dit
 import interrupt
 import model
-import runpage
 from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, newest_sound, pick_device, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
@@ -69,9 +68,10 @@ from data import Document, pack_documents
 from flow import Samples
 from model import MLLM
 from ops import attention, linear_cross_entropy, set_backend
-from plan import Batch, Plan, PlanConfig, flops, peak_flops
+from pages import run as runpage
 from threads import Crew
 from tokenizer import Rendered, Tokenizer
+from tools.plan import Batch, Plan, PlanConfig, flops, peak_flops
 from vae import VAE
 
 
@@ -151,7 +151,7 @@ def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
         else:
             shown = str(field.default).replace("%", "%%")
             parser.add_argument(name, dest=field.name, type=kind, default=field.default, help=f"(default {shown})")
-    parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see plan.py")
+    parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv and not issubclass(cls, PlanConfig):
         planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
@@ -742,10 +742,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def code_hash() -> str:
-    """Of all Python files beside this one, names and contents."""
+    """Of all Python and JSON files beside this one and in the packages beside it, names and contents."""
     total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        total.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    root = Path(__file__).parent
+    folders = [root, *(file.parent for file in root.glob("*/__init__.py"))]
+    for path in sorted(path for folder in folders for path in folder.glob("*.*") if path.suffix in (".py", ".json")):
+        total.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return total.hexdigest()
 
 
@@ -762,7 +764,7 @@ def sheet(rows: list[tuple[str, str, list[Image.Image | None]]], columns: list[s
           wrap: int = 60) -> None:  # fmt: skip
     """A picture of samples: one line each, (what was asked, what is told of it, pictures), under the names of its columns.
 
-    The texts and the place of each picture are also in the file, as JSON under the name "sheet", for `runpage.sample`. A None
+    The texts and the place of each picture are also in the file, as JSON under the name "sheet", for `pages.run.sample`. A None
     among the pictures leaves its place empty.
     """
     told_of = [any(row[k] for row in rows) for k in (0, 1)]  # a sheet without words has no room for them

@@ -55,16 +55,16 @@ def compiled_for_hopper():
 
 def make_parts(folder: Path) -> Path:
     """mllm/, dit/ and vae/ folders of a system far smaller than the miniature."""
-    import sketchbook
     from dit import DiT, DiTConfig
     from model import MLLM, ImageProcessor
     from model import PRESETS as MLLM_PRESETS
+    from sketchbook import dialogues
     from tokenizer import train_bpe
     from vae import PRESETS as VAE_PRESETS
     from vae import VAE
 
     torch.manual_seed(0)
-    texts = [p["text"] for s in range(60) for m in sketchbook.dialogue(s)["messages"] for p in m["content"] if "text" in p]
+    texts = [p["text"] for s in range(60) for m in dialogues.dialogue(s)["messages"] for p in m["content"] if "text" in p]
     tokenizer = train_bpe(texts, 600)
     config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
     config.num_hidden_layers = 2

@@ -13,15 +13,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 context = multiprocessing.get_context("forkserver")
 # A first optimizer step imports torch._dynamo, which takes as long as torch itself.
-context.set_forkserver_preload(["train_stage1", "train_stage2", "pretrain", "torch._dynamo"])
+context.set_forkserver_preload(["train_stage1", "train_stage2", "sketchbook.pretrain", "torch._dynamo"])
 KINDS = ("stage1", "stage2", "vae", "mllm", "dit")
 
 
 def config(kind: str, parts: Path, out: Path, **options):
     """The smallest run of that kind."""
-    import pretrain
     import train_stage1
     import train_stage2
+    from sketchbook import pretrain
 
     classes = {"stage1": train_stage1.Stage1Config, "stage2": train_stage2.Stage2Config}
     classes |= {k: pretrain.COMMANDS[k][0] for k in ("vae", "mllm", "dit")}
@@ -55,7 +55,7 @@ def shrink() -> None:
     """What only the miniature's size needs: a large tokenizer, a DiT of full depth, the gate after the VAE."""
     from dataclasses import replace
 
-    import pretrain
+    from sketchbook import pretrain
 
     text, picture = pretrain.corpus, pretrain.picture
     pretrain.corpus = lambda n: text(15)
@@ -75,10 +75,10 @@ def rank_main(kind, c, rank, size, port, log, hook) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
 
-    import pretrain
     import train_stage1
     import train_stage2
     import training
+    from sketchbook import pretrain
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in a run of its own

@@ -276,7 +276,7 @@ def test_pickles_are_refused_with_a_conversion_that_works(tmp_path):
     assert torch.equal(load_weights(meta(Toy), tmp_path).first.weight, toy.first.weight)
     for file in tmp_path.iterdir():
         file.rename(tmp_path / "Wan2.1_VAE.pth")
-    words = f"{tmp_path}: only safetensors is loaded, not Wan2.1_VAE.pth: see `python convert.py --help`"
+    words = f"{tmp_path}: only safetensors is loaded, not Wan2.1_VAE.pth: see `python -m tools.convert --help`"
     assert failure(load_weights, meta(Toy), tmp_path) == words
 
 

@@ -22,15 +22,15 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
-import formats
-import records
-import sketchbook
 from checkpoint import InputError
 from data import Document, batches, loader, main, pack_documents, tokenize
-from files import Files
 from model import MLLM, PRESETS, ImageProcessor
-from records import Problem, load_image, read_records, validate
-from sources import Quarantine, Stream, open_source
+from records import formats
+from records import validate as records
+from records.files import Files
+from records.stream import Quarantine, Stream, open_source
+from records.validate import Problem, load_image, read_records, validate
+from sketchbook import dialogues
 from tokenizer import Rendered, Tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -790,7 +790,7 @@ def test_a_procedural_source(folder: Path):
     make = partial(Stream, lambda seed: chat("q", [text(str(seed))]))
     assert answers(take(make(seed=0), 3)) == ["0", "1", "2"]
     assert answers(take(make(seed=2, rank=1, world_size=4), 2)) == [str((2 << 32) + 1), str((2 << 32) + 5)]
-    path = sketchbook.write(folder / "corpus", 6)  # the same records as files
+    path = dialogues.write(folder / "corpus", 6)  # the same records as files
     assert main(["check", str(path)]) == 0 and len(list(Stream(Files([path]), epochs=1))) == 6
 
 

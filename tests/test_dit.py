@@ -14,13 +14,13 @@ from diffusers.models.transformers import transformer_cosmos
 from safetensors.torch import load_file
 
 import ops
-import sketchbook
 from checkpoint import InputError, read_json
 from connector import Connector, features
 from dit import PRESETS, DiT, DiTConfig, Targets, pack_images, patchify, unpatchify
 from launches import Launches
 from model import MLLM, mrope_positions
 from ops import Segments
+from sketchbook import dialogues
 from tokenizer import Tokenizer, render
 from vae import VAE, to_tensor
 
@@ -187,7 +187,7 @@ def test_the_eps_that_diffusers_has_no_field_for_moves_the_miniatures_velocity_l
         ids = torch.tensor(render(tokenizer, [{"role": "user", "content": ask}], [], generation_prompt=True).ids)
         with torch.no_grad():
             text = features(mllm(ids, mrope_positions(ids, [], tokenizer.image_pad)[0], Segments([len(ids)])))[None]
-            clean = vae.encode_latents(torch.stack([to_tensor(picture) for picture in sketchbook.pictures(seed, 2)]))
+            clean = vae.encode_latents(torch.stack([to_tensor(picture) for picture in dialogues.pictures(seed, 2)]))
         x = torch.stack((clean[0], (1 - t) * clean[1] + t * torch.randn(clean[1].shape)), 1)[None]
         condition = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1, 1).expand(1, 1, 2, 8, 8)
         args = x, torch.tensor([1e-4, t]).view(1, 1, 2, 1, 1), text, condition, torch.zeros(1, 1, 64, 64)

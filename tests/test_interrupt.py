@@ -127,10 +127,10 @@ def child(*command: str, log: Path) -> subprocess.Popen:
 
 @in_proc
 @pytest.mark.parametrize("moment", ["imports", "loading"])
-@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py", "pretrain.py"])
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py", "sketchbook/pretrain.py"])
 def test_ctrl_c_before_the_first_step_is_one_line(script, moment, tmp_path):
     log = tmp_path / "log"
-    what = ["mllm"] if script == "pretrain.py" else []
+    what = ["mllm"] if script == "sketchbook/pretrain.py" else []
     process = child(sys.executable, ROOT / script, *what, "--device=cpu", f"--out={tmp_path / 'run'}", log=log)
     if moment == "imports":
         wait(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())

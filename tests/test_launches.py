@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
-import bench_peers
 import ops
+from bench import peers
 from launches import Launches
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
 from ops import Segments
@@ -28,7 +28,7 @@ def models():
     """(ours, theirs), on one set of weights."""
     torch.manual_seed(0)
     ours = MLLM.from_config(CONFIG).half().eval()
-    theirs = bench_peers.transformers_mllm(ours)
+    theirs = peers.transformers_mllm(ours)
     return ours.fuse_for_inference(), theirs
 
 
@@ -136,7 +136,7 @@ def shallow():
     torch.manual_seed(0)
     vision = replace(CONFIG.vision, depth=3, fullatt_block_indexes=(1,))
     ours = MLLM.from_config(replace(CONFIG, num_hidden_layers=2, vision=vision)).eval()
-    return ours, bench_peers.transformers_mllm(ours)
+    return ours, peers.transformers_mllm(ours)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import kernels
 import ops
-from bench import peak
+from bench.measure import peak
 from checkpoint import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6's interpreter

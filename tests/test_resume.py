@@ -69,7 +69,7 @@ def test_two_ranks_hand_over_to_one_and_one_to_three(parts, tmp_path):
         runs.run("stage1", c, tmp_path / f"{ranks}.log", ranks, (runs.note_names, str(tmp_path)))
         shares = [(tmp_path / f"names_{ranks}_{r}.jsonl").read_text().splitlines() for r in range(ranks)]
         read.append([name for share in shares for line in share for name in json.loads(line)])
-    from sources import Stream, open_source
+    from records.stream import Stream, open_source
 
     stream = Stream(open_source(str(lines)), seed=c.seed)
     order = ["{}:{}".format(*stream[n][0]) for n in range(60)]

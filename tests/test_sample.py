@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from test_pipeline import BOV, END, PLAIN, TWO, make_duo, picture, same
 
-import evaluate
 import kernels
 import ops
-import page
 import sample
 import training
 from checkpoint import InputError
-from page import escape_markdown
+from evaluate import report
+from pages import answer as page
+from pages.answer import escape_markdown
 from pipeline import STOPS, derive
 from sample import main, printable, slug
 
@@ -319,7 +319,7 @@ def test_an_attention_that_cannot_be_is_told_before_anything_is_loaded(here, mon
     monkeypatch.setattr(kernels, "INTERPRETED", False)  # as it is outside the tests
     check_one_line(main(["--prompt", "x", "--attention", "triton", "--device", "cpu"]), capsys, "need an NVIDIA GPU")
     with pytest.raises(InputError, match="'flash' is none of"):
-        evaluate.main(["sketchbook", "--attention", "flash"])
+        report.main(["sketchbook", "--attention", "flash"])
     with pytest.raises(InputError, match="'flash' is none of"):
         training.Run(training.TrainConfig(attention="flash"), training.World("cpu"), torch.nn.Linear(2, 2), None)
 

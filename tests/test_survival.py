@@ -23,8 +23,8 @@ from conftest import make_parts  # its import puts the repository on the path, a
 from safetensors.torch import load_file
 from test_resume import assert_same
 
-import runs
 import checkpoint
+import runs
 import training
 from checkpoint import InputError
 
@@ -212,7 +212,7 @@ def culprit_sleeps() -> None:
 
 def starve(rank: int) -> None:
     """The last rank's data worker reads for ever."""
-    from sources import Stream
+    from records.stream import Stream
 
     if rank == 1:
         Stream.__getitem__ = lambda self, number: culprit_sleeps()

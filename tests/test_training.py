@@ -14,9 +14,7 @@ import torch
 from PIL import Image
 
 import dit
-import evaluate
 import model
-import sketchbook
 import train_stage1
 import train_stage2
 import training
@@ -24,8 +22,10 @@ from checkpoint import InputError, newest_sound
 from data import tokenize
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT, DiTConfig
+from evaluate import report
 from flow import FlowLoss, Samples, denoise, shift_schedule
 from model import MLLM, ImageProcessor
+from sketchbook import dialogues
 from tokenizer import Tokenizer
 from training import LanguageLoss, Run, TrainConfig, World, generator
 from vae import VAE
@@ -81,7 +81,7 @@ def test_resumed_run_equals_the_straight_one(stage, parts, tmp_path):
     a, b = weights(straight), weights(halves)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-    told = evaluate.trained(SimpleNamespace(sources={"dit": str(newest_sound(halves) / "dit")}))  # an evaluation names its run
+    told = report.trained(SimpleNamespace(sources={"dit": str(newest_sound(halves) / "dit")}))  # an evaluation names its run
     assert told["step"] == 4 and 0 < told["hours"] < 1
 
 
@@ -148,7 +148,7 @@ def test_language_model_overfits_one_batch(parts):
 
     mllm = MLLM.from_pretrained(parts / "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(parts / "mllm"), ImageProcessor.from_pretrained(parts / "mllm")
-    documents = [tokenize(sketchbook.dialogue(s, kinds={"one": 1}), tokenizer, processor, pictures=False) for s in range(3)]
+    documents = [tokenize(dialogues.dialogue(s, kinds={"one": 1}), tokenizer, processor, pictures=False) for s in range(3)]
     batch = pack_documents(documents)
     loss_of, optimizer = LanguageLoss(mllm), torch.optim.AdamW(mllm.parameters(), lr=2e-3)
     history = []
@@ -214,7 +214,7 @@ def test_loss_by_kind_of_token_adds_up(parts):
 
     mllm, tokenizer = MLLM.from_pretrained(parts / "mllm"), Tokenizer.from_pretrained(parts / "mllm")
     processor = ImageProcessor.from_pretrained(parts / "mllm")
-    batch = pack_documents([tokenize(sketchbook.dialogue(s), tokenizer, processor, pictures=False) for s in range(3)])
+    batch = pack_documents([tokenize(dialogues.dialogue(s), tokenizer, processor, pictures=False) for s in range(3)])
     total, by_kind = LanguageLoss(mllm)(batch)
     target = batch.labels >= 0
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_flops_in_the_log_are_those_that_pytorch_counts(stage, parts):
     mllm, tokenizer = MLLM.from_pretrained(parts / "mllm"), Tokenizer.from_pretrained(parts / "mllm")
     processor = ImageProcessor.from_pretrained(parts / "mllm")
     dit, vae = DiT.from_pretrained(parts / "dit"), VAE.from_pretrained(parts / "vae").requires_grad_(False)
-    documents = [tokenize(sketchbook.dialogue(s, kinds={"one": 1}), tokenizer, processor) for s in range(3)]
+    documents = [tokenize(dialogues.dialogue(s, kinds={"one": 1}), tokenizer, processor) for s in range(3)]
     with FlopCounterMode(display=False, custom_mapping=ADDED) as counter:
         if stage == 1:
             from data import pack_documents

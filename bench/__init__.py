@@ -1,0 +1,1 @@
+"""How fast the system is, beside PyTorch's own, transformers and diffusers."""

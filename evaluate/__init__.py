@@ -1,0 +1,1 @@
+"""How good the system is: exams, their judges, reports."""

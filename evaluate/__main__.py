@@ -1,0 +1,7 @@
+"""`python -m evaluate`: see report.py."""
+
+import training
+from evaluate.report import main
+
+if __name__ == "__main__":
+    training.main(main)

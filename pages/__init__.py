@@ -1,0 +1,1 @@
+"""The HTML pages: of an answer, and of a training run."""

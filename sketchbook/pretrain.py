@@ -1,0 +1,388 @@
+"""Pretrain the miniature's three backbones on the sketchbook corpus: the small sisters of what full size downloads.
+
+    python -m sketchbook.pretrain vae     pictures to latents of 1/8 size and back          (full size: Wan2.1 VAE)
+    python -m sketchbook.pretrain mllm    text, and questions about pictures: it sees        (full size: Qwen2.5-VL)
+    python -m sketchbook.pretrain dit     short clips of drawings that grow, move, change    (full size: Cosmos-Predict2.5)
+    python -m sketchbook.pretrain bundle  the parts of finished runs into one checkpoint folder
+
+Each run resumes when its command is given again; `--help` after a name lists its settings. `make tiny` runs all of them in
+order. The two stages of the paper, train_stage1.py and train_stage2.py, start from
+what this script leaves.
+"""
+
+if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, too
+    import interrupt
+
+    interrupt.quiet()
+
+import dataclasses
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import InputError, part_folder
+from data import Document, batches, pack_documents, tokenize
+from dit import PRESETS as DIT_PRESETS
+from dit import DiT
+from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
+from model import MLLM, ImageProcessor
+from model import PRESETS as MLLM_PRESETS
+from pipeline import Settings, write_manifest
+from records.stream import Stream
+from sketchbook import dialogues as sketchbook
+from sketchbook.checker import judge
+from tokenizer import Tokenizer, render, train_bpe
+from training import LanguageLoss, Run, TrainConfig, World, check_step0, encode, flow_statistics, generator
+from training import language_statistics, main, model_flops, parse_config, print_trained, read, sheet
+from vae import PRESETS as VAE_PRESETS
+from vae import VAE, to_image, to_tensor
+
+
+def stream(item, c: TrainConfig, world: World, position: list | int | None, documents: int) -> Iterator[tuple[list, dict]]:
+    """Lists of procedural items, item(seed), prepared by a background process, from where the run stopped."""
+    source = Stream(item, seed=c.seed, rank=world.rank, world_size=world.size, workers=1)
+    if position is not None:
+        source.resume(position if isinstance(position, list) else [position])
+    return batches(source, documents=documents)
+
+
+# ---------------------------------------------------------------------------------------------------------------- VAE
+
+
+@dataclass
+class VAEConfig(TrainConfig):
+    out: str = "runs/tiny/vae"
+    steps: int = 3500
+    batch: int = 32  # pictures
+    size: int = 64  # pixels
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    beta2: float = 0.99
+    ema: float = 0.998
+    # Wan's published latents are nearly deterministic. The miniature takes a real KL: its decoder then bears the error that a
+    # small DiT leaves, and latent numbers that the pictures do not need fall silent.
+    kl: float = 2e-3
+
+
+def picture(size: int, seed: int) -> tuple[str, Tensor]:
+    return f"seed:{seed}", to_tensor(sketchbook.pictures(seed, 1, size)[0])
+
+
+class VAELoss(nn.Module):
+    """L1 on pixels and on their differences (edges: most of a page is blank) + KL of the posterior to N(0, 1)."""
+
+    def __init__(self, vae: VAE, kl: float):
+        super().__init__()
+        self.vae, self.kl = vae, kl
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mean, logvar = (m.float() for m in self.vae.encode(x))                         # (B, z, h, w) each
+        y = self.vae.decode(mean + (0.5 * logvar).exp() * noise).float()               # (B, 3, H, W)
+        d = y - x
+        l1 = d.abs().mean()
+        edges = d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        psnr = -10 * torch.log10((y.clamp(-1, 1) - x).square().mean() / 4)
+        return l1 + edges + self.kl * kl, {"l1": l1.detach(), "edges": edges.detach(), "kl": kl.detach(), "psnr": psnr.detach()}
+
+
+@torch.no_grad()
+def measure_latents(vae: VAE, pictures: Tensor) -> None:
+    """Set latents_mean and latents_std, the constants that normalise what the DiT sees.
+
+    The deviation is that of posterior samples, not of means: a latent number that the pictures do not need has mean 0 and
+    posterior variance 1, and must stay near 0 instead of being blown up to unit size.
+    """
+    moments = [vae.encode(x) for x in pictures.split(64)]
+    mean = torch.cat([m for m, _ in moments]).float()
+    variance = torch.cat([v for _, v in moments]).float().exp()
+    std = (mean.var((0, 2, 3)) + variance.mean((0, 2, 3))).sqrt()
+    vae.set_latent_statistics(mean.mean((0, 2, 3)).tolist(), std.tolist())
+    relative = " ".join(f"{x:.2f}" for x in (variance.mean((0, 2, 3)).sqrt() / std).tolist())
+    print(f"latents: posterior deviation / total deviation, by channel: {relative}", flush=True)
+
+
+def train_vae(c: VAEConfig) -> None:
+    world = World(c.device, c.timeout)
+    world.claim(c.out)
+    torch.manual_seed(c.seed)
+    vae = VAE.from_config(VAE_PRESETS["tiny"]).to(world.device, memory_format=torch.channels_last)
+    if world.main:
+        print_trained({"vae": vae}, {})
+    fixed = torch.stack([picture(c.size, 10**12 + i)[1] for i in range(256)]).to(world.device)
+
+    def save(folder: Path, vae: VAE) -> None:
+        measure_latents(vae, fixed)
+        vae.save_pretrained(folder / "vae", dtype=torch.float16)
+
+    run = Run(c, world, vae, save)
+    loss_of = world.wrap(VAELoss(vae, c.kl), compile=c.compile)
+    data = stream(partial(picture, c.size), c, world, run.position, c.batch)
+    for step in run.loop():
+        items, place = next(data)
+        names, pictures = zip(*items, strict=True)
+        x = torch.stack(pictures).to(world.device, memory_format=torch.channels_last)
+        g = generator(c.seed, step * world.size + world.rank)
+        noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
+        with world.autocast(c.dtype):
+            loss, parts = loss_of(x, noise.to(world.device))
+        means = {"loss": world.backward(loss / world.size), **{k: v.item() / world.size for k, v in parts.items()}}
+        run.update({**means, "images": len(x)}, place, names)
+        if run.sheet_due:
+            vae_sheet(run, vae, fixed[:16])
+    world.close()
+    if run.step >= c.steps and world.main:
+        with run.averaged():
+            vae_gate(vae, c)
+
+
+@torch.no_grad()
+def vae_sheet(run: Run, vae: VAE, x: Tensor) -> None:
+    with run.averaged():
+        y = vae.decode(vae.encode(x)[0])
+    pairs = [picture for a, b in zip(x, y, strict=True) for picture in (to_image(a), to_image(b))]
+    rows = [("", "", pairs[i : i + 4]) for i in range(0, len(pairs), 4)]
+    sheet(rows, ["true one", "decoded"] * 2, run.sample_file("png"))
+
+
+@torch.no_grad()
+def vae_gate(vae: VAE, c: VAEConfig, dialogues: int = 200) -> None:
+    """Share of true pictures that the checker accepts after encoding and decoding: the ceiling of every later number."""
+    passed: dict[str, list[bool]] = {}
+    for seed in range(dialogues):
+        record = sketchbook.dialogue(seed, split="seen", size=c.size)
+        shown = [p["image"] for m in record["messages"] for p in m["content"] if p["type"] == "image"]
+        for k, truth in enumerate(record["truth"]["images"]):
+            if truth["check"] is None:  # a user's picture: nothing was asked of it
+                continue
+            again = to_image(vae.decode(vae.encode(to_tensor(shown[k])[None])[0])[0])
+            passed.setdefault(record["kind"], []).append(judge(again, truth["check"], shown[k - 1] if k else None).ok)
+    passed["all"] = sum(passed.values(), [])
+    for kind, values in passed.items():
+        print(f"checker after VAE: {kind:<12} {sum(values) / len(values):6.1%} of {len(values)}")
+
+
+# --------------------------------------------------------------------------------------------------------------- MLLM
+
+
+@dataclass
+class MLLMConfig(TrainConfig):
+    out: str = "runs/tiny/mllm"
+    steps: int = 1400
+    batch: int = 16  # documents
+    size: int = 64
+    vocabulary: int = 1024  # tokens at most; what the corpus does not need stays unused
+    looking: float = 0.6  # share of documents about a picture; the others are dialogues of any kind
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+
+
+def corpus(n: int) -> Iterator[str]:
+    """All text of n dialogues of each source, for the tokenizer."""
+    for seed in range(n):
+        for record in (sketchbook.dialogue(seed), sketchbook.looking(seed)):
+            for message in record["messages"]:
+                yield from (p["text"] for p in message["content"] if p["type"] == "text")
+        yield sketchbook.clip(seed, frames=2)[0]
+
+
+def reading(c: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, seed: int) -> Document:
+    looking = torch.rand((), generator=generator(c.seed, 1, seed)).item() < c.looking
+    record = sketchbook.looking(seed, c.size) if looking else sketchbook.dialogue(seed, size=c.size)
+    return tokenize(record, tokenizer, processor, pictures=False)
+
+
+def train_mllm(c: MLLMConfig) -> None:
+    world = World(c.device, c.timeout)
+    world.claim(c.out)
+    torch.manual_seed(c.seed)
+    tokenizer = train_bpe(corpus(1500), c.vocabulary)
+    config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
+    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=c.size**2)
+    mllm = MLLM.from_config(config).to(world.device)
+    if world.main:
+        print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
+
+    def save(folder: Path, mllm: MLLM) -> None:
+        for part in (mllm, tokenizer, processor):
+            part.save_pretrained(folder / "mllm")
+
+    run = Run(c, world, mllm, save)
+    loss_of = world.wrap(LanguageLoss(mllm), compile=c.compile, find_unused=True)  # a batch may have no picture
+    data = stream(partial(reading, c, tokenizer, processor), c, world, run.position, c.batch)
+    for step in run.loop():
+        documents, place = next(data)
+        batch = pack_documents(documents).to(world.device)
+        targets = world.sum((batch.labels >= 0).sum().item())
+        with world.autocast(c.dtype):
+            total, kinds = loss_of(batch)
+        stats = {"loss": world.backward(total / targets), **language_statistics(kinds)}
+        stats |= {"tokens": len(batch.ids), "documents": len(documents), "flops": model_flops(documents, mllm)}
+        stats = run.update(stats, place, [d.name for d in documents])
+        if step == 0 and world.main:
+            guess = math.log(config.vocab_size)
+            check_step0("cross-entropy", stats["loss"], 0.9 * guess, 1.2 * guess)
+    world.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------- DiT
+
+
+@dataclass
+class DiTConfig(TrainConfig):
+    out: str = "runs/tiny/dit"
+    mllm: str = "runs/tiny/mllm"
+    vae: str = "runs/tiny/vae"
+    steps: int = 6000
+    batch: int = 32  # clips
+    frames: int = 4  # at most
+    size: int = 64
+    lr: float = 1e-3
+    beta2: float = 0.99
+    drop: float = 0.15  # share of clips whose caption is dropped
+    shift: float = 5.0
+    condition_time: float = CONDITION_TIME
+
+
+def film(c: DiTConfig, tokenizer: Tokenizer, seed: int) -> Document:
+    """A clip as a document: its caption is the user's text, its frames are the pictures."""
+    g = generator(c.seed, 2, seed)
+    caption, frames = sketchbook.clip(seed, frames=int(torch.randint(2, c.frames + 1, (), generator=g)), size=c.size)
+    if torch.rand((), generator=g) < 0.5:
+        frames = frames[-1:]  # a still, as half of Cosmos' own data
+    rendered = render(tokenizer, [{"role": "user", "content": caption}], [], generation_prompt=True)
+    positions = torch.arange(len(rendered.ids)).expand(3, -1)
+    return Document(rendered, positions, None, [], [to_tensor(frame) for frame in frames])
+
+
+def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, world: World, g: torch.Generator) -> Samples:
+    """Cosmos' video training: the first 0, 1 or 2 frames are given (1/2, 1/4, 1/4), all others are painted together."""
+    states, first = read(documents, mllm, world.device)
+    rows, clean = [], []
+    for d, document in enumerate(documents):
+        dropped = torch.rand((), generator=g).item() < c.drop
+        rows.append(range(first[d], first[d] + document.rendered.system_end if dropped else first[d + 1]))
+        clean.append(min(max(0, int(torch.randint(-1, 3, (), generator=g))), len(document.pictures) - 1))
+    return Samples(states, rows, encode(documents, vae, world.device), clean)
+
+
+def train_dit(c: DiTConfig) -> None:
+    world = World(c.device, c.timeout)
+    world.claim(c.out)
+    torch.manual_seed(c.seed)
+    folder = part_folder(c.mllm, "mllm")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    mllm = MLLM.from_pretrained(folder, device=world.device).requires_grad_(False)
+    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
+    width = mllm.config.num_hidden_layers * mllm.config.hidden_size
+    dit = DiT.from_config(dataclasses.replace(DIT_PRESETS["tiny"], crossattn_proj_in_channels=width)).to(world.device)
+    if world.main:
+        print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
+
+    run = Run(c, world, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
+    loss_of = world.wrap(FlowLoss(dit, c.condition_time), compile=c.compile)
+    data = stream(partial(film, c, tokenizer), c, world, run.position, c.batch)
+    for step in run.loop():
+        documents, place = next(data)
+        g = generator(c.seed, step * world.size + world.rank)
+        with world.autocast(c.dtype):
+            samples = film_samples(documents, mllm, vae, c, world, g)
+            t = train_times(len(documents), c.shift, g)
+            error, count = loss_of(samples, t, g)
+        loss = world.backward(error.sum() / world.sum(count.sum().item()))
+        parts = flow_statistics(t, error.detach().cpu(), count.cpu())
+        stats = {"loss": loss, **parts, "images": count.sum().item() / 16}
+        stats["flops"] = model_flops(documents, mllm, samples, dit, vae)
+        stats = run.update(stats, place, [d.name for d in documents])
+        if step == 0 and world.main:
+            guess = 1 + mean_square(samples.latents)
+            check_step0("flow loss", stats["loss"], 0.9 * guess, 1.1 * guess)
+        if run.sheet_due:
+            film_sheet(run, c, tokenizer, mllm, dit, vae)
+    world.close()
+
+
+def mean_square(latents: list[list[Tensor]]) -> float:
+    """E|x_0|^2 per channel, so that 1 + it is E|eps - x_0|^2, the loss of a DiT that answers 0."""
+    return torch.cat([z.flatten() for pictures in latents for z in pictures]).square().mean().item()
+
+
+@torch.no_grad()
+def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: DiT, vae: VAE, n: int = 12) -> None:
+    """Captions never trained on, with the still that the DiT paints for each and the true one."""
+    rows = []
+    clips = [sketchbook.clip(10**12 + i, size=c.size) for i in range(n)]
+    rendered = [render(tokenizer, [{"role": "user", "content": text}], [], generation_prompt=True) for text, _ in clips]
+    documents = [Document(r, torch.arange(len(r.ids)).expand(3, -1), None, [], []) for r in rendered]
+    with run.averaged():
+        states, first = read(documents, mllm, run.world.device)
+        context = dit.crossattn_proj(states)
+        positive = [context[a:b] for a, b in zip(first, first[1:], strict=False)]
+        negative = [p[: r.system_end] for p, r in zip(positive, rendered, strict=True)]
+        size = (c.size // 8, c.size // 8)
+        sigmas = shift_schedule(16, c.shift)
+        painted = denoise(dit, [[]] * n, [size] * n, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0)
+        for (text, frames), z in zip(clips, painted, strict=True):
+            rows.append((text, "", [to_image(vae.decode_latents(z[None])[0]), frames[-1]]))
+    sheet(rows, ["painted", "true one"], run.sample_file("png"))
+
+
+# ------------------------------------------------------------------------------------------------------------- bundle
+
+
+@dataclass
+class BundleConfig:
+    out: str = "checkpoints/tiny"
+    mllm: str = "runs/tiny/stage1"
+    dit: str = "runs/tiny/stage2"
+    vae: str = "runs/tiny/vae"
+    size: int = 64  # pixels; this and what follows become the defaults of sampling
+    steps: int = 20
+    guidance: float = 3.0
+    sampler: str = "ancestral"
+    eta: float = 1.5
+    max_tokens: int = 512
+
+
+def bundle(c: BundleConfig) -> None:
+    """The newest parts in one folder, and their names and the defaults of sampling in its duogen.json."""
+    out = Path(c.out)
+    sources = {part: part_folder(getattr(c, part), part) for part in ("mllm", "dit", "vae")}
+    for part in sources:
+        shutil.rmtree(out / part, ignore_errors=True)
+    for cls in (MLLM, Tokenizer, ImageProcessor):
+        # Half precision: the training reads the MLLM under bf16 autocast anyway, and the bundle has to stay small.
+        options = {"dtype": torch.float16} if cls is MLLM else {}
+        cls.from_pretrained(sources["mllm"]).save_pretrained(out / "mllm", **options)
+    DiT.from_pretrained(sources["dit"]).save_pretrained(out / "dit")
+    VAE.from_pretrained(sources["vae"]).save_pretrained(out / "vae", dtype=torch.float16)
+    defaults = Settings(steps=c.steps, guidance=c.guidance, sampler=c.sampler, eta=c.eta, max_tokens=c.max_tokens,
+                        max_area=c.size**2)  # fmt: skip
+    write_manifest(out, defaults, (c.size, c.size))
+
+
+COMMANDS = {
+    "vae": (VAEConfig, train_vae),
+    "mllm": (MLLMConfig, train_mllm),
+    "dit": (DiTConfig, train_dit),
+    "bundle": (BundleConfig, bundle),
+}
+
+
+def run_command() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        raise InputError(f"say what to pretrain: python -m sketchbook.pretrain {{{','.join(COMMANDS)}}} [--help]")
+    config, function = COMMANDS[sys.argv[1]]
+    function(parse_config(config, sys.argv[2:], __doc__))
+
+
+if __name__ == "__main__":
+    main(run_command)

@@ -1,0 +1,1 @@
+"""What training and sampling will cost (plan, fit), and the original checkpoints converted (convert)."""
