@@ -55,7 +55,6 @@ from pages.answer import asked_for, card, overview, printable, prompt_of, run_fo
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records.validate import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate
 from records.validate import parse as parse_line
-from tools.fit import planned
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
 BATCH = 8
@@ -268,6 +267,8 @@ def run(argv: list[str]) -> int:
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be 1 or more")
     if args.plan:
+        from tools.fit import planned
+
         batch = args.batch or (BATCH if args.prompts else 1)
         parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
         say(planned(args.ckpt, parts, values, batch, len(args.image), args.dtype).report())

@@ -65,13 +65,13 @@ from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, new
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
+from flops import Batch, flops, peak_flops
 from flow import Samples
 from model import MLLM
 from ops import attention, linear_cross_entropy, set_backend
 from pages import run as runpage
 from threads import Crew
 from tokenizer import Rendered, Tokenizer
-from tools.plan import Batch, Plan, PlanConfig, flops, peak_flops
 from vae import VAE
 
 
@@ -153,9 +153,11 @@ def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
             parser.add_argument(name, dest=field.name, type=kind, default=field.default, help=f"(default {shown})")
     parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
     argv = sys.argv[1:] if argv is None else argv
-    if "--plan" in argv and not issubclass(cls, PlanConfig):
+    if "--plan" in argv:
+        from tools.plan import Plan, PlanConfig
+
         planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
-        print(Plan(parse_config(planned, argv, doc)).report())
+        print(Plan(parse_config(planned, [a for a in argv if a != "--plan"], doc)).report())
         sys.exit()
     values = vars(parser.parse_flags(argv))
     del values["plan"]

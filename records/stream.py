@@ -20,6 +20,7 @@ Nothing is repeated or lost.
 import fcntl
 import ctypes
 import faulthandler
+import importlib
 import itertools
 import json
 import math
@@ -42,7 +43,9 @@ from torch.utils.data import DataLoader
 from checkpoint import InputError
 from records.files import Files
 from records.validate import BadRecord, Problem, one_line
-from sketchbook import dialogues
+
+# Name in --data: module with dialogue(seed, split=, kinds=), imported only when it is asked for.
+CORPORA = {"sketchbook": "sketchbook.dialogues"}
 
 # -------------------------------------------------------------------------------------------------------------- order
 
@@ -123,11 +126,11 @@ def open_source(data: str, kinds: str = "", split: str = "train") -> "Files | Mi
         entries.append((entry if weight is None else name, weight))
     if not entries:
         raise InputError("--data: no source given")
-    if kinds and not any(name == "sketchbook" for name, _ in entries):
+    if kinds and not any(name in CORPORA for name, _ in entries):
         raise InputError(f"kinds {kinds!r}: only the sketchbook has kinds")
-    if all(weight is None and name != "sketchbook" for name, weight in entries):
+    if all(weight is None and name not in CORPORA for name, weight in entries):
         return Files([file for name, _ in entries for file in expand(name)])
-    sources = [sketch(kinds, split) if name == "sketchbook" else Files(expand(name)) for name, _ in entries]
+    sources = [sketch(name, kinds, split) if name in CORPORA else Files(expand(name)) for name, _ in entries]
     if len(sources) == 1:
         return sources[0]
     if all(weight is None for _, weight in entries):
@@ -161,14 +164,14 @@ def expand(name: str) -> list[str]:
     return [f for value in values for f in expand(f"{name[: match.start()]}{value}{name[match.end() :]}")]
 
 
-def sketch(kinds: str, split: str) -> Callable[[int], dict]:
+def sketch(name: str, kinds: str, split: str) -> Callable[[int], dict]:
     try:
         weights = {kind: float(weight or 1) for kind, _, weight in (item.partition("=") for item in kinds.split(",") if item)}
         if not all(0 < weight < float("inf") for weight in weights.values()):
             raise ValueError
     except ValueError:
         raise InputError(f"kinds {kinds!r}: write kinds and positive weights like lesson=2,one=1") from None
-    source = partial(dialogues.dialogue, split=split, kinds=weights or None)
+    source = partial(importlib.import_module(CORPORA[name]).dialogue, split=split, kinds=weights or None)
     source(0)  # an unknown kind or split shows here, before a run starts
     return source
 

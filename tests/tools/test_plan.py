@@ -14,14 +14,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
+import flops
 import model
 import vae
 from checkpoint import InputError
 from data import MLLMBatch
+from flops import Batch
 from flow import FlowLoss, Samples
 from ops import Segments
 from tools import plan
-from tools.plan import Batch
 from train_stage1 import Stage1Config
 from train_stage2 import Stage2Config
 from training import LanguageLoss, parse_config
@@ -105,13 +106,13 @@ def counted(step) -> int:
 @pytest.mark.parametrize("documents, text, grid", [(1, 30, (8, 8)), (3, 90, (8, 12)), (2, 150, (10, 6))])
 def test_flops_of_stage_1(documents, text, grid):
     _, step, b = stage1(documents, text, grid)
-    assert counted(step) == pytest.approx(sum(map(sum, plan.flops(1, TINY, b).values())), rel=0.01)
+    assert counted(step) == pytest.approx(sum(map(sum, flops.flops(1, TINY, b).values())), rel=0.01)
 
 
 @pytest.mark.parametrize("samples, images, side, context", [(1, 1, 4, 20), (3, 4, 8, 50), (2, 2, 12, 200)])
 def test_flops_of_stage_2(samples, images, side, context):
     _, step, b = stage2(samples, images, side, context)
-    parts = plan.flops(2, TINY, b, dit.PRESETS["tiny"], vae.PRESETS["tiny"])
+    parts = flops.flops(2, TINY, b, dit.PRESETS["tiny"], vae.PRESETS["tiny"])
     assert counted(step) == pytest.approx(sum(parts["DiT"]) + sum(parts["connector"]), rel=0.01)
 
 
@@ -121,17 +122,17 @@ def test_flops_of_the_vae_encoder(name):
     with torch.device("meta"):
         module, x = vae.VAE(c), torch.empty(1, 3, 96, 64)
     with torch.no_grad():
-        assert counted(lambda: module.encode(x)) == pytest.approx(plan.encoder_flops(c, 96, 64), rel=0.01)
+        assert counted(lambda: module.encode(x)) == pytest.approx(flops.encoder_flops(c, 96, 64), rel=0.01)
 
 
 def test_full_size_flops_are_those_of_the_literature():
     """Known figures: one pass of the 2B DiT over 480 px and 1024 px, 1 + 4 pictures, 512 tokens; of the 7B over 2048 tokens."""
     for patches, expected in ((900, 19.97e12), (4096, 165.96e12)):
         b = Batch.of(TINY, [], samples=[([patches] * 5, 512)])
-        forward, _ = plan.flops(2, TINY, b, dit.PRESETS["2B"], vae.PRESETS["wan2.1"])["DiT"]
+        forward, _ = flops.flops(2, TINY, b, dit.PRESETS["2B"], vae.PRESETS["wan2.1"])["DiT"]
         assert forward == pytest.approx(expected, rel=0.01)
     seven = model.PRESETS["7B"]
-    assert plan.flops(1, seven, Batch.of(seven, [2048]))["decoder"][0] == pytest.approx(27.6e12, rel=0.01)
+    assert flops.flops(1, seven, Batch.of(seven, [2048]))["decoder"][0] == pytest.approx(27.6e12, rel=0.01)
 
 
 def kept(module: nn.Module, dtype: str, *args) -> int:
@@ -306,10 +307,10 @@ def test_the_commands_of_the_readme_fit():
 
 
 def test_mfu_is_known_for_known_devices_only():
-    assert plan.peak_flops("NVIDIA H200") == plan.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert plan.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert plan.peak_flops("NVIDIA H100 PCIe") < 989e12
-    assert plan.peak_flops("cpu") is None
+    assert flops.peak_flops("NVIDIA H200") == flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert flops.peak_flops("NVIDIA H100 PCIe") < 989e12
+    assert flops.peak_flops("cpu") is None
 
 
 def test_tables_in_the_documents_are_the_plan():

@@ -1,0 +1,95 @@
+"""The house: who imports whom, read from the import statements of all files. The root is the paper, folders are around it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the ground up. A module imports only what stands in a line above its own; one that is named nowhere here, what it likes.
+LAYERS = """
+    checkpoint sdpa graphs threads interrupt
+    kernels
+    fused ops
+    tokenizer connector vae model
+    dit
+    flow flops records
+    pipeline data
+    pages
+    training
+    train_stage1 train_stage2 sample
+"""
+LAYER = {name: n for n, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+INNER = {"records", "pages"}  # folders that the root uses; the other folders use the root
+# What a command imports only when it is asked for: `--plan`.
+ON_DEMAND = {("sample", "tools.fit"), ("training", "tools.plan")}
+
+
+def modules() -> dict[str, Path]:
+    """Name -> file, of the root and of the folders that are packages; tests aside."""
+    files = [*ROOT.glob("*.py"), *(f for init in ROOT.glob("*/__init__.py") for f in init.parent.rglob("*.py"))]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+MODULES = modules()
+FOLDERS = {name.split(".")[0] for name in MODULES if "." in name}
+
+
+def imports(name: str, everywhere: bool = True) -> set[str]:
+    """The modules of this repository that a module imports; those at its top level alone, or in its functions, too."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: imports are written from the root"
+            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names}
+    return found & MODULES.keys()
+
+
+def test_every_folder_of_code_is_a_package_that_does_nothing():
+    """A folder of the same name under tests/ would else be taken for it, and importing one module would import others."""
+    assert FOLDERS >= INNER | {"sketchbook", "evaluate", "bench", "tools"}
+    for folder in FOLDERS:
+        body = ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8")).body
+        assert len(body) == 1 and isinstance(body[0], ast.Expr), folder
+    stray = {f.parent.name for f in ROOT.glob("*/*.py")} - FOLDERS - {"tests"}
+    assert not {name for name in stray if not name.startswith(".")}
+
+
+@pytest.mark.parametrize("name", sorted(m for m in MODULES if m.split(".")[0] not in FOLDERS - INNER))
+def test_the_paper_does_not_import_the_world_around_it(name):
+    """Nor in its functions, but for what a command imports when it is asked for it."""
+    outer = {m for m in imports(name) if m.split(".")[0] in FOLDERS - INNER}
+    assert {(name, m) for m in outer} <= ON_DEMAND
+    assert not {m for m in imports(name, everywhere=False) if m.split(".")[0] in FOLDERS - INNER}
+
+
+@pytest.mark.parametrize("name", sorted(m for m in MODULES if m.split(".")[0] in LAYER))
+def test_modules_stand_on_lower_layers_only(name):
+    own = name.split(".")[0]
+    for other in imports(name):
+        below = other.split(".")[0]
+        if below != own and below in LAYER:
+            assert LAYER[below] < LAYER[own], f"{name} imports {other}"
+
+
+def test_no_circles():
+    """Of imports at the top level, in the whole house."""
+    graph, done = {name: imports(name, everywhere=False) for name in MODULES}, set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_no_model_knows_of_records_or_data():
+    for name in ("model", "connector", "vae", "dit", "tokenizer"):
+        assert not {m for m in imports(name) if m.split(".")[0] in ("records", "data")}, name
