@@ -42,12 +42,12 @@ import bench_peers as theirs
 import fused
 from checkpoint import InputError, Parser
 from dit import DiT, DiTConfig
+from flops import count
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule
 from graphs import Graph
 from kernels import Segments, attention
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
 from model import PRESETS as MLLMS
-from plan import count
 from training import LanguageLoss, main
 from vae import VAE, VAEConfig
 

@@ -36,7 +36,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint import InputError, Parser, abandon_stdout, parse_dtype, pick_device
-from fit import planned
 from kernels import set_backend
 from page import fresh, overview, prompt_of, save, write_text
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
@@ -233,6 +232,8 @@ def run(argv: list[str]) -> int:
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be 1 or more")
     if args.plan:
+        from fit import planned  # a tool: nothing else here needs it
+
         batch = args.batch or (BATCH if args.prompts else 1)
         parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
         print(planned(args.ckpt, parts, values, batch, len(args.image), args.dtype).report())

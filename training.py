@@ -61,11 +61,11 @@ from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_soun
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
+from flops import Batch, flops, peak_flops
 from fused import linear_cross_entropy
 from kernels import attention, set_backend
 from flow import Samples
 from model import MLLM
-from plan import Batch, Plan, PlanConfig, flops, peak_flops
 from threads import Crew
 from vae import VAE
 
@@ -115,10 +115,13 @@ def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
             parser.add_argument(*names, dest=field.name, type=kind, default=field.default, help=f"(default {field.default})")
     parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see plan.py")
     argv = sys.argv[1:] if argv is None else argv
-    if "--plan" in argv and not issubclass(cls, PlanConfig):
-        planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
-        print(Plan(parse_config(planned, argv, doc)).report())
-        sys.exit()
+    if "--plan" in argv:
+        from plan import Plan, PlanConfig  # a tool: nothing else here needs it
+
+        if not issubclass(cls, PlanConfig):
+            planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
+            print(Plan(parse_config(planned, argv, doc)).report())
+            sys.exit()
     values = vars(parser.parse_args(argv))
     del values["plan"]
     return cls(**values)
