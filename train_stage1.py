@@ -24,11 +24,12 @@ import torch
 
 from checkpoint import InputError, part_folder
 from data import Document, fill, loader, pack_documents
+from distributed import Ranks
 from model import MLLM, ImageProcessor, mrope_positions
 from records.stream import Quarantine, open_source
 from tokenizer import Rendered, Tokenizer
-from training import BUNDLED, LanguageLoss, Run, TrainConfig, World, add_statistics, check_step0, language_statistics, main
-from training import model_flops, parse_config, print_trained
+from training import BUNDLED, LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
+from training import language_statistics, model_flops, parse_config, print_trained, run_script
 
 
 @dataclass
@@ -54,23 +55,26 @@ class Stage1Config(TrainConfig):
 
 
 def train(c: Stage1Config) -> None:
-    world = World(c.device, c.timeout)
-    world.claim(c.out)
+    ranks = Ranks(c.device, c.timeout)
+    ranks.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=world.device)
+    mllm = MLLM.from_pretrained(folder, device=ranks.device)
     mllm.set_checkpointing(c.checkpointing)
-    if world.main:
+    if ranks.main:
         print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
     def save(folder: Path, mllm: MLLM) -> None:
         for part in (mllm, tokenizer, processor):
             part.save_pretrained(folder / "mllm")
 
-    run = Run(c, world, mllm, save)
-    loss_of = world.wrap(LanguageLoss(mllm), compile=c.compile, find_unused=True)  # a batch may have no picture
-    shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1}
+    run = Run(c, ranks, mllm, save)
+    loss_of = LanguageLoss(mllm)
+    if c.compile:
+        compile_blocks(loss_of)
+    loss_of = ranks.wrap(loss_of, find_unused=True)  # a batch may have no picture
+    shard = {"seed": c.seed, "rank": ranks.rank, "world_size": ranks.size, "workers": 1}
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "patches": c.patches}
     options = {"documents": c.documents or None, "lookahead": c.lookahead, "pictures": False, "position": run.position}
@@ -78,24 +82,24 @@ def train(c: Stage1Config) -> None:
     data = loader(source, tokenizer, processor, **budget, **options, **shard)
     for step in run.loop():
         micro = [next(data) for _ in range(c.accumulate)]
-        packs = [pack_documents(documents).to(world.device) for documents, _ in micro]
-        targets = world.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
+        packs = [pack_documents(documents).to(ranks.device) for documents, _ in micro]
+        targets = ranks.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
         loss, parts = 0.0, {}
-        for pack in world.micro_batches(loss_of, packs):
-            with world.autocast(c.dtype):
+        for pack in ranks.micro_batches(loss_of, packs):
+            with autocast(c.dtype, ranks.device):
                 total, kinds = loss_of(pack)
-            loss += world.backward(total / targets)
+            loss += ranks.backward(total / targets)
             parts = add_statistics(parts, language_statistics(kinds))
         names = [d.name for documents, _ in micro for d in documents]
         full = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro)
         stats = {"loss": loss, **parts, "fill": (full, 1.0), "tokens": sum(len(pack.ids) for pack in packs)}
         stats |= {"documents": len(names), "flops": sum(model_flops(d, mllm) for d, _ in micro)}
         stats = run.update(stats, micro[-1][1], names)
-        if step == 0 and world.main:
+        if step == 0 and ranks.main:
             check_step0("cross-entropy", stats["loss"], 0.0, math.log(tokenizer.vocab_size))  # less than a guess
         if run.sheet_due:  # the first one is short, so that it comes soon
             sample_sheet(run, c, source, tokenizer, processor, mllm, 3 if run.step == 1 else 10)
-    world.close()
+    ranks.close()
 
 
 @torch.no_grad()
@@ -103,13 +107,13 @@ def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: 
     """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
     documents, _ = next(loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, pictures=False))
     answers = [Answer(d, tokenizer, processor) for d in documents]
-    writable = torch.tensor(tokenizer.writable, device=run.world.device)
+    writable = torch.tensor(tokenizer.writable, device=run.ranks.device)
     with run.averaged():
         for _ in range(most):
             open_ones = [a for a in answers if a.open]
             if not open_ones:
                 break
-            pack = pack_documents([a.so_far() for a in open_ones]).to(run.world.device)
+            pack = pack_documents([a.so_far() for a in open_ones]).to(run.ranks.device)
             hidden = mllm(pack.ids, pack.positions, pack.cu_seqlens, pack.pixels, pack.grids)[-1]
             logits = mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1])                               # (answers, vocab)
             for a, token in zip(open_ones, writable[logits[:, writable].argmax(1)].tolist(), strict=True):
@@ -159,4 +163,4 @@ class Answer:
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse_config(Stage1Config, doc=__doc__)))
+    run_script(lambda: train(parse_config(Stage1Config, doc=__doc__)))

@@ -22,13 +22,15 @@ import torch
 
 from checkpoint import InputError, part_folder
 from data import Document, fill, loader
+from distributed import Ranks
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from records.stream import Quarantine, open_source
 from tokenizer import Tokenizer
-from training import BUNDLED, Run, TrainConfig, World, add_statistics, asked_and_told, check_step0, encode, flow_statistics
-from training import generator, main, model_flops, parse_config, print_trained, read, sheet
+from training import BUNDLED, Run, TrainConfig, add_statistics, asked_and_told, autocast, check_step0, compile_blocks
+from training import encode_pictures, flow_statistics, generator, mllm_features, model_flops, parse_config, pick_frozen_dtype
+from training import print_trained, run_script, sheet
 from vae import VAE, to_image
 
 
@@ -64,8 +66,8 @@ class Stage2Config(TrainConfig):
 
 def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Config, device, g: torch.Generator) -> Samples:
     """The targets drawn: for each sample the tokens it reads, the pictures up to and with it, how many of them are given."""
-    states, first = read(documents, mllm, device)
-    pictures = encode(documents, vae, device)
+    states, first = mllm_features(documents, mllm, device)
+    pictures = encode_pictures(documents, vae, device)
     samples = []
     for d, document in enumerate(documents):
         for j in document.trained:
@@ -77,41 +79,43 @@ def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Confi
 
 
 def train(c: Stage2Config) -> None:
-    world = World(c.device, c.timeout)
-    world.claim(c.out)
+    ranks = Ranks(c.device, c.timeout)
+    ranks.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
-    frozen = world.pick_frozen_dtype(c.frozen_dtype, c.dtype)
-    mllm = MLLM.from_pretrained(folder, dtype=frozen, device=world.device).requires_grad_(False)
-    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
-    dit = DiT.from_pretrained(part_folder(c.dit, "dit"), device=world.device)
+    frozen = pick_frozen_dtype(c.frozen_dtype, c.dtype, ranks.device)
+    mllm = MLLM.from_pretrained(folder, dtype=frozen, device=ranks.device).requires_grad_(False)
+    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
+    dit = DiT.from_pretrained(part_folder(c.dit, "dit"), device=ranks.device)
     dit.gradient_checkpointing = c.checkpointing
-    if world.main:
+    if ranks.main:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
 
-    run = Run(c, world, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
-    loss_of = world.wrap(FlowLoss(dit, c.condition_time), compile=c.compile)
-    shard = {"seed": c.seed, "rank": world.rank, "world_size": world.size, "workers": 1, "targets_only": True}
+    run = Run(c, ranks, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
+    loss_of = FlowLoss(dit, c.condition_time)
+    if c.compile:
+        compile_blocks(loss_of)
+    loss_of = ranks.wrap(loss_of)
+    shard = {"seed": c.seed, "rank": ranks.rank, "world_size": ranks.size, "workers": 1, "targets_only": True}
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "patches": c.patches, "latents": c.latents}
     options = {"documents": c.documents or None, "targets": c.targets, "lookahead": c.lookahead, "position": run.position}
     options["quarantine"] = Quarantine(file=run.folder / "quarantine.jsonl")
     data = loader(source, tokenizer, processor, **budget, **options, **shard)
-    autocast = world.autocast(c.dtype)
     for step in run.loop():
         micro = [next(data) for _ in range(c.accumulate)]
-        chance = [generator(c.seed, step, a * world.size + world.rank) for a in range(c.accumulate)]
-        with autocast:
-            samples = [draw_samples(d, mllm, vae, c, world.device, g) for (d, _), g in zip(micro, chance, strict=True)]
+        chance = [generator(c.seed, step, a * ranks.size + ranks.rank) for a in range(c.accumulate)]
+        with autocast(c.dtype, ranks.device):
+            samples = [draw_samples(d, mllm, vae, c, ranks.device, g) for (d, _), g in zip(micro, chance, strict=True)]
         numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
-        tokens = world.sum(numbers / dit.proj_out.out_features)
+        tokens = ranks.sum(numbers / dit.proj_out.out_features)
         loss, parts = 0.0, {}
-        for s, g in world.micro_batches(loss_of, list(zip(samples, chance, strict=True))):
+        for s, g in ranks.micro_batches(loss_of, list(zip(samples, chance, strict=True))):
             t = train_times(len(s.rows), c.shift, g)
-            with autocast:
+            with autocast(c.dtype, ranks.device):
                 error, count = loss_of(s, t, g)
-            loss += world.backward(error.sum() / tokens)
+            loss += ranks.backward(error.sum() / tokens)
             parts = add_statistics(parts, flow_statistics(t, error.detach().cpu(), count.cpu()))
         names = [d.name for documents, _ in micro for d in documents]
         stats = {"loss": loss, **parts, "images": sum(len(s.rows) for s in samples)}
@@ -119,11 +123,11 @@ def train(c: Stage2Config) -> None:
         if any(budget.values()):
             stats["fill"] = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro), 1.0
         stats = run.update(stats, micro[-1][1], names)
-        if step == 0 and world.main:
+        if step == 0 and ranks.main:
             check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size
         if run.sheet_due:  # the first one is short, so that it comes soon
             sample_sheet(run, c, source, tokenizer, processor, mllm, dit, vae, 4 if run.step == 1 else 14)
-    world.close()
+    ranks.close()
 
 
 @torch.no_grad()
@@ -131,10 +135,10 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
     documents, _ = next(wanted)
-    states, first = read(documents, mllm, run.world.device)
+    states, first = mllm_features(documents, mllm, run.ranks.device)
     with run.averaged():
         context = dit.crossattn_proj(states)
-        latents = encode(documents, vae, run.world.device)
+        latents = encode_pictures(documents, vae, run.ranks.device)
         chosen = [document.targets[-1] if d % 2 else document.targets[0] for d, document in enumerate(documents)]
         lengths = [document.rendered.condition_lengths(j) for document, j in zip(documents, chosen, strict=True)]
         given = [z[:j] for z, j in zip(latents, chosen, strict=True)]
@@ -152,4 +156,4 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse_config(Stage2Config, doc=__doc__)))
+    run_script(lambda: train(parse_config(Stage2Config, doc=__doc__)))

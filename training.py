@@ -24,20 +24,16 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import faulthandler
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import textwrap
 import threading
@@ -48,9 +44,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
@@ -61,10 +55,11 @@ from torch import Tensor, nn
 import dit
 import interrupt
 import model
-from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, newest_sound, pick_device, sync, verify
+from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, newest_sound, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
+from distributed import Ranks, lost_peer
 from flops import Batch, flops, peak_flops
 from flow import Samples
 from model import MLLM
@@ -164,175 +159,6 @@ def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
     return cls(**values)
 
 
-class World:
-    """This process among its peers: one plain process, or one rank under torchrun (NCCL on GPUs, gloo on CPUs)."""
-
-    def __init__(self, device: str = "auto", timeout: float = 900.0):
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            # torchrun's own store outlives a restart, and in it the new ranks find the addresses of the dead ones.
-            raise InputError("torchrun --max-restarts heals only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, "
-                             "and with --standalone or --rdzv-backend=c10d")  # fmt: skip
-        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = pick_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        cuda = self.device.type == "cuda"
-        if cuda:
-            self.device = torch.device("cuda", local)
-        # Numbers near 1e-40 are as good as 0 and cost a CPU a hundred times as much. numpy must have looked at them before.
-        np.finfo(np.float32), np.finfo(np.float64)
-        torch.set_flush_denormal(True)
-        if self.size > 1 and not dist.is_initialized():
-            limit = datetime.timedelta(seconds=timeout + 5)  # later than `_watch`, which knows where the rank is
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
-        self.main, self.timeout, self.due = self.rank == 0, timeout, math.inf
-        self.wrapped: list[nn.parallel.DistributedDataParallel] = []
-        self.lock: typing.TextIO | None = None
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def claim(self, out: str) -> None:
-        """Make the run's folder ours. What is wrong with it is told before anything is loaded, by one rank."""
-        problem = self.first(self._lock(Path(out)) if self.main else "")
-        if problem and self.main:
-            raise InputError(f"--out {out}: {problem}")
-        if problem:
-            sys.exit(2)
-
-    def _lock(self, out: Path) -> str:
-        """What keeps this process from writing there; empty if nothing does. The kernel frees the lock when the process ends,
-        however it ends, and over NFS the server does."""
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            probe = out / f".probe-{os.getpid()}"
-            probe.mkdir()
-            probe.rmdir()
-            self.lock = open(out / "lock", "a+")
-        except OSError as e:
-            why = "a file is in the way" if isinstance(e, (FileExistsError, NotADirectoryError)) else e.strerror
-            return f"cannot be written ({why}): choose another folder"
-        # After a restart by torchrun the lock may still be that of a rank on a host that was lost: NFS takes 90 s to see it.
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        until = time.monotonic() + min(100.0, self.timeout / 2) * restarted
-        while True:
-            try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as e:
-                if e.errno not in (errno.EACCES, errno.EAGAIN):
-                    print(f"--out {out}: no locks on its file system ({e.strerror}): see to it yourself that only one training "
-                          "writes there", file=sys.stderr, flush=True)  # fmt: skip
-                    return ""
-            if time.monotonic() >= until:
-                self.lock.seek(0)
-                holder = self.lock.read().strip() or "another training"
-                return f"{holder} is training there: wait for its end, or choose another folder"
-            time.sleep(1)
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.lock.flush()
-        return ""
-
-    def alive(self) -> None:
-        """A rank that does not get here again in time says so, prints the stacks of its threads and data workers, and ends;
-        so do its peers."""
-        self.due = time.monotonic() + self.timeout
-        faulthandler.dump_traceback_later(self.timeout + 1, exit=True, file=sys.__stderr__)
-
-    def unwatched(self) -> None:
-        """From here on nothing has to be done in time."""
-        self.due = math.inf
-        faulthandler.cancel_dump_traceback_later()
-
-    def _watch(self) -> None:
-        while (left := self.due - time.monotonic()) > 0:
-            time.sleep(min(left, 1))
-        print(f"error: rank {self.rank} did not come on for {self.timeout:g} s: it hangs, or it waits for a rank that hangs or "
-              "that the network has lost; this is where it is:", file=sys.__stderr__, flush=True)  # fmt: skip
-        for worker in multiprocessing.active_children():  # data workers say where they are, too: it may be a slow disk
-            os.kill(worker.pid, signal.SIGUSR2)
-
-    def pick_dtype(self, name: str) -> str:
-        """"bf16" or "fp32"; "auto" is bf16 on a GPU and on a CPU that computes in it. Others emulate it, ten times slower."""
-        if name == "auto":
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            name = "bf16" if self.device.type == "cuda" or native else "fp32"
-        if name not in ("bf16", "fp32"):
-            raise InputError(f"--dtype {name}: training runs in auto, bf16 or fp32")
-        return name
-
-    def pick_frozen_dtype(self, name: str, dtype: str) -> torch.dtype:
-        """Of frozen weights. "auto" is bf16 on a GPU whose forward pass computes in it: half the memory, and no casts."""
-        if name == "auto":
-            name = self.pick_dtype(dtype) if self.device.type == "cuda" else "fp32"
-        if name not in ("bf16", "fp32"):
-            raise InputError(f"--frozen-dtype {name}: frozen weights are held in auto, bf16 or fp32")
-        return torch.bfloat16 if name == "bf16" else torch.float32
-
-    def autocast(self, dtype: str) -> torch.autocast:
-        """Forward passes in bf16, or as the weights are (fp32)."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.pick_dtype(dtype) == "bf16")
-
-    def sum(self, value: float | list[float]) -> float | list[float]:
-        """The sum of a number, or of each number of a list, over all ranks."""
-        if self.size == 1:
-            return value
-        self.alive()  # waiting counts anew: of a rank that hangs and one that waits for it, the first has to speak first
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def wrap(self, module: nn.Module, *, compile: bool = False, find_unused: bool = False) -> nn.Module:
-        """Compiled if wanted, in DDP when there are peers. find_unused: some parameters may have no part in a loss."""
-        if compile:
-            compile_blocks(module)
-        if self.size == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        options = {"device_ids": ids, "find_unused_parameters": find_unused, "gradient_as_bucket_view": True}
-        self.wrapped.append(nn.parallel.DistributedDataParallel(module, **options))
-        return self.wrapped[-1]
-
-    def gather(self, value: object) -> list:
-        """That value of every rank."""
-        if self.size == 1:
-            return [value]
-        self.alive()
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def first(self, value: object) -> object:
-        """Rank 0's value on every rank."""
-        if self.size == 1:
-            return value
-        self.alive()
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
-
-    def micro_batches(self, module: nn.Module, batches: list) -> Iterator:
-        """Each micro-batch of a step; only with the last one the ranks exchange gradients."""
-        for batch in batches[:-1]:
-            with contextlib.nullcontext() if self.size == 1 else module.no_sync():
-                yield batch
-        yield batches[-1]
-
-    def backward(self, share: Tensor) -> float:
-        """Gradients of this rank's share of the step's loss. Returns the share."""
-        (share * self.size).backward()  # DDP takes the mean over ranks
-        return share.item()
-
-    def close(self) -> None:
-        self.unwatched()
-        # A reducer that held the group last would wait for gloo's threads to end, under the interpreter's lock; one of them may
-        # itself wait for that lock, to free the last tensor it summed.
-        for module in self.wrapped:
-            module.reducer = module.logger = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.lock:
-            self.lock.close()
-
-
 def compile_blocks(module: nn.Module) -> None:
     """torch.compile of each transformer block, once for all of a kind, or of the whole where there is none.
 
@@ -344,6 +170,30 @@ def compile_blocks(module: nn.Module) -> None:
     blocks = [m for m in module.modules() if isinstance(m, (model.Layer, model.VisionBlock, dit.Block))]
     for block in blocks or [module]:
         block.compile(dynamic=True)  # no two packs have the same shape
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """"bf16" or "fp32"; "auto" is bf16 on a GPU and on a CPU that computes in it. Others emulate it, ten times slower."""
+    if name == "auto":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bf16" if device.type == "cuda" or native else "fp32"
+    if name not in ("bf16", "fp32"):
+        raise InputError(f"--dtype {name}: training runs in auto, bf16 or fp32")
+    return name
+
+
+def pick_frozen_dtype(name: str, dtype: str, device: torch.device) -> torch.dtype:
+    """Of frozen weights. "auto" is bf16 on a GPU whose forward pass computes in it: half the memory, and no casts."""
+    if name == "auto":
+        name = pick_dtype(dtype, device) if device.type == "cuda" else "fp32"
+    if name not in ("bf16", "fp32"):
+        raise InputError(f"--frozen-dtype {name}: frozen weights are held in auto, bf16 or fp32")
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(dtype: str, device: torch.device) -> torch.autocast:
+    """Forward passes in bf16, or as the weights are (fp32)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(dtype, device) == "bf16")
 
 
 def generator(*key: int) -> torch.Generator:
@@ -378,14 +228,14 @@ class Run:
             run.update({"loss": loss, "images": n}, place, names)
     """
 
-    def __init__(self, config: TrainConfig, world: World, module: nn.Module, save: Callable[[Path, nn.Module], None]):
-        self.config, self.world, self.module, self.save_part = config, world, module, save
+    def __init__(self, config: TrainConfig, ranks: Ranks, module: nn.Module, save: Callable[[Path, nn.Module], None]):
+        self.config, self.ranks, self.module, self.save_part = config, ranks, module, save
         config.check()  # once more: a script may have changed something
         self.folder, self.code = Path(config.out), code_hash()
-        config.dtype = world.pick_dtype(config.dtype)
-        self.device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu"
+        config.dtype = pick_dtype(config.dtype, ranks.device)
+        self.device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "cpu"
         self.peak = peak_flops(self.device) if config.dtype == "bf16" else None  # FLOP/s, where the device's are known
-        set_backend(config.attention, world.device)
+        set_backend(config.attention, ranks.device)
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.params = [p for p in module.parameters() if p.requires_grad]
         if not self.params:
@@ -396,7 +246,7 @@ class Run:
             {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
         ]
         options = {"lr": config.lr, "betas": (0.9, config.beta2), "fused": True}
-        self.zero = config.zero and world.size > 1  # one rank has nobody to share with
+        self.zero = config.zero and ranks.size > 1  # one rank has nobody to share with
         if self.zero:
             from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and its import warns
 
@@ -404,7 +254,7 @@ class Run:
         else:
             self.optimizer = torch.optim.AdamW(groups, **options)
         self.ema = [p.detach().clone() for p in self.params]
-        self.crew = Crew(sum(p.numel() for p in module.parameters()), world.device.type)
+        self.crew = Crew(sum(p.numel() for p in module.parameters()), ranks.device.type)
         self.step, self.position = 0, None
         self.skipped = self.in_a_row = 0  # steps without a finite loss and gradient
         self.seconds = self.unlogged = 0.0  # training time of all sittings; since the last line of the log
@@ -412,13 +262,13 @@ class Run:
         self.asked = ""  # the signal that asks for an end
         self._resume()
         self.saved = self.step
-        if world.main:
+        if ranks.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for aside in ("saving", "dropping"):
                 shutil.rmtree(self.folder / aside, ignore_errors=True)
             write_json(self.folder / "config.json", dataclasses.asdict(config))
             self._trim_log()
-            print(f"{world.size} x {world.device.type}, forward pass in {config.dtype}, code {self.code[:12]}", flush=True)
+            print(f"{ranks.size} x {ranks.device.type}, forward pass in {config.dtype}, code {self.code[:12]}", flush=True)
 
     def loop(self) -> Iterator[int]:
         """Yields step numbers; sets the learning rate before. Ends at the last step, after `minutes`, or when a signal asks."""
@@ -432,7 +282,7 @@ class Run:
         threading.Thread(target=end_at_second, args=(reading,), daemon=True).start()
         try:
             while self.step < c.steps and not self._ending():
-                self.world.alive()
+                self.ranks.alive()
                 self.crew.adapt()
                 for group in self.optimizer.param_groups:
                     group["lr"] = c.lr * self.lr_factor(self.step)
@@ -440,10 +290,10 @@ class Run:
                 if self.sheet_due:
                     self.show()
             self.save()
-            if self.step < c.steps and self.world.main:
+            if self.step < c.steps and self.ranks.main:
                 self._say(f"ended after step {self.step} of {c.steps}; the same command continues")
         finally:
-            self.world.unwatched()
+            self.ranks.unwatched()
             if self.asked != "SIGINT":  # then what is left is to leave, and a second Ctrl-C still has to end that at once
                 signal.set_wakeup_fd(wakeup)
                 os.close(writing)
@@ -451,7 +301,7 @@ class Run:
                     signal.signal(number, handler)
 
     def _ask(self, number: int, frame: types.FrameType | None) -> None:
-        if number == signal.SIGINT and not self.asked and self.world.main:
+        if number == signal.SIGINT and not self.asked and self.ranks.main:
             interrupt.say("\ninterrupted: the step is finished and saved; Ctrl-C once more ends at once")
         self.asked = signal.Signals(number).name
 
@@ -468,9 +318,9 @@ class Run:
         """Whether any rank has reason to end; all ranks agree."""
         c = self.config
         late = bool(c.minutes) and time.monotonic() - self.started > 60 * c.minutes
-        if self.asked and (self.world.main or self.asked != "SIGINT"):  # a terminal's Ctrl-C comes to all ranks
-            self._say(f"{self.asked}: rank {self.world.rank} asks to save and end after step {self.step}")
-        return self.world.sum(float(late or bool(self.asked))) > 0
+        if self.asked and (self.ranks.main or self.asked != "SIGINT"):  # a terminal's Ctrl-C comes to all ranks
+            self._say(f"{self.asked}: rank {self.ranks.rank} asks to save and end after step {self.step}")
+        return self.ranks.sum(float(late or bool(self.asked))) > 0
 
     def lr_factor(self, step: int) -> float:
         """Warm-up, plateau, linear decay: a plateau lets a run be prolonged, the decay is where the loss falls most."""
@@ -487,7 +337,7 @@ class Run:
         """
         c = self.config
         norm = nn.utils.clip_grad_norm_(self.params, c.clip).item()
-        stats = self._reduce(stats)
+        stats = self.ranks.sum_statistics(stats)
         self.step += 1
         self.place = place
         if finite := math.isfinite(norm) and math.isfinite(stats["loss"]):
@@ -505,17 +355,12 @@ class Run:
             raise InputError(f"{self.in_a_row} steps in a row without a finite loss and gradient; {message}")
         return stats
 
-    def _reduce(self, stats: dict[str, float | tuple[float, float]]) -> dict[str, float | list[float]]:
-        flat = [x for value in stats.values() for x in (value if isinstance(value, tuple) else (value,))]
-        flat = iter(self.world.sum(flat))
-        return {k: [next(flat), next(flat)] if isinstance(v, tuple) else next(flat) for k, v in stats.items()}
-
     def _skip(self, loss: float, norm: float, names: list[str]) -> str:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        names = sum(self.world.gather(list(names)), [])
+        names = sum(self.ranks.gather(list(names)), [])
         more = f" and {len(names) - 8} more, see skipped.jsonl" if len(names) > 8 else ""
         message = f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}: documents {', '.join(names[:8])}{more}"
-        if self.world.main:
+        if self.ranks.main:
             with open(self.folder / "skipped.jsonl", "a") as f:
                 f.write(json.dumps({"step": self.step, "loss": str(loss), "grad": str(norm), "documents": names}) + "\n")
             print(f"skipped {message} ({self.skipped} skipped so far)", file=sys.stderr, flush=True)
@@ -540,13 +385,13 @@ class Run:
             else:
                 row[key if key not in COUNTS else f"{key}_per_s"] = value / (elapsed if key in COUNTS else n)
         if self.peak and "flops_per_s" in row:
-            row["mfu"] = row["flops_per_s"] / self.peak / self.world.size
-        row |= {"memory_gb": peak_memory(self.world.device), "skipped": self.skipped}
+            row["mfu"] = row["flops_per_s"] / self.peak / self.ranks.size
+        row |= {"memory_gb": peak_memory(self.ranks.device), "skipped": self.skipped}
         row["eta_s"] = (self.config.steps - self.step) * elapsed / n
         if self.config.minutes:
             row["eta_s"] = min(row["eta_s"], max(0.0, 60 * self.config.minutes - (now - self.started)))
         self.window = {}
-        if self.world.main:
+        if self.ranks.main:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({k: round(v, 7) for k, v in row.items() if v is not None}) + "\n")
             self._say(status_line(row, self.config.steps))
@@ -570,7 +415,7 @@ class Run:
     def sheet_due(self) -> bool:
         """Whether this is a step after which samples are shown; one process shows them. The first shows where a run starts."""
         every = self.config.sheet_every
-        return bool(every) and (self.step == 1 or self.step % every == 0) and self.world.main
+        return bool(every) and (self.step == 1 or self.step % every == 0) and self.ranks.main
 
     def sample_file(self, suffix: str) -> Path:
         """Where the samples of this step go."""
@@ -581,7 +426,7 @@ class Run:
     def show(self) -> None:
         """Rewrite the run's page."""
         self.shown = time.monotonic()
-        if self.world.main:
+        if self.ranks.main:
             runpage.write(self.folder, self.about())
 
     def about(self) -> dict:
@@ -592,7 +437,7 @@ class Run:
             "code_sha256": self.code,
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
             "device": self.device,
-            "world_size": self.world.size,
+            "world_size": self.ranks.size,
             "seconds": self.seconds,
             "unlogged_seconds": self.unlogged,
             "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -604,9 +449,9 @@ class Run:
         if self.step == self.saved:
             return
         self.saved = self.step
-        self.world.alive()
-        position, moments = self.world.gather(self.place), self._moments()
-        if self.world.main:
+        self.ranks.alive()
+        position, moments = self.ranks.gather(self.place), self._moments()
+        if self.ranks.main:
             final, temporary = self.folder / f"step_{self.step:06d}", self.folder / "saving"
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -623,13 +468,13 @@ class Run:
                                  "and give the same command again") from e  # fmt: skip
             self._drop()
             self._say(f"saved {final}")
-        self.world.alive()
+        self.ranks.alive()
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's state of each parameter. With --zero rank 0 gets them from all ranks, and the others nothing."""
         if self.zero:
             self.optimizer.consolidate_state_dict(0)
-            if not self.world.main:
+            if not self.ranks.main:
                 return {}
         name_of = {id(p): name for name, p in zip(self.names, self.params, strict=True)}
         order = [name_of[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
@@ -655,11 +500,11 @@ class Run:
                 shutil.rmtree(self.folder / "dropping")
 
     def _resume(self) -> None:
-        folder = self.world.first(str(self._newest() or "") if self.world.main else "")
+        folder = self.ranks.first(str(self._newest() or "") if self.ranks.main else "")
         if not folder:
             return
         if not (folder := Path(folder)).is_dir():
-            raise InputError(f"{folder}: rank {self.world.rank} does not see it: --out must be a folder that all hosts share")
+            raise InputError(f"{folder}: rank {self.ranks.rank} does not see it: --out must be a folder that all hosts share")
         state, about = json.loads((folder / "state.json").read_text()), {}
         if (folder / "about.json").is_file():
             about = json.loads((folder / "about.json").read_text())
@@ -682,7 +527,7 @@ class Run:
                     # In the parameter's memory layout (channels last): the fused step reads both as they lie in memory.
                     laid = {k: torch.empty_like(p.detach()).copy_(v) for k, v in state.items() if k != "step"}
                     optimizer.state[p] = state | laid
-        if self.world.main:
+        if self.ranks.main:
             print(f"resumed {folder} after {self.seconds / 60:.1f} min of training", flush=True)
             old, new = about.get("config", {}), dataclasses.asdict(self.config)
             changed = [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v]
@@ -820,7 +665,7 @@ def end_at_second(signals: int) -> None:
     os.close(signals)
 
 
-def main(function: Callable[[], None]) -> None:
+def run_script(function: Callable[[], None]) -> None:
     """Run a script's main function. A user's mistake is one line and status 2, a lost rank one line of all others and 1."""
     try:
         try:
@@ -836,11 +681,10 @@ def main(function: Callable[[], None]) -> None:
         abandon_stdout()
         sys.exit(1)
     except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+        lost = lost_peer(e)
+        if not lost:
             raise
-        reason = re.sub(r"\[/\S+\] ", "", str(e)).split(". ")[0].splitlines()[0]
-        rank = os.environ.get("RANK", 0)
-        print(f"error: rank {rank} has lost another rank, whose own output says more: {reason}", file=sys.stderr, flush=True)
+        print(f"error: {lost}", file=sys.stderr, flush=True)
         sys.exit(1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -894,7 +738,7 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
 
 
 @torch.no_grad()
-def read(documents: list[Document], mllm: MLLM, device: torch.device) -> tuple[Tensor, list[int]]:
+def mllm_features(documents: list[Document], mllm: MLLM, device: torch.device) -> tuple[Tensor, list[int]]:
     """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row."""
     batch = pack_documents(documents).to(device)
     states = features(mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids))
@@ -903,7 +747,7 @@ def read(documents: list[Document], mllm: MLLM, device: torch.device) -> tuple[T
 
 
 @torch.no_grad()
-def encode(documents: list[Document], vae: VAE, device: torch.device) -> list[list[Tensor]]:
+def encode_pictures(documents: list[Document], vae: VAE, device: torch.device) -> list[list[Tensor]]:
     """Normalised latents of each document's pictures, every picture once, pictures of one size in one call."""
     pictures = [p for document in documents for p in document.pictures]
     latents: dict[int, Tensor] = {}

@@ -1,7 +1,7 @@
 """`python -m bench`: see measure.py."""
 
 from bench.measure import command
-from training import main
+from training import run_script
 
 if __name__ == "__main__":
-    main(command)
+    run_script(command)

@@ -4,4 +4,4 @@ import training
 from evaluate.report import main
 
 if __name__ == "__main__":
-    training.main(main)
+    training.run_script(main)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from checkpoint import InputError, part_folder
 from data import Document, batches, pack_documents, tokenize
+from distributed import Ranks
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
@@ -39,15 +40,15 @@ from records.stream import Stream
 from sketchbook import dialogues as sketchbook
 from sketchbook.checker import judge
 from tokenizer import Tokenizer, render, train_bpe
-from training import LanguageLoss, Run, TrainConfig, World, check_step0, encode, flow_statistics, generator
-from training import language_statistics, main, model_flops, parse_config, print_trained, read, sheet
+from training import LanguageLoss, Run, TrainConfig, autocast, check_step0, compile_blocks, encode_pictures, flow_statistics
+from training import generator, language_statistics, mllm_features, model_flops, parse_config, print_trained, run_script, sheet
 from vae import PRESETS as VAE_PRESETS
 from vae import VAE, to_image, to_tensor
 
 
-def stream(item, c: TrainConfig, world: World, position: list | int | None, documents: int) -> Iterator[tuple[list, dict]]:
+def stream(item, c: TrainConfig, ranks: Ranks, position: list | int | None, documents: int) -> Iterator[tuple[list, dict]]:
     """Lists of procedural items, item(seed), prepared by a background process, from where the run stopped."""
-    source = Stream(item, seed=c.seed, rank=world.rank, world_size=world.size, workers=1)
+    source = Stream(item, seed=c.seed, rank=ranks.rank, world_size=ranks.size, workers=1)
     if position is not None:
         source.resume(position if isinstance(position, list) else [position])
     return batches(source, documents=documents)
@@ -110,35 +111,38 @@ def measure_latents(vae: VAE, pictures: Tensor) -> None:
 
 
 def train_vae(c: VAEConfig) -> None:
-    world = World(c.device, c.timeout)
-    world.claim(c.out)
+    ranks = Ranks(c.device, c.timeout)
+    ranks.claim(c.out)
     torch.manual_seed(c.seed)
-    vae = VAE.from_config(VAE_PRESETS["tiny"]).to(world.device, memory_format=torch.channels_last)
-    if world.main:
+    vae = VAE.from_config(VAE_PRESETS["tiny"]).to(ranks.device, memory_format=torch.channels_last)
+    if ranks.main:
         print_trained({"vae": vae}, {})
-    fixed = torch.stack([picture(c.size, 10**12 + i)[1] for i in range(256)]).to(world.device)
+    fixed = torch.stack([picture(c.size, 10**12 + i)[1] for i in range(256)]).to(ranks.device)
 
     def save(folder: Path, vae: VAE) -> None:
         measure_latents(vae, fixed)
         vae.save_pretrained(folder / "vae", dtype=torch.float16)
 
-    run = Run(c, world, vae, save)
-    loss_of = world.wrap(VAELoss(vae, c.kl), compile=c.compile)
-    data = stream(partial(picture, c.size), c, world, run.position, c.batch)
+    run = Run(c, ranks, vae, save)
+    loss_of = VAELoss(vae, c.kl)
+    if c.compile:
+        compile_blocks(loss_of)
+    loss_of = ranks.wrap(loss_of)
+    data = stream(partial(picture, c.size), c, ranks, run.position, c.batch)
     for step in run.loop():
         items, place = next(data)
         names, pictures = zip(*items, strict=True)
-        x = torch.stack(pictures).to(world.device, memory_format=torch.channels_last)
-        g = generator(c.seed, step * world.size + world.rank)
+        x = torch.stack(pictures).to(ranks.device, memory_format=torch.channels_last)
+        g = generator(c.seed, step * ranks.size + ranks.rank)
         noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
-        with world.autocast(c.dtype):
-            loss, parts = loss_of(x, noise.to(world.device))
-        means = {"loss": world.backward(loss / world.size), **{k: v.item() / world.size for k, v in parts.items()}}
+        with autocast(c.dtype, ranks.device):
+            loss, parts = loss_of(x, noise.to(ranks.device))
+        means = {"loss": ranks.backward(loss / ranks.size), **{k: v.item() / ranks.size for k, v in parts.items()}}
         run.update({**means, "images": len(x)}, place, names)
         if run.sheet_due:
             vae_sheet(run, vae, fixed[:16])
-    world.close()
-    if run.step >= c.steps and world.main:
+    ranks.close()
+    if run.step >= c.steps and ranks.main:
         with run.averaged():
             vae_gate(vae, c)
 
@@ -201,36 +205,39 @@ def reading(c: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, seed
 
 
 def train_mllm(c: MLLMConfig) -> None:
-    world = World(c.device, c.timeout)
-    world.claim(c.out)
+    ranks = Ranks(c.device, c.timeout)
+    ranks.claim(c.out)
     torch.manual_seed(c.seed)
     tokenizer = train_bpe(corpus(1500), c.vocabulary)
     config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
     processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=c.size**2)
-    mllm = MLLM.from_config(config).to(world.device)
-    if world.main:
+    mllm = MLLM.from_config(config).to(ranks.device)
+    if ranks.main:
         print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
     def save(folder: Path, mllm: MLLM) -> None:
         for part in (mllm, tokenizer, processor):
             part.save_pretrained(folder / "mllm")
 
-    run = Run(c, world, mllm, save)
-    loss_of = world.wrap(LanguageLoss(mllm), compile=c.compile, find_unused=True)  # a batch may have no picture
-    data = stream(partial(reading, c, tokenizer, processor), c, world, run.position, c.batch)
+    run = Run(c, ranks, mllm, save)
+    loss_of = LanguageLoss(mllm)
+    if c.compile:
+        compile_blocks(loss_of)
+    loss_of = ranks.wrap(loss_of, find_unused=True)  # a batch may have no picture
+    data = stream(partial(reading, c, tokenizer, processor), c, ranks, run.position, c.batch)
     for step in run.loop():
         documents, place = next(data)
-        batch = pack_documents(documents).to(world.device)
-        targets = world.sum((batch.labels >= 0).sum().item())
-        with world.autocast(c.dtype):
+        batch = pack_documents(documents).to(ranks.device)
+        targets = ranks.sum((batch.labels >= 0).sum().item())
+        with autocast(c.dtype, ranks.device):
             total, kinds = loss_of(batch)
-        stats = {"loss": world.backward(total / targets), **language_statistics(kinds)}
+        stats = {"loss": ranks.backward(total / targets), **language_statistics(kinds)}
         stats |= {"tokens": len(batch.ids), "documents": len(documents), "flops": model_flops(documents, mllm)}
         stats = run.update(stats, place, [d.name for d in documents])
-        if step == 0 and world.main:
+        if step == 0 and ranks.main:
             guess = math.log(config.vocab_size)
             check_step0("cross-entropy", stats["loss"], 0.9 * guess, 1.2 * guess)
-    world.close()
+    ranks.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------- DiT
@@ -263,51 +270,54 @@ def film(c: DiTConfig, tokenizer: Tokenizer, seed: int) -> Document:
     return Document(rendered, positions, None, [], [to_tensor(frame) for frame in frames])
 
 
-def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, world: World, g: torch.Generator) -> Samples:
+def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, ranks: Ranks, g: torch.Generator) -> Samples:
     """Cosmos' video training: the first 0, 1 or 2 frames are given (1/2, 1/4, 1/4), all others are painted together."""
-    states, first = read(documents, mllm, world.device)
+    states, first = mllm_features(documents, mllm, ranks.device)
     rows, clean = [], []
     for d, document in enumerate(documents):
         dropped = torch.rand((), generator=g).item() < c.drop
         rows.append(range(first[d], first[d] + document.rendered.system_end if dropped else first[d + 1]))
         clean.append(min(max(0, int(torch.randint(-1, 3, (), generator=g))), len(document.pictures) - 1))
-    return Samples(states, rows, encode(documents, vae, world.device), clean)
+    return Samples(states, rows, encode_pictures(documents, vae, ranks.device), clean)
 
 
 def train_dit(c: DiTConfig) -> None:
-    world = World(c.device, c.timeout)
-    world.claim(c.out)
+    ranks = Ranks(c.device, c.timeout)
+    ranks.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
     tokenizer = Tokenizer.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=world.device).requires_grad_(False)
-    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=world.device).requires_grad_(False)
+    mllm = MLLM.from_pretrained(folder, device=ranks.device).requires_grad_(False)
+    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
     width = mllm.config.num_hidden_layers * mllm.config.hidden_size
-    dit = DiT.from_config(dataclasses.replace(DIT_PRESETS["tiny"], crossattn_proj_in_channels=width)).to(world.device)
-    if world.main:
+    dit = DiT.from_config(dataclasses.replace(DIT_PRESETS["tiny"], crossattn_proj_in_channels=width)).to(ranks.device)
+    if ranks.main:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
 
-    run = Run(c, world, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
-    loss_of = world.wrap(FlowLoss(dit, c.condition_time), compile=c.compile)
-    data = stream(partial(film, c, tokenizer), c, world, run.position, c.batch)
+    run = Run(c, ranks, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
+    loss_of = FlowLoss(dit, c.condition_time)
+    if c.compile:
+        compile_blocks(loss_of)
+    loss_of = ranks.wrap(loss_of)
+    data = stream(partial(film, c, tokenizer), c, ranks, run.position, c.batch)
     for step in run.loop():
         documents, place = next(data)
-        g = generator(c.seed, step * world.size + world.rank)
-        with world.autocast(c.dtype):
-            samples = film_samples(documents, mllm, vae, c, world, g)
+        g = generator(c.seed, step * ranks.size + ranks.rank)
+        with autocast(c.dtype, ranks.device):
+            samples = film_samples(documents, mllm, vae, c, ranks, g)
             t = train_times(len(documents), c.shift, g)
             error, count = loss_of(samples, t, g)
-        loss = world.backward(error.sum() / world.sum(count.sum().item()))
+        loss = ranks.backward(error.sum() / ranks.sum(count.sum().item()))
         parts = flow_statistics(t, error.detach().cpu(), count.cpu())
         stats = {"loss": loss, **parts, "images": count.sum().item() / 16}
         stats["flops"] = model_flops(documents, mllm, samples, dit, vae)
         stats = run.update(stats, place, [d.name for d in documents])
-        if step == 0 and world.main:
+        if step == 0 and ranks.main:
             guess = 1 + mean_square(samples.latents)
             check_step0("flow loss", stats["loss"], 0.9 * guess, 1.1 * guess)
         if run.sheet_due:
             film_sheet(run, c, tokenizer, mllm, dit, vae)
-    world.close()
+    ranks.close()
 
 
 def mean_square(latents: list[list[Tensor]]) -> float:
@@ -323,7 +333,7 @@ def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: Di
     rendered = [render(tokenizer, [{"role": "user", "content": text}], [], generation_prompt=True) for text, _ in clips]
     documents = [Document(r, torch.arange(len(r.ids)).expand(3, -1), None, [], []) for r in rendered]
     with run.averaged():
-        states, first = read(documents, mllm, run.world.device)
+        states, first = mllm_features(documents, mllm, run.ranks.device)
         context = dit.crossattn_proj(states)
         positive = [context[a:b] for a, b in zip(first, first[1:], strict=False)]
         negative = [p[: r.system_end] for p, r in zip(positive, rendered, strict=True)]
@@ -385,4 +395,4 @@ def run_command() -> None:
 
 
 if __name__ == "__main__":
-    main(run_command)
+    run_script(run_command)

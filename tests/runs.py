@@ -88,7 +88,7 @@ def rank_main(kind, c, rank, size, port, log, hook) -> None:
     try:
         if hook:
             hook[0](rank, *hook[1:])
-        training.main(lambda: train[kind](c))
+        training.run_script(lambda: train[kind](c))
     except SystemExit as e:  # at once: the end of a forked process would wait for its data worker
         sys.stdout.flush()
         sys.stderr.flush()
@@ -183,7 +183,7 @@ def note_names(rank: int, folder: str) -> None:
     update = Run.update
 
     def wrapped(self, stats, place, names):
-        with open(Path(folder) / f"names_{self.world.size}_{rank}.jsonl", "a") as f:
+        with open(Path(folder) / f"names_{self.ranks.size}_{rank}.jsonl", "a") as f:
             f.write(json.dumps(list(names)) + "\n")
         return update(self, stats, place, names)
 

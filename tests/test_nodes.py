@@ -31,7 +31,7 @@ def wrapped(*args):  # both ranks stop at the same place of the third step, unti
             time.sleep(0.02)
     return function(*args)
 setattr(owner, name, wrapped)
-training.main(lambda: script.train(training.parse_config(script.{config})))
+training.run_script(lambda: script.train(training.parse_config(script.{config})))
 """
 # The cut falls into the exchange of the statistics, and into that of the gradients.
 MOMENTS = {"stage1": "training.Run, 'update'", "stage2": "flow.FlowLoss, 'forward'"}

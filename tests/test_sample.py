@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from test_pipeline import BOV, END, PLAIN, TWO, make_duo, picture, same
 
+import distributed
 import kernels
 import ops
 import sample
@@ -321,7 +322,7 @@ def test_an_attention_that_cannot_be_is_told_before_anything_is_loaded(here, mon
     with pytest.raises(InputError, match="'flash' is none of"):
         report.main(["sketchbook", "--attention", "flash"])
     with pytest.raises(InputError, match="'flash' is none of"):
-        training.Run(training.TrainConfig(attention="flash"), training.World("cpu"), torch.nn.Linear(2, 2), None)
+        training.Run(training.TrainConfig(attention="flash"), distributed.Ranks("cpu"), torch.nn.Linear(2, 2), None)
 
 
 def test_without_a_prompt_there_is_a_house(duo, here):

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from test_resume import assert_same
 
 import checkpoint
+import distributed
 import runs
-import training
 from checkpoint import InputError
 
 
@@ -242,15 +242,15 @@ def end_often(rank: int, port: int) -> None:
     sys.setswitchinterval(1)  # a thread of gloo's that frees a tensor has to wait for the interpreter's lock
     for n in range(10):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + n)}
-        step_and_close(training.World("cpu"))
+        step_and_close(distributed.Ranks("cpu"))
 
 
-def step_and_close(world: training.World) -> None:
-    module = world.wrap(torch.nn.Linear(4, 4))
+def step_and_close(ranks: distributed.Ranks) -> None:
+    module = ranks.wrap(torch.nn.Linear(4, 4))
     module(torch.ones(2, 4)).sum().backward()
     for _ in range(20):
-        world.sum(1.0)
-    world.close()
+        ranks.sum(1.0)
+    ranks.close()
 
 
 def test_a_training_that_is_done_ends():
@@ -284,12 +284,12 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_has_died(parts
 def test_a_restarted_run_waits_for_the_lock_of_a_rank_that_is_still_dying(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     held, waits = [OSError(errno.EAGAIN, "held")], []
-    monkeypatch.setattr(training.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(held.pop()) if held else None)
-    monkeypatch.setattr(training.time, "sleep", waits.append)
-    world = training.World("cpu")
-    world.claim(str(tmp_path))
+    monkeypatch.setattr(distributed.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(held.pop()) if held else None)
+    monkeypatch.setattr(distributed.time, "sleep", waits.append)
+    ranks = distributed.Ranks("cpu")
+    ranks.claim(str(tmp_path))
     assert not held and 1 in waits and f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
-    world.close()
+    ranks.close()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
@@ -297,12 +297,12 @@ def test_a_file_system_without_locks_is_said_and_trained_on(number, tmp_path, mo
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(training.fcntl, "lockf", refuse)
-    world = training.World("cpu")
-    world.claim(str(tmp_path / "run"))
+    monkeypatch.setattr(distributed.fcntl, "lockf", refuse)
+    ranks = distributed.Ranks("cpu")
+    ranks.claim(str(tmp_path / "run"))
     said = capsys.readouterr().err
     assert said.startswith(f"--out {tmp_path}/run: no locks on its file system") and said.count("\n") == 1
-    world.close()
+    ranks.close()
 
 
 @pytest.mark.parametrize("where", ["file", "file/run", "/proc/run"])
@@ -318,7 +318,7 @@ def test_restarts_without_the_switch_they_need_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        training.World("cpu")
+        distributed.Ranks("cpu")
 
 
 def test_torchrun_heals_a_lost_rank(parts, tmp_path):
@@ -330,12 +330,12 @@ sys.path[:0] = [{str(runs.ROOT)!r}]
 import train_stage2, training
 marker, update = {str(tmp_path / "killed")!r}, training.Run.update
 def wrapped(self, *args):
-    if self.world.rank == 1 and self.step == 2 and not os.path.exists(marker):
+    if self.ranks.rank == 1 and self.step == 2 and not os.path.exists(marker):
         open(marker, "w").close()
         os.kill(os.getpid(), 9)
     return update(self, *args)
 training.Run.update = wrapped
-training.main(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
+training.run_script(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
 """)
     c = runs.config("stage2", parts, tmp_path / "run", save_every=1)
     command = runs.torchrun("--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script), *runs.flags(c))

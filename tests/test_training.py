@@ -20,6 +20,7 @@ import train_stage2
 import training
 from checkpoint import InputError, newest_sound
 from data import tokenize
+from distributed import Ranks
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT, DiTConfig
 from evaluate import report
@@ -27,7 +28,7 @@ from flow import FlowLoss, Samples, denoise, shift_schedule
 from model import MLLM, ImageProcessor
 from sketchbook import dialogues
 from tokenizer import Tokenizer
-from training import LanguageLoss, Run, TrainConfig, World, generator
+from training import LanguageLoss, Run, TrainConfig, generator
 from vae import VAE
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +143,7 @@ def test_loss_positions_of_a_document(parts):
 
 def test_language_model_overfits_one_batch(parts):
     torch.manual_seed(0)
-    training.World("cpu")
+    Ranks("cpu")
     from data import pack_documents
     from tokenizer import Tokenizer
 
@@ -169,7 +170,7 @@ def test_language_model_overfits_one_batch(parts):
 def test_painter_overfits_one_batch_and_sampling_returns_it():
     """Covers the loss, the optimizer, the flow convention and the sampler in one go."""
     torch.manual_seed(0)
-    World("cpu")
+    Ranks("cpu")
     dit = DiT.from_config(DiTConfig(2, 2, 64, adaln_lora_dim=16, text_embed_dim=32, crossattn_proj_in_channels=64))
     features = torch.randn(10, 64)
     pictures = [torch.randn(16, 4, 4) for _ in range(3)]
@@ -313,7 +314,7 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
     module = torch.nn.Linear(2, 2)
     for dtype in ("fp32", "bf16"):
         c = TrainConfig(out=str(tmp_path / dtype), steps=1, save_every=0, dtype=dtype)
-        run = Run(c, World("cpu"), module, lambda folder, module: None)
+        run = Run(c, Ranks("cpu"), module, lambda folder, module: None)
         for _ in run.loop():
             module(torch.ones(1, 2)).sum().backward()
             run.update({"loss": 1.0, "flops": 2e9}, 0, [])
@@ -334,7 +335,7 @@ def test_what_is_trained_and_frozen_is_checked(capsys):
 def test_another_model_cannot_resume(parts, tmp_path):
     STAGES[1](config(1, parts, tmp_path / "run", steps=1, kinds="text"))
     with pytest.raises(InputError, match="not those of this run"):
-        Run(TrainConfig(out=str(tmp_path / "run")), World("cpu"), torch.nn.Linear(2, 2), lambda folder, module: None)
+        Run(TrainConfig(out=str(tmp_path / "run")), Ranks("cpu"), torch.nn.Linear(2, 2), lambda folder, module: None)
 
 
 def test_flags_come_from_the_dataclass(capsys):
@@ -346,7 +347,7 @@ def test_flags_come_from_the_dataclass(capsys):
 def one_line(capsys, *flags: str, cls=train_stage2.Stage2Config) -> str:
     """What a script says of these flags, before it loads anything."""
     with pytest.raises(SystemExit) as end:
-        training.main(lambda: training.parse_config(cls, list(flags)))
+        training.run_script(lambda: training.parse_config(cls, list(flags)))
     said = capsys.readouterr()
     assert end.value.code == 2 and not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1
     return said.err.removeprefix("error: ").strip()

@@ -10,7 +10,7 @@ import torch
 
 from bench import measure
 from checkpoint import InputError
-from training import main
+from training import run_script
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "docs" / "bench" / "cpu.jsonl"
@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line(args, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench/measure.py", *args])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        main(measure.command)
+        run_script(measure.command)
     printed, complaint = capsys.readouterr()
     assert stop.value.code == 2 and complaint.startswith("error: ") and says in complaint
     assert len(complaint.splitlines()) == 1 and not printed

@@ -636,7 +636,7 @@ def test_the_truth_through_a_poor_vae_is_no_longer_accepted(checkpoint, drawn):
 )
 def test_a_mistake_is_one_line_and_exit_status_2(arguments, message, checkpoint, capsys):
     with pytest.raises(SystemExit) as end:
-        training.main(lambda: ev.main(arguments.replace("CKPT", str(checkpoint)).split()))
+        training.run_script(lambda: ev.main(arguments.replace("CKPT", str(checkpoint)).split()))
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2 and message in error and re.fullmatch(r"error: .*", error)
 

@@ -24,7 +24,7 @@ from records.files import Files
 from records.stream import Mix, Quarantine, Stream, expand, open_source, permuted
 from sketchbook import dialogues
 from tokenizer import Rendered, Tokenizer
-from training import main
+from training import run_script
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "checkpoints" / "tiny" / "mllm"
@@ -284,7 +284,7 @@ def test_a_run_stops_when_thirty_percent_are_broken(tmp_path: Path, capsys, part
     quiet = {"device": "cpu", "dtype": "fp32", "sheet_every": 0, "save_every": 0}
     config = train_stage1.Stage1Config(out=str(out), mllm=str(tmp_path / "mllm"), data=path, tokens=2000, steps=50, **quiet)
     with pytest.raises(SystemExit) as e:
-        main(lambda: train_stage1.train(config))
+        run_script(lambda: train_stage1.train(config))
     assert e.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "records cannot be used, more than 5%: empty message (" in line
