@@ -35,7 +35,7 @@ from flow import FlowLoss, Samples
 from model import MLLM, MLLMConfig, mrope_positions
 from model import PRESETS as MLLMS
 from tokenizer import Rendered
-from training import LanguageLoss, encode, read
+from training import LanguageLoss, encode_pictures, mllm_features
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
@@ -188,8 +188,8 @@ def run_step(
 
 def draw_samples(documents: list[Document], samples: list[tuple[int, int, int]], mllm: MLLM, vae: VAE) -> Samples:
     device = torch.device("cpu")
-    states, first = read(documents, mllm, device)
-    pictures = encode(documents, vae, device)
+    states, first = mllm_features(documents, mllm, device)
+    pictures = encode_pictures(documents, vae, device)
     rows = [range(first[d], first[d] + context) for d, _, context in samples]
     latents = [pictures[d][:seen] for d, seen, _ in samples]
     return Samples(states, rows, latents, [seen - 1 for _, seen, _ in samples])
