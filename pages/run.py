@@ -64,8 +64,8 @@ def write(folder: Path, about: dict, sheets: int = 2) -> None:
             curves[key] = drawn
     loss = curves.pop("loss", None)  # it stands before the others
     groups = {
-        "Other curves": [curves[key] for key in known if key in curves],
-        "Loss by tenths of the noise, 0 being the finished picture and 1 noise alone": [curves[k] for k in tenths if k in curves],
+        "Other curves": known,
+        "Loss by tenths of the noise, 0 being the finished picture and 1 noise alone": tenths,
     }
     newest = {}
     for key in known[1:]:
@@ -82,7 +82,7 @@ def write(folder: Path, about: dict, sheets: int = 2) -> None:
         loss=loss,
         newest=newest,
         samples=[(int(f.stem.removeprefix("step_")), sample(f)) for f in reversed(files)],
-        groups=groups,
+        groups={heading: [curves[key] for key in keys if key in curves] for heading, keys in groups.items()},
         config=config,
         facts=facts,
     )
@@ -111,7 +111,8 @@ def sample(path: Path) -> Markup:
     """The samples of one step, a card each: of a sheet (training.sheet) or of the lists that stage 1 writes."""
     if path.suffix != ".png":
         found = re.findall(r"^\* asked: (.*)\n\* wrote: (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        return render("samples.html", cards=[{"asked": a, "told": w, "pictures": []} for a, w in found], how="wrote")
+        cards = [{"asked": asked, "told": wrote, "pictures": []} for asked, wrote in found]
+        return Markup(render("samples.html", cards=cards, how="wrote"))
     with Image.open(path) as image:
         image.load()
     if "sheet" not in getattr(image, "text", {}):  # a sheet of an older run is shown as it is
@@ -122,7 +123,7 @@ def sample(path: Path) -> Markup:
         boxes = zip(made["columns"], row["boxes"], strict=True)
         pictures = [(name, image.crop(box) if box else None) for name, box in boxes]
         cards.append({"asked": row["asked"], "told": row["told"], "pictures": pictures})
-    return render("samples.html", cards=cards, how="text before the picture")
+    return Markup(render("samples.html", cards=cards, how="text before the picture"))
 
 
 def prefix(value: float) -> tuple[float, str]:
@@ -150,11 +151,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def curve(key: str, points: list[tuple[float, float]], width: int = 400) -> str:
+def curve(key: str, points: list[tuple[float, float]], width: int = 400) -> Markup | None:
     """A line over the steps. The highest 2 % of the values do not set the scale: a start is steep, the rest is of interest."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if not points:
-        return ""
+        return None
     last = points[-1][1]
     points = [(x, scaled(key, y, last)) for x, y in points]
     size = math.ceil(len(points) / POINTS)
@@ -176,5 +177,6 @@ def curve(key: str, points: list[tuple[float, float]], width: int = 400) -> str:
         labels.append((LEFT - 6, top + 6, "end", number(high)))
     if x1 > x0:
         labels.append((right, HEIGHT - 6, "end", f"{x1:,.0f}"))
-    names = {"title": title(key, last), "newest": number(points[-1][1]), "labels": labels, "points": placed}
-    return render("curve.html", width=width, height=HEIGHT, left=LEFT, right=right, rules=(top, base), **names)
+    said = {"title": title(key, last), "newest": number(points[-1][1]), "labels": labels}
+    drawn = {"width": width, "height": HEIGHT, "left": LEFT, "right": right, "rules": (top, base), "points": placed}
+    return Markup(render("curve.html", **said, **drawn))
