@@ -53,7 +53,27 @@ def write(folder: Path, about: dict, sheets: int = 2) -> None:
     facts = {k: v for k, v in about.items() if k not in ("config", "step", "seconds", "unlogged_seconds")}
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
 
-    # What is logged: first what the page has a name for, in its order; the tenths of the noise stand by themselves.
+    files = sorted((folder / "samples").glob("step_*"), key=lambda f: (len(f.name), f.name))[-sheets:]
+    page = render(
+        "run.html",
+        title=f"{folder.name}: step {step:,}",
+        name=folder.name,
+        state=state(rows[-1] if rows else {}, about),
+        percent=100 * step / max(1, config["steps"]),
+        samples=[(int(f.stem.removeprefix("step_")), sample(f)) for f in reversed(files)],
+        config=config,
+        facts=facts,
+        **statistics(rows),
+    )
+    # A browser that asks meanwhile gets the page before this one.
+    temporary = folder / "index.html.tmp"
+    temporary.write_text(page, "utf-8")
+    os.replace(temporary, folder / "index.html")
+
+
+def statistics(rows: list[dict]) -> dict:
+    """What is logged: the curve of the loss, the newest values of the rest, and their curves by heading."""
+    # First what the page has a name for, in its order; the tenths of the noise stand by themselves.
     keys = dict.fromkeys(key for row in rows for key in row if key not in HIDDEN)
     known = [k for k in dict.fromkeys((*NAMES, *keys)) if k in keys and k not in TENTHS]
     tenths = [k for k in TENTHS if k in keys]
@@ -71,25 +91,11 @@ def write(folder: Path, about: dict, sheets: int = 2) -> None:
     for key in known[1:]:
         value = next(row[key] for row in reversed(rows) if key in row)
         newest[title(key, value)] = number(scaled(key, value))
-
-    files = sorted((folder / "samples").glob("step_*"), key=lambda f: (len(f.name), f.name))[-sheets:]
-    page = render(
-        "run.html",
-        title=f"{folder.name}: step {step:,}",
-        name=folder.name,
-        state=state(rows[-1] if rows else {}, about),
-        percent=100 * step / max(1, config["steps"]),
-        loss=loss,
-        newest=newest,
-        samples=[(int(f.stem.removeprefix("step_")), sample(f)) for f in reversed(files)],
-        groups={heading: [curves[key] for key in keys if key in curves] for heading, keys in groups.items()},
-        config=config,
-        facts=facts,
-    )
-    # A browser that asks meanwhile gets the page before this one.
-    temporary = folder / "index.html.tmp"
-    temporary.write_text(page, "utf-8")
-    os.replace(temporary, folder / "index.html")
+    return {
+        "loss": loss,
+        "newest": newest,
+        "groups": {heading: [curves[key] for key in keys if key in curves] for heading, keys in groups.items()},
+    }
 
 
 def state(last: dict, about: dict) -> str:
