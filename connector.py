@@ -20,12 +20,19 @@ def features(hidden: list[Tensor]) -> Tensor:
     Mean and std run over the H channels of one token in one layer. Without gradients each layer is written straight into its
     slice of the result: at full size that is 200 KB per token, and stacking would double it.
     """
-    first = hidden[0]
-    width = first.shape[-1]
+    tokens, width = hidden[0].shape
+    dtype = hidden[0].dtype
+
+    # With gradients: autograd needs every step as a tensor of its own.
     if torch.is_grad_enabled() and any(h.requires_grad for h in hidden):
-        stds, means = zip(*(torch.std_mean(h.float(), -1, correction=1, keepdim=True) for h in hidden), strict=True)
-        return torch.cat([((h - m) / (s + 1e-8)).to(first.dtype) for h, s, m in zip(hidden, stds, means, strict=True)], -1)
-    out = first.new_empty(first.shape[0], len(hidden) * width)
+        normed = []
+        for h in hidden:
+            std, mean = torch.std_mean(h.float(), -1, correction=1, keepdim=True)           # (N, 1) each
+            normed.append(((h - mean) / (std + 1e-8)).to(dtype))                            # (N, H)
+        return torch.cat(normed, -1)                                                        # (N, L * H)
+
+    # Without: the result is all that is allocated.
+    out = hidden[0].new_empty(tokens, len(hidden) * width)                                  # (N, L * H)
     for part, h in zip(out.split(width, 1), hidden, strict=True):
         standardise_into(part, h)
     return out
@@ -38,4 +45,5 @@ class Connector(nn.Sequential):
     """
 
     def __init__(self, in_features: int, out_features: int):
+        # A sequence, because its parameters are named by number in the published file.
         super().__init__(nn.Linear(in_features, out_features), nn.GELU())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +28,12 @@ from ops import Segments, attention, gate_add, gate_add_modulate, join, joint, m
 
 STEM = "diffusion_pytorch_model"
 # Fields of diffusers' config that mean nothing without the parts which DiTConfig.from_json refuses.
-UNREAD = ("encoder_hidden_states_channels", "controlnet_block_every_n", "img_context_num_tokens", "img_context_dim_out")
+UNREAD = (
+    "encoder_hidden_states_channels",
+    "controlnet_block_every_n",
+    "img_context_num_tokens",
+    "img_context_dim_out",
+)
 
 
 @dataclass
@@ -50,11 +56,27 @@ class DiTConfig:
     qk_norm_eps: float = 1e-6  # NVIDIA's; diffusers runs 1e-5, for which its own config has no field
 
     def __post_init__(self):
-        counts = {"num_layers": (1, 256), "num_attention_heads": (1, 1024), "attention_head_dim": (12, 2**12)}
-        widths = {"adaln_lora_dim": (1, 2**16), "text_embed_dim": (1, 2**18), "crossattn_proj_in_channels": (1, 2**24)}
-        channels = {"in_channels": (1, 2**12), "out_channels": (1, 2**12), "patch_size": (1, 64), "max_size": (1, 2**20)}
-        numbers = {"mlp_ratio": (1 / self.width if self.width > 0 else 0, 64), "rope_scale": (1e-3, 1e3), "qk_norm_eps": (0, 1)}
-        check_bounds(self, "config.json of the DiT", counts | widths | channels | numbers)
+        # An MLP has at least one unit. Without a width there is no ratio; the bounds of the heads then say what is wrong.
+        smallest_ratio = 0
+        if self.width > 0:
+            smallest_ratio = 1 / self.width
+        bounds = {
+            "num_layers": (1, 256),
+            "num_attention_heads": (1, 1024),
+            "attention_head_dim": (12, 2**12),
+            "adaln_lora_dim": (1, 2**16),
+            "text_embed_dim": (1, 2**18),
+            "crossattn_proj_in_channels": (1, 2**24),
+            "in_channels": (1, 2**12),
+            "out_channels": (1, 2**12),
+            "patch_size": (1, 64),
+            "max_size": (1, 2**20),
+            "mlp_ratio": (smallest_ratio, 64),
+            "rope_scale": (1e-3, 1e3),
+            "qk_norm_eps": (0, 1),
+        }
+        check_bounds(self, "config.json of the DiT", bounds)
+        # The rotary embedding turns channels in pairs.
         if self.attention_head_dim % 2:
             raise InputError(f"config.json of the DiT: attention_head_dim is {self.attention_head_dim}, it must be even")
 
@@ -66,13 +88,24 @@ class DiTConfig:
     def from_json(cls, config: dict) -> "DiTConfig":
         """From diffusers' config.json; what this implementation has no code for is refused by name."""
         where = "config.json of the DiT"
-        fixed = {"extra_pos_embed_type": ("learnable", None), "img_context_dim_in": (None, None)}  # diffusers' default, ours
-        fixed["use_crossattn_projection"] = (False, True)
+
+        # Parts that other Cosmos models have. A field that the file leaves out has diffusers' default, which may ask for one.
+        fixed = {  # diffusers' default, ours
+            "extra_pos_embed_type": ("learnable", None),
+            "img_context_dim_in": (None, None),
+            "use_crossattn_projection": (False, True),
+        }
         for key, (default, needed) in fixed.items():
-            if config.get(key, default) != needed:
-                raise InputError(f"{where}: {key} must be {json.dumps(needed)}, not {json.dumps(config.get(key, default))}")
-        values = {"qk_norm_eps": config.get("_qk_norm_eps", cls.qk_norm_eps), **config}
+            found = config.get(key, default)
+            if found != needed:
+                raise InputError(f"{where}: {key} must be {json.dumps(needed)}, not {json.dumps(found)}")
+
+        # The eps travels under a name that diffusers passes over, see to_json; a plain one goes before it.
+        eps = config.get("_qk_norm_eps", cls.qk_norm_eps)
+        values = {"qk_norm_eps": eps, **config}
         self = config_from_json(cls, values, where, ignore=(*fixed, *UNREAD))
+
+        # A patch is a square of one image: the geometry below knows rows and columns of patches, and no depth.
         if self.patch_size[0] != 1 or self.patch_size[1] != self.patch_size[2]:
             raise InputError(f"{where}: patch_size must be [1, p, p], not {list(self.patch_size)}")
         if config.get("encoder_hidden_states_channels", self.text_embed_dim) != self.text_embed_dim:
@@ -81,12 +114,19 @@ class DiTConfig:
 
     def to_json(self) -> dict:
         """diffusers' config.json. Its loader drops keys with an underscore without a word: the eps can travel as one."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "qk_norm_eps"}
+        values = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            # JSON has no tuples: what is written should be what is read back.
+            if isinstance(value, tuple):
+                value = list(value)
+            if f.name != "qk_norm_eps":
+                values[f.name] = value
         return {
             "_class_name": "CosmosTransformer3DModel",
             "_diffusers_version": "0.42.1",
             "_qk_norm_eps": self.qk_norm_eps,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+            **values,
             "encoder_hidden_states_channels": self.text_embed_dim,
             "extra_pos_embed_type": None,
             "use_crossattn_projection": True,
@@ -94,7 +134,14 @@ class DiTConfig:
 
 
 PRESETS = {
-    "tiny": DiTConfig(6, 4, 64, adaln_lora_dim=32, text_embed_dim=256, crossattn_proj_in_channels=4 * 256),
+    "tiny": DiTConfig(
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=64,
+        adaln_lora_dim=32,
+        text_embed_dim=256,
+        crossattn_proj_in_channels=4 * 256,
+    ),
     "2B": DiTConfig(),
     "14B": DiTConfig(num_layers=36, num_attention_heads=40),
 }
@@ -121,13 +168,25 @@ def pack_images(sizes: list[list[tuple[int, int]]], device: str | torch.device =
         raise InputError(f"a pack needs samples of at least one image of at least 1x1 patches, got {sizes}")
     h, w = torch.tensor(shapes).T                                                      # (I,)
     patches = h * w
+
+    # The number of a patch in its image is its place in the pack less the place where its image begins.
     images = torch.arange(len(shapes)).repeat_interleave(patches)                      # (N,)
-    within = torch.arange(len(images)) - (patches.cumsum(0) - patches)[images]         # (N,) number of the patch in its image
+    begins = patches.cumsum(0) - patches                                               # (I,)
+    within = torch.arange(len(images)) - begins[images]                                # (N,)
+
+    # Each sample has a time of its own that counts its images from 0; rows and columns count from 0 in each image.
     index = torch.cat([torch.arange(len(sample)) for sample in sizes])                 # (I,)
-    positions = torch.stack((index[images], within // w[images], within % w[images]), 1)
-    lengths = [sum(h * w for h, w in sample) for sample in sizes]
+    row = within // w[images]                                                          # (N,)
+    column = within % w[images]                                                        # (N,)
+    positions = torch.stack((index[images], row, column), 1)                           # (N, 3)
+
+    # Attention asks for samples, not images: the images of one sample see each other.
+    lengths = []
+    for sample in sizes:
+        lengths.append(sum(rows * columns for rows, columns in sample))
+    segments = Segments(lengths, device)
     chunk = math.gcd(*patches.tolist())
-    return Pack(positions.to(device), images.to(device), Segments(lengths, device), shapes, chunk)
+    return Pack(positions.to(device), images.to(device), segments, shapes, chunk)
 
 
 class Targets:
@@ -136,27 +195,28 @@ class Targets:
     def __init__(self, pack: Pack, given: list[bool]):
         """given: which images (I) are conditions."""
         device = pack.positions.device
-        patches = torch.tensor([h * w for h, w in pack.shapes])
+        patches = torch.tensor([h * w for h, w in pack.shapes])                        # (I,)
         wanted = ~torch.tensor(given).repeat_interleave(patches)                       # (N,)
         self.rows = wanted.nonzero()[:, 0].to(device)  # (P,) their places in the pack
-        self.chunks = wanted[:: pack.chunk].nonzero()[:, 0].to(device)  # (P / chunk,) the same for whole chunks
-        self.segments = Segments([int(part.sum()) for part in wanted.split(pack.segments.lengths)], device)
+        # A chunk lies in one image, so its first patch speaks for all.
+        first = wanted[:: pack.chunk]
+        self.chunks = first.nonzero()[:, 0].to(device)  # (P / chunk,) the same for whole chunks
+        samples = wanted.split(pack.segments.lengths)
+        self.segments = Segments([int(part.sum()) for part in samples], device)  # the painted patches of each sample
 
 
 def patchify(latent: Tensor, patch: int = 2) -> Tensor:
     """(C, H, W) -> (H/p * W/p, C * p * p), feature (c * p + ph) * p + pw: the layout of noise, x_t and velocity everywhere."""
-    c, h, w = latent.shape
+    h, w = latent.shape[1:]
     if h % patch or w % patch:
         raise InputError(f"a latent of {h}x{w} is no grid of {patch}x{patch} patches: picture sides must be multiples of 16")
-    x = latent.reshape(c, h // patch, patch, w // patch, patch)
-    return x.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+    return rearrange(latent, "c (h ph) (w pw) -> (h w) (c ph pw)", ph=patch, pw=patch)
 
 
 def unpatchify(x: Tensor, size: tuple[int, int], patch: int = 2) -> Tensor:
     """Inverse of patchify; size: (rows, columns) in patches."""
     h, w = size
-    x = x.reshape(h, w, -1, patch, patch)                                              # (h, w, C, p, p)
-    return x.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)                           # (C, h p, w p)
+    return rearrange(x, "(h w) (c ph pw) -> c (h ph) (w pw)", h=h, w=w, ph=patch, pw=patch)
 
 
 # ---------------------------------------------------------------------------------------------------------------- network
@@ -171,7 +231,9 @@ class Modulation(nn.Module):
         self.linear_2 = nn.Linear(rank, parts * width, bias=False)
 
     def forward(self, emb: Tensor, lora: Tensor) -> Tensor:
-        return linear32(linear32(emb, self.linear_1), self.linear_2) + lora[:, : self.linear_2.out_features]
+        own = linear32(linear32(emb, self.linear_1), self.linear_2)                    # (T, parts * D)
+        # The output's modulation has no gate: of what is shared it takes the shift and scale that come first.
+        return own + lora[:, : self.linear_2.out_features]
 
 
 class TimeEmbedder(nn.Module):
@@ -185,18 +247,27 @@ class TimeEmbedder(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # From one radian per unit of time down to 1/10000, evenly in the exponent.
         half = self.norm.normalized_shape[0] // 2
-        frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000.0) / half))
-        angles = t.float()[:, None] * frequencies                                      # (I, D/2)
-        e = torch.cat((angles.cos(), angles.sin()), 1)                                 # (I, D)
-        lora = linear32(F.silu(linear32(e, self.t_embedder.linear_1)), self.t_embedder.linear_2)
+        step = -math.log(10000.0) / half
+        frequencies = torch.exp(torch.arange(half, device=t.device) * step)            # (D/2,)
+        angles = t.float()[:, None] * frequencies                                      # (T, D/2)
+        e = torch.cat((angles.cos(), angles.sin()), 1)                                 # (T, D)
+
+        # The MLP reads the sinusoid as it is; each modulation has a small MLP of its own on the normed one.
+        mlp = self.t_embedder
+        hidden = F.silu(linear32(e, mlp.linear_1))                                     # (T, D)
+        lora = linear32(hidden, mlp.linear_2)                                          # (T, 3D)
         return F.rms_norm(e, e.shape[1:], self.norm.weight.float(), self.norm.eps), lora
 
 
 class Attention(nn.Module):
+    """Projections of self- or cross-attention, with an RMSNorm on every query and key; the attention itself is in ops.py."""
+
     def __init__(self, width: int, context_width: int, heads: int, eps: float):
         super().__init__()
-        self.heads, self.head_dim = heads, width // heads
+        self.heads = heads
+        self.head_dim = width // heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
@@ -208,29 +279,42 @@ class Attention(nn.Module):
         return y.view(len(y), -1, self.head_dim)                                       # (N, heads, head_dim)
 
     def query(self, x: Tensor, *rope: Tensor) -> Tensor:
-        return norm_rope(self.heads_of(self.to_q(x)), self.norm_q.weight, self.norm_q.eps, *rope)
+        q = self.heads_of(self.to_q(x))
+        return norm_rope(q, self.norm_q.weight, self.norm_q.eps, *rope)                # (N, heads, head_dim)
 
     def kv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor]:
         parts = joint(x, self.to_k, self.to_v)
-        k, v = map(self.heads_of, parts) if len(parts) > 1 else self.heads_of(*parts).chunk(2, 1)
-        return norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope), v             # 2 x (N, heads, head_dim)
+        if len(parts) == 1:
+            k, v = self.heads_of(parts[0]).chunk(2, 1)
+        else:
+            k = self.heads_of(parts[0])
+            v = self.heads_of(parts[1])
+        k = norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope)
+        return k, v                                                                    # 2 x (N, heads, head_dim)
 
     def qkv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """query and kv of the same tokens: where their projections are joint, so is their norm."""
         parts = joint(x, self.to_q, self.to_k, self.to_v)
+
+        # Queries and keys lie side by side: one call norms both, each group of heads with its own gain.
         if len(parts) == 1:
-            qk, v = self.heads_of(*parts).split((2 * self.heads, self.heads), 1)
+            qk, v = self.heads_of(parts[0]).split((2 * self.heads, self.heads), 1)
             gains = torch.stack((self.norm_q.weight, self.norm_k.weight))              # (2, head_dim)
-            return *norm_rope(qk, gains, self.norm_q.eps, *rope).chunk(2, 1), v
-        q, k, v = map(self.heads_of, parts)                                            # 3 x (N, heads, head_dim)
-        q, k = (norm_rope(y, norm.weight, norm.eps, *rope) for y, norm in ((q, self.norm_q), (k, self.norm_k)))
-        return q, k, v
+            q, k = norm_rope(qk, gains, self.norm_q.eps, *rope).chunk(2, 1)
+            return q, k, v
+
+        q, k, v = map(self.heads_of, parts)
+        q = norm_rope(q, self.norm_q.weight, self.norm_q.eps, *rope)
+        k = norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope)
+        return q, k, v                                                                 # 3 x (N, heads, head_dim)
 
     def out(self, y: Tensor) -> Tensor:
         return self.to_out[0](y.flatten(1))                                            # (N, D)
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, under the names of diffusers: net.0.proj and net.2."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         first = nn.Module()
@@ -238,7 +322,8 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.GELU(), nn.Linear(hidden, width, bias=False)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[1](self.net[0].proj(x)))
+        h = self.net[1](self.net[0].proj(x))                                           # (N, hidden)
+        return self.net[2](h)                                                          # (N, D)
 
 
 class Block(nn.Module):
@@ -246,11 +331,13 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        width, eps = config.width, config.qk_norm_eps
+        width = config.width
+        heads = config.num_attention_heads
+        eps = config.qk_norm_eps
         self.norm1 = Modulation(width, config.adaln_lora_dim, 3)
-        self.attn1 = Attention(width, width, config.num_attention_heads, eps)
+        self.attn1 = Attention(width, width, heads, eps)
         self.norm2 = Modulation(width, config.adaln_lora_dim, 3)
-        self.attn2 = Attention(width, config.text_embed_dim, config.num_attention_heads, eps)
+        self.attn2 = Attention(width, config.text_embed_dim, heads, eps)
         self.norm3 = Modulation(width, config.adaln_lora_dim, 3)
         self.ff = FeedForward(width, int(width * config.mlp_ratio))
 
@@ -262,29 +349,43 @@ class Block(nn.Module):
         dtype = working_dtype(self.attn1.to_q.weight)
         shift1, scale1, gate1, *others, index = modulation(table, rows, x)
 
+        # Self-attention: every patch looks at all images of its sample.
         h = modulate(x, shift1, scale1, index, dtype)                                  # (N, D)
         if targets is None:
             q, k, v = self.attn1.qkv(h, *rope)                                         # (N, heads, head_dim)
             y = attention(q, k, v, segments)
         else:
-            q = self.attn1.query(h.index_select(0, targets.rows), *(r.index_select(0, targets.rows) for r in rope))
-            y = attention(q, *self.attn1.kv(h, *rope), targets.segments, segments)     # (P, heads, head_dim)
-            x, rows, segments = x.index_select(0, targets.chunks), rows.index_select(0, targets.chunks), targets.segments
+            # Painted patches ask, all answer; from here on there are only the painted ones.
+            turns = [r.index_select(0, targets.rows) for r in rope]
+            q = self.attn1.query(h.index_select(0, targets.rows), *turns)              # (P, heads, head_dim)
+            k, v = self.attn1.kv(h, *rope)                                             # (N, heads, head_dim)
+            y = attention(q, k, v, targets.segments, segments)                         # (P, heads, head_dim)
+            x = x.index_select(0, targets.chunks)                                      # (P / n, n, D)
+            rows = rows.index_select(0, targets.chunks)
+            segments = targets.segments
             _, _, gate1, *others, index = modulation(table, rows, x)
         shift2, scale2, gate2, shift3, scale3, gate3 = others
-        x, h = gate_add_modulate(x, gate1, self.attn1.out(y), shift2, scale2, index, dtype)              # (G, n, D), (N, D)
+        y = self.attn1.out(y)
+        x, h = gate_add_modulate(x, gate1, y, shift2, scale2, index, dtype)            # (G, n, D), (N, D)
 
-        k, v = self.attn2.kv(context) if kv is None else kv                            # (M, heads, head_dim)
-        y = attention(self.attn2.query(h), k, v, segments, keys)
-        x, h = gate_add_modulate(x, gate2, self.attn2.out(y), shift3, scale3, index, dtype)
-        return gate_add(x, gate3, self.ff(h), index)
+        # Cross-attention: every patch looks at all that its sample has been told. The context has no position to turn with.
+        if kv is None:
+            kv = self.attn2.kv(context)
+        k, v = kv                                                                      # (M, heads, head_dim)
+        q = self.attn2.query(h)                                                        # (N, heads, head_dim)
+        y = self.attn2.out(attention(q, k, v, segments, keys))
+        x, h = gate_add_modulate(x, gate2, y, shift3, scale3, index, dtype)            # (G, n, D), (N, D)
+
+        return gate_add(x, gate3, self.ff(h), index)                                   # (G, n, D)
 
 
 def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
     """A block's table (T, 9D) as nine (T, 1, D), and rows (G,) for ops.py. PyTorch picks the rows here, all nine at once."""
     if not on_triton(x):
-        table, rows = table.index_select(0, rows).to(x.dtype), None
-    return [*table.view(len(table), 9, 1, -1).unbind(1), rows]
+        table = table.index_select(0, rows).to(x.dtype)
+        rows = None
+    nine = table.view(len(table), 9, 1, -1).unbind(1)
+    return [*nine, rows]
 
 
 class DiT(nn.Module):
@@ -294,8 +395,10 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         patch = config.patch_size[1] ** 2
+        channels = config.in_channels + config.concat_padding_mask
+        # Bare modules hold the linear layers whose names in the file have two parts.
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Linear((config.in_channels + config.concat_padding_mask) * patch, config.width, bias=False)
+        self.patch_embed.proj = nn.Linear(channels * patch, config.width, bias=False)
         self.time_embed = TimeEmbedder(config.width)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = Modulation(config.width, config.adaln_lora_dim, 2)
@@ -310,8 +413,10 @@ class DiT(nn.Module):
     @classmethod
     def from_pretrained(cls, source, subfolder=None, revision=None, dtype=torch.float32, device="cpu") -> "DiT":
         folder = resolve(source, subfolder, revision)
+        config = DiTConfig.from_json(read_json(folder / "config.json"))
+        # On the meta device a model has shapes and no memory: the weights that are read take their places.
         with torch.device("meta"):
-            dit = cls(DiTConfig.from_json(read_json(folder / "config.json")))
+            dit = cls(config)
         return load_weights(dit, folder, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path, **options) -> None:
@@ -331,6 +436,8 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
+
+        # What opens only in training.
         closed = [m.linear_2 for m in self.modules() if isinstance(m, Modulation)]
         for linear in (*closed, self.time_embed.t_embedder.linear_2, self.proj_out):
             nn.init.zeros_(linear.weight)
@@ -352,29 +459,48 @@ class DiT(nn.Module):
         """
         with torch.autocast(t.device.type, enabled=False):
             emb, lora = self.time_embed(t)                                             # (T, D), (T, 3D)
-            emb, (shift, scale, gate) = F.silu(emb), lora.chunk(3, 1)
-            lora = torch.cat((shift, 1 + scale, gate), 1)  # the 1 enters here, once for all of them
-            blocks = [[norm(emb, lora) for norm in (b.norm1, b.norm2, b.norm3)] for b in self.transformer_blocks]
-            return [*(torch.cat(block, 1) for block in blocks), self.norm_out(emb, lora)]
+            emb = F.silu(emb)
+            # A scale multiplies by 1 + scale. The 1 enters here, once for all of them.
+            shift, scale, gate = lora.chunk(3, 1)
+            lora = torch.cat((shift, 1 + scale, gate), 1)
+            tables = []
+            for block in self.transformer_blocks:
+                parts = [norm(emb, lora) for norm in (block.norm1, block.norm2, block.norm3)]
+                tables.append(torch.cat(parts, 1))                                     # (T, 9D)
+            tables.append(self.norm_out(emb, lora))                                    # (T, 2D)
+            return tables
 
     def context_kv(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (M, heads, head_dim) of every block's cross-attention: the same in all steps of a picture."""
         context = context.to(working_dtype(self.proj_out.weight))
-        pairs = (block.attn2.kv(context) for block in self.transformer_blocks)
-        return [(k, v.contiguous()) for k, v in pairs]  # as part of a joint projection v would keep the raw keys alive
+        pairs = []
+        for block in self.transformer_blocks:
+            k, v = block.attn2.kv(context)
+            # As part of a joint projection v would keep the raw keys alive.
+            pairs.append((k, v.contiguous()))
+        return pairs
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3) positions -> cos, sin (N, 1, head_dim) in fp32: frequencies of image, row, column, and the same again."""
+        # A third of the channels each for rows and columns, in whole pairs; what is left over goes to time.
         d = self.config.attention_head_dim
         spatial = d // 6 * 2
+        dims = (d - 2 * spatial, spatial, spatial)
+
         angles = []
-        for axis, (dim, scale) in enumerate(zip((d - 2 * spatial, spatial, spatial), self.config.rope_scale, strict=True)):
-            theta = 10000.0 * scale ** (dim / (dim - 2))                               # NTK-aware stretch of the base
-            frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+        for axis, dim in enumerate(dims):
+            # A larger base makes slow frequencies slower, so that larger pictures stay within the angles known (NTK-aware).
+            stretch = self.config.rope_scale[axis] ** (dim / (dim - 2))
+            theta = 10000.0 * stretch
+            channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+            frequencies = theta ** -(channels / dim)                                   # (dim / 2,)
             angles.append(positions[:, axis, None] * frequencies)
         angles = torch.cat(angles, 1)[:, None]                                         # (N, 1, head_dim / 2)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                   # the first half turns against the second
+
+        # The first half of a head turns against the second, so its sine has the other sign.
+        cos = angles.cos()
+        sin = angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                   # 2 x (N, 1, head_dim)
 
     def forward(
         self,
@@ -399,9 +525,40 @@ class DiT(nn.Module):
         instead of t modulations = (self.modulations(times), which of these times each image has (I,)), and
         rope = self.rope(pack.positions). With targets only their velocity is computed to the end, and returned: (P, C * 4).
         """
-        n, images = len(pack.image_ids), len(pack.shapes)
+        n = len(pack.image_ids)
+        images = len(pack.shapes)
         if x.shape[0] != n or condition.shape != (images,):
             raise ValueError(f"pack of {n} patches, {images} images: x is {tuple(x.shape)}, condition {tuple(condition.shape)}")
+        x = self._embed(x, condition, pack, padding)                                   # (G, n, D)
+
+        # Modulations are computed per time, not per patch; of each chunk we note the row that it is modulated by.
+        if modulations is None:
+            modulations = self.modulations(t), torch.arange(images, device=x.device)
+        table, rows = modulations                                                      # (T, 9D) per block, (I,)
+        rows = rows[pack.image_ids[:: pack.chunk]]                                     # (G,)
+
+        # The rest of what all blocks read, made once.
+        if rope is None:
+            rope = self.rope(pack.positions)                                           # 2 x (N, 1, head_dim)
+        keys = Segments.of(keys, x.device)
+        if context is not None:
+            context = context.to(working_dtype(self.patch_embed.proj.weight))          # (M, text_embed_dim)
+
+        # Conditions are done with once the last block has read their keys and values.
+        last = len(self.transformer_blocks) - 1
+        for i, block in enumerate(self.transformer_blocks):
+            own_kv = kv[i] if kv else None
+            inputs = (x, table[i], rows, rope, pack.segments, context, own_kv, keys, targets if i == last else None)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)                                                     # (G, n, D)
+        if targets is not None:
+            rows = rows.index_select(0, targets.chunks)
+        return self._velocity(x, table[-1], rows)                                      # (N, C4)
+
+    def _embed(self, x: Tensor, condition: Tensor, pack: Pack, padding: Tensor | None) -> Tensor:
+        """Patches (N, C4) and, as further channels, their masks -> the stream (G, n, D): G chunks of n patches."""
         patch = self.config.patch_size[1] ** 2
         mask = condition.to(x.dtype)[pack.image_ids, None].expand(-1, patch)           # (N, 4)
         inputs = [x, mask]
@@ -409,32 +566,25 @@ class DiT(nn.Module):
             inputs.append(torch.zeros_like(mask) if padding is None else padding.to(x.dtype))
         weight = self.patch_embed.proj.weight
         x = self.patch_embed.proj(torch.cat(inputs, 1).to(weight.dtype))               # (N, D)
-        x = x.to(weight.dtype).unflatten(0, (-1, pack.chunk))                          # (G, n, D): fp32 stream even in autocast
+        # Autocast gives 16 bits; the stream that all blocks add to stays in the dtype of the weights.
+        return x.to(weight.dtype).unflatten(0, (-1, pack.chunk))                       # (G, n, D)
 
-        table, rows = (self.modulations(t), torch.arange(images, device=x.device)) if modulations is None else modulations
-        rows = rows[pack.image_ids[:: pack.chunk]]                                     # (G,)
-        rope = self.rope(pack.positions) if rope is None else rope                     # 2 x (N, 1, head_dim)
-        keys = Segments.of(keys, x.device)
-        context = None if context is None else context.to(working_dtype(weight))
-        for i, block in enumerate(self.transformer_blocks):
-            last = i + 1 == len(self.transformer_blocks)
-            args = x, table[i], rows, rope, pack.segments, context, kv[i] if kv else None, keys, targets if last else None
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
-
-        with torch.autocast(x.device.type, enabled=False):                             # the whole last layer is fp32
-            rows = rows if targets is None else rows.index_select(0, targets.chunks)
-            shift, scale = table[-1][:, None].chunk(2, -1)                             # (T, 1, D)
-            x = linear32(modulate(x.float(), shift, scale, rows), self.proj_out)       # (N, 4C), channel last
-        return x.unflatten(1, (patch, -1)).transpose(1, 2).flatten(1)                  # (N, C4), channel first like the input
+    def _velocity(self, x: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+        """The stream (G, n, D) -> velocity (N, C4), all in fp32: one last modulation, without a gate, and a linear layer."""
+        with torch.autocast(x.device.type, enabled=False):
+            shift, scale = table[:, None].chunk(2, -1)                                 # (T, 1, D)
+            h = modulate(x.float(), shift, scale, rows)                                # (N, D)
+            v = linear32(h, self.proj_out)                                             # (N, 4C)
+        # The layer was trained with the channel last in a patch; the input has it first.
+        return rearrange(v, "n (p c) -> n (c p)", c=self.config.out_channels)          # (N, C4)
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a linear layer with this weight computes: autocast's, else its own."""
     device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def linear32(x: Tensor, linear: nn.Linear) -> Tensor:

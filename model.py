@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image, ImageCms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,10 +50,21 @@ class VisionConfig:
     in_channels: int = 3
 
     def __post_init__(self):
-        sizes = {n: (1, 2**18) for n in ("hidden_size", "out_hidden_size", "intermediate_size", "window_size")}
-        counts = {"depth": (1, 256), "num_heads": (1, 1024), "in_channels": (1, 64), "fullatt_block_indexes": (0, 1024)}
-        patches = {"patch_size": (1, 256), "temporal_patch_size": (1, 16), "spatial_merge_size": (1, 16)}
-        check_bounds(self, "vision_config", sizes | counts | patches)
+        bounds = {
+            "hidden_size": (1, 2**18),
+            "out_hidden_size": (1, 2**18),
+            "intermediate_size": (1, 2**18),
+            "window_size": (1, 2**18),
+            "depth": (1, 256),
+            "num_heads": (1, 1024),
+            "in_channels": (1, 64),
+            "fullatt_block_indexes": (0, 1024),
+            "patch_size": (1, 256),
+            "temporal_patch_size": (1, 16),
+            "spatial_merge_size": (1, 16),
+        }
+        check_bounds(self, "vision_config", bounds)
+        # Half of a head's channels turn with the row, half with the column, and channels turn in pairs.
         if self.hidden_size % (4 * self.num_heads):
             raise InputError(f"vision_config: {self.num_heads} heads need a hidden_size that is a multiple of 4 per head")
         if self.window_size < self.patch_size * self.spatial_merge_size:
@@ -84,12 +96,23 @@ class MLLMConfig:
     pad_token_id: int = 151643
 
     def __post_init__(self):
-        counts = {"num_hidden_layers": (1, 256), "num_attention_heads": (1, 1024), "num_key_value_heads": (1, 1024)}
-        sizes = {"hidden_size": (1, 2**18), "intermediate_size": (1, 2**20), "vocab_size": (1, 2**24)}
-        sizes |= {"mrope_section": (0, 2**16)}
-        numbers = {"max_position_embeddings": (1, 2**30), "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e12)}
-        ids = {name: (0, 2**31) for name in self.__dataclass_fields__ if name.endswith("_token_id")}
-        check_bounds(self, "config.json", counts | sizes | numbers | ids)
+        bounds = {
+            "num_hidden_layers": (1, 256),
+            "num_attention_heads": (1, 1024),
+            "num_key_value_heads": (1, 1024),
+            "hidden_size": (1, 2**18),
+            "intermediate_size": (1, 2**20),
+            "vocab_size": (1, 2**24),
+            "mrope_section": (0, 2**16),
+            "max_position_embeddings": (1, 2**30),
+            "rms_norm_eps": (0.0, 1.0),
+            "rope_theta": (1.0, 1e12),
+        }
+        for name in self.__dataclass_fields__:
+            if name.endswith("_token_id"):
+                bounds[name] = (0, 2**31)
+        check_bounds(self, "config.json", bounds)
+        # Each holds for itself; these say whether they fit together.
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise InputError("config.json: hidden_size must divide into the heads, and these into num_key_value_heads groups")
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
@@ -108,15 +131,28 @@ class MLLMConfig:
         Both carry many keys without effect here (dropout, caching, versions), so unknown ones pass; whatever would change the
         result and is not done here is refused.
         """
-        objects = {"text_config": values, "vision_config": values}
-        text = values | (values.get("text_config") if isinstance(values.get("text_config"), dict) else {})
-        objects |= {"rope_parameters": text, "rope_scaling": text}
+        # In the nested form the decoder's fields stand in an object of their own; they go before those around it.
+        text = dict(values)
+        if isinstance(values.get("text_config"), dict):
+            text |= values["text_config"]
+        objects = {
+            "text_config": values,
+            "vision_config": values,
+            "rope_parameters": text,
+            "rope_scaling": text,
+        }
         for name, owner in objects.items():
             if not isinstance(owner.get(name), dict | None):
                 raise InputError(f"{where}: field {name} is {owner[name]!r:.60}, but an object {{...}} is expected")
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        vision = dict(values.get("vision_config") or {})
-        vision = {"in_channels": vision.get("in_chans", 3), "out_hidden_size": text.get("hidden_size")} | vision
+        tower = values.get("vision_config") or {}
+        vision = {
+            "in_channels": tower.get("in_chans", 3),  # its name in the published files
+            "out_hidden_size": text.get("hidden_size"),
+            **tower,
+        }
+
+        # What would change the result: the field, its value in the file, the values that mean what is done here.
         demands = [
             ("model_type", values.get("model_type", "qwen2_5_vl"), ("qwen2_5_vl",)),
             ("quantization_config", values.get("quantization_config"), (None,)),
@@ -125,27 +161,44 @@ class MLLMConfig:
             ("use_sliding_window", text.get("use_sliding_window", False), (False, None)),
             ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
         ]
-        for name, value, known in demands:
-            if value not in known:
-                raise InputError(f"{where}: {name} is {value!r:.60}, only {known[0]!r} is read: use an unquantised Qwen2.5-VL")
-        own = {
-            "rope_theta": rope.get("rope_theta", text.get("rope_theta", cls.rope_theta)),
-            "mrope_section": rope.get("mrope_section", cls.mrope_section),
-            "tie_word_embeddings": values.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False),
-            "vision": {k: v for k, v in vision.items() if k in VisionConfig.__dataclass_fields__},
-        }
-        known = {k: v for k, v in text.items() if k in cls.__dataclass_fields__ and v is not None}
-        return config_from_json(cls, known | own, where)
+        for name, value, allowed in demands:
+            if value not in allowed:
+                needs = f"only {allowed[0]!r} is read: use an unquantised Qwen2.5-VL"
+                raise InputError(f"{where}: {name} is {value!r:.60}, {needs}")
+
+        # Fields that go by our names, and over them those that lie elsewhere in the file.
+        known = {}
+        for name, value in text.items():
+            if name in cls.__dataclass_fields__ and value is not None:
+                known[name] = value
+        known["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", cls.rope_theta))
+        known["mrope_section"] = rope.get("mrope_section", cls.mrope_section)
+        # The nested form has it inside, outside, or in both places.
+        tied = values.get("tie_word_embeddings", False)
+        known["tie_word_embeddings"] = tied or text.get("tie_word_embeddings", False)
+        known["vision"] = {k: v for k, v in vision.items() if k in VisionConfig.__dataclass_fields__}
+        return config_from_json(cls, known, where)
 
     def to_json(self) -> dict:
         """The published flat layout."""
-        out = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu"}
-        out |= {k: v for k, v in asdict(self).items() if k not in ("vision", "mrope_section")}
+        out = {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "hidden_act": "silu",
+        }
+        for name, value in asdict(self).items():
+            if name not in ("vision", "mrope_section"):
+                out[name] = value
         out["bos_token_id"] = self.pad_token_id  # <|endoftext|> is both; transformers would assume 151643
         out["rope_scaling"] = {"type": "mrope", "mrope_section": list(self.mrope_section)}
-        vision = asdict(self.vision) | {"fullatt_block_indexes": list(self.vision.fullatt_block_indexes)}
+
+        # The tower's object has its own kind and activation, too.
+        vision = {"model_type": "qwen2_5_vl", "hidden_act": "silu"}
+        vision |= asdict(self.vision)
+        vision["fullatt_block_indexes"] = list(self.vision.fullatt_block_indexes)
         vision["in_chans"] = vision["in_channels"]  # the name in the published files, and the one transformers reads
-        return out | {"vision_config": {"model_type": "qwen2_5_vl", "hidden_act": "silu"} | vision}
+        out["vision_config"] = vision
+        return out
 
     def for_tokenizer(self, tokenizer) -> "MLLMConfig":
         """This configuration with the token ids of `tokenizer`, whose vocabulary must fit into the embedding."""
@@ -164,19 +217,40 @@ class MLLMConfig:
 
 
 PRESETS = {
-    # The ids are those of a full vocabulary of 1024 with the 22 added tokens at its end; see for_tokenizer.
     "tiny": MLLMConfig(
-        256, 640, 4, 4, 2, 1024, 1e-6,
-        VisionConfig(128, 256, depth=4, num_heads=2, intermediate_size=256, patch_size=8, window_size=32,
-                     fullatt_block_indexes=(1, 3)),
-        mrope_section=(8, 12, 12), max_position_embeddings=8192, image_token_id=1014,
-        video_token_id=1015, vision_start_token_id=1011, vision_end_token_id=1012, vision_token_id=1013, eos_token_id=1004,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+        rms_norm_eps=1e-6,
+        vision=VisionConfig(
+            hidden_size=128,
+            out_hidden_size=256,
+            depth=4,
+            num_heads=2,
+            intermediate_size=256,
+            patch_size=8,
+            window_size=32,
+            fullatt_block_indexes=(1, 3),
+        ),
+        mrope_section=(8, 12, 12),
+        max_position_embeddings=8192,
+        # The ids are those of a full vocabulary of 1024 with the 22 added tokens at its end; see for_tokenizer.
+        image_token_id=1014,
+        video_token_id=1015,
+        vision_start_token_id=1011,
+        vision_end_token_id=1012,
+        vision_token_id=1013,
+        eos_token_id=1004,
         pad_token_id=1002,
     ),
+    # In the order of the fields: width, MLP, layers, heads, KV heads, vocabulary, eps, tower.
     "3B": MLLMConfig(2048, 11008, 36, 16, 2, 151936, 1e-6, VisionConfig(1280, 2048), tie_word_embeddings=True),
     "7B": MLLMConfig(3584, 18944, 28, 28, 4, 152064, 1e-6, VisionConfig(1280, 3584)),
     "32B": MLLMConfig(5120, 27648, 64, 40, 8, 152064, 1e-6, VisionConfig(1280, 5120, intermediate_size=3456)),
-}  # fmt: skip
+}
 
 # ------------------------------------------------------------------------------------------------ what both halves share
 
@@ -189,10 +263,16 @@ def frequencies(axes: tuple[int, ...], shared: bool, theta: float, device: torch
     axes: how many frequencies turn with each axis. They run on from one axis to the next, or are the same on each (shared).
     """
     with torch.inference_mode(False):  # kept for later calls, which may train
-        steps = torch.cat([torch.arange(n) for n in axes]) if shared else torch.arange(sum(axes))
-        f = 1.0 / theta ** (steps / (axes[0] if shared else sum(axes)))                       # (D / 2,)
-        axis = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor(axes))
-        return axis.repeat(2).to(device), torch.cat((-f, f)).to(device)
+        # How far down the exponent each frequency is, and where it would end.
+        if shared:
+            steps = torch.cat([torch.arange(n) for n in axes])
+            end = axes[0]
+        else:
+            steps = torch.arange(sum(axes))
+            end = sum(axes)
+        f = 1.0 / theta ** (steps / end)                                                      # (D / 2,)
+        axis = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor(axes))           # (D / 2,)
+        return axis.repeat(2).to(device), torch.cat((-f, f)).to(device)                       # 2 x (D,)
 
 
 def rope_tables(positions: Tensor, axis: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -212,10 +292,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, stream: Tensor) -> Tensor:
         """The stream with what the layer makes of x. Without gradients the stream itself may be overwritten."""
-        x, down = swiglu(*joint(x, self.gate_proj, self.up_proj)), self.down_proj
-        if torch.is_grad_enabled() or down.bias is not None or x.dtype != stream.dtype:
-            return stream + down(x)
-        return stream.addmm_(x, down.weight.T)  # the product adds by itself: no launch for the sum
+        h = swiglu(*joint(x, self.gate_proj, self.up_proj))                                   # (N, inner)
+        down = self.down_proj
+        if torch.is_grad_enabled() or down.bias is not None or h.dtype != stream.dtype:
+            return stream + down(h)
+        # The product adds by itself: no launch for the sum.
+        return stream.addmm_(h, down.weight.T)                                                # (N, width)
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower
@@ -240,29 +322,49 @@ def vision_plan(grids: tuple[tuple[int, int], ...], merge: int, window: int, dev
     edge are smaller. Attention in a window is then attention in a run of neighbours, as in a packed sequence. In each picture
     the windows are sorted by size: where PyTorch computes, equal neighbours are one dense batch.
     """
-    order, positions, windows = [], [], []
+    order = []
+    positions = []
+    windows = []
     offset = 0
     for rows, columns in grids:
         if rows < merge or columns < merge or rows % merge or columns % merge:
             raise InputError(f"a picture of {rows}x{columns} patches does not divide into {merge}x{merge} merge units")
-        h, w = rows // merge, columns // merge
+        h = rows // merge
+        w = columns // merge
+
+        # Windows are numbered in raster order. Sorting puts the largest first, which are the whole ones.
         i, j = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        of_unit = ((i // window) * math.ceil(w / window) + j // window).flatten()             # (h * w,) window of each unit
+        windows_across = math.ceil(w / window)
+        of_unit = ((i // window) * windows_across + j // window).flatten()                    # (h * w,) window of each unit
         sizes, by_size = of_unit.bincount().sort(descending=True, stable=True)
-        units = by_size.argsort()[of_unit].argsort(stable=True)
-        windows += (sizes * merge**2).tolist()
-        corner = torch.stack((i.flatten(), j.flatten()), 1)[units] * merge                    # (h * w, 2)
-        inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))
-        positions.append((corner[:, None] + inside).flatten(0, 1))                            # (rows * columns, 2)
+        place = by_size.argsort()                                                             # (windows,) inverse of by_size
+
+        # Units in the order of their windows; stable, so in raster order within one.
+        units = place[of_unit].argsort(stable=True)                                           # (h * w,)
         order.append(units + offset)
+        windows += (sizes * merge**2).tolist()
         offset += h * w
+
+        # A patch stands at its unit's corner and then one of merge x merge steps from it.
+        corner = torch.stack((i.flatten(), j.flatten()), 1)[units] * merge                    # (h * w, 2)
+        inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))               # (merge^2, 2)
+        positions.append((corner[:, None] + inside).flatten(0, 1))                            # (rows * columns, 2)
+
+    images = [rows * columns for rows, columns in grids]
     with torch.inference_mode(False):  # kept for later calls, which may train
         index = torch.cat(order)
-        tensors = (x.to(device, copy=True) for x in (index, index.argsort(), torch.cat(positions)))
-        return VisionPlan(*tensors, Segments(windows, device), Segments([r * c for r, c in grids], device))
+        return VisionPlan(
+            order=index.to(device, copy=True),
+            back=index.argsort().to(device, copy=True),
+            positions=torch.cat(positions).to(device, copy=True),
+            windows=Segments(windows, device),
+            images=Segments(images, device),
+        )
 
 
 class VisionAttention(nn.Module):
+    """Every patch looks at all patches of its window, or of its picture."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -270,12 +372,17 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
-        qk, v = self.qkv(x).unflatten(1, (3 * self.heads, -1)).split((2 * self.heads, self.heads), 1)
+        qkv = self.qkv(x).unflatten(1, (3 * self.heads, -1))                                  # (P, 3 * heads, head_dim)
+        # Queries and keys turn alike: as one tensor they do it in one call.
+        qk, v = qkv.split((2 * self.heads, self.heads), 1)
         q, k = rope(qk, cos, sin).chunk(2, 1)                                                 # (P, heads, head_dim) each
-        return self.proj(attention(q, k, v, segments).flatten(1))                             # (P, width)
+        y = attention(q, k, v, segments)                                                      # (P, heads, head_dim)
+        return self.proj(y.flatten(1))                                                        # (P, width)
 
 
 class VisionBlock(nn.Module):
+    """Attention and MLP, each on the normed stream and added to it."""
+
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.norm1 = nn.RMSNorm(c.hidden_size, eps=1e-6)
@@ -285,8 +392,9 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor, *where) -> Tensor:
         h = rms_norm(x, self.norm1.weight, self.norm1.eps)
-        x, h = add_rms_norm(x, self.attn(h, *where), self.norm2.weight, self.norm2.eps)
-        return self.mlp(h, x)
+        # The sum and the norm that reads it are one pass over memory.
+        x, h = add_rms_norm(x, self.attn(h, *where), self.norm2.weight, self.norm2.eps)       # (P, width) each
+        return self.mlp(h, x)                                                                 # (P, width)
 
 
 class PatchEmbed(nn.Module):
@@ -298,8 +406,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(c.in_channels, c.hidden_size, kernel, kernel, bias=False)       # holds the published shape
 
     def forward(self, patches: Tensor) -> Tensor:
-        weight = self.proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight).to(weight.dtype)                    # fp32 under autocast too
+        weight = self.proj.weight.flatten(1)                                                  # (width, C * T * p * p)
+        x = F.linear(patches.to(weight.dtype), weight)                                        # (P, width)
+        # Autocast gives 16 bits; the stream stays in the dtype of the weights.
+        return x.to(weight.dtype)
 
 
 class PatchMerger(nn.Module):
@@ -313,8 +423,9 @@ class PatchMerger(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, c.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rms_norm(x, self.ln_q.weight, self.ln_q.eps)
-        return self.mlp(x.unflatten(0, (-1, self.unit)).flatten(1))
+        x = rms_norm(x, self.ln_q.weight, self.ln_q.eps)                                      # (P, width)
+        units = rearrange(x, "(unit patch) d -> unit (patch d)", patch=self.unit)             # (P / 4, 4 * width)
+        return self.mlp(units)                                                                # (P / 4, H)
 
 
 class VisionTower(nn.Module):
@@ -330,19 +441,28 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         """pixels (P, C * T * p * p) in merge-unit order; grids: patches (rows, columns) of each picture."""
-        c, unit = self.config, self.config.spatial_merge_size**2
-        window = c.window_size // c.spatial_merge_size // c.patch_size
-        plan = vision_plan(tuple(map(tuple, grids)), c.spatial_merge_size, window, pixels.device)
+        c = self.config
+        merge = c.spatial_merge_size
+        window = c.window_size // merge // c.patch_size
+        plan = vision_plan(tuple(map(tuple, grids)), merge, window, pixels.device)
         if len(plan.positions) != len(pixels):
             raise InputError(f"{len(pixels)} patches do not fill the pictures' grids {grids}")
+
+        # Bring the units of each window together: from here on a window is a run of neighbours.
         x = self.patch_embed(pixels)                                                          # (P, width)
-        x = x.unflatten(0, (-1, unit)).index_select(0, plan.order).flatten(0, 1)              # windowed order
+        x = rearrange(x, "(unit patch) d -> unit patch d", patch=merge**2)
+        x = x.index_select(0, plan.order)
+        x = rearrange(x, "unit patch d -> (unit patch) d")                                    # (P, width)
+
+        # Half of a head's pairs turn with the row, half with the column, both from fast to slow.
         quarter = c.hidden_size // c.num_heads // 4
         turns = frequencies((quarter, quarter), True, 10000.0, x.device)
         cos, sin = rope_tables(plan.positions, *turns, torch.float32)                         # (P, 1, head_dim)
         for i, block in enumerate(self.blocks):
             segments = plan.images if i in c.fullatt_block_indexes else plan.windows
             x = maybe_checkpoint(self, block, x, segments, cos, sin)                          # (P, width)
+
+        # The decoder reads a picture row by row.
         return self.merger(x).index_select(0, plan.back)                                      # (P / 4, H)
 
 
@@ -360,14 +480,21 @@ class KVCache:
     """
 
     def __init__(self, config: MLLMConfig, capacity: int, dtype=torch.float32, device="cpu", documents: int = 1):
-        c = config
-        self.capacity, self.rows, self.counts = capacity, capacity + 1, [0] * documents
-        shape = (c.num_hidden_layers, documents * self.rows, c.num_key_value_heads, c.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.capacity = capacity
+        self.rows = capacity + 1
+        self.counts = [0] * documents
+        heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, documents * self.rows, heads, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(documents, dtype=torch.int32, device=device)
-        self.growing, self._growing = torch.ones_like(self.lengths), [1] * documents  # 0 where the next step leaves no trace
+        # 0 where the next step leaves no trace; the host remembers what it last told the device.
+        self.growing = torch.ones_like(self.lengths)
+        self._growing = [1] * documents
         self.first = torch.arange(documents, device=device) * self.rows  # row where each document begins
-        self.queries, self.buffers = (Segments([n] * documents, device) for n in (1, self.rows))
+        # What a decoding step asks attention for never changes: one query per document, and all rows set aside for it.
+        self.queries = Segments([1] * documents, device)
+        self.buffers = Segments([self.rows] * documents, device)
 
     @property
     def length(self) -> int:
@@ -387,19 +514,25 @@ class KVCache:
         """The host's part of a decoding step, before it: these documents grow by a token, the others wait."""
         self._reserve(documents, 1)
         growing = [int(d in documents) for d in range(len(self.counts))]
+        # Mostly the same documents grow as the step before: then nothing is copied.
         if growing != self._growing:
             self.growing.copy_(torch.tensor(growing, dtype=torch.int32))
             self._growing = growing
 
     def append(self, document: int, n: int) -> "Rows":
         """Room for n tokens behind those of a document."""
-        start, base = self.counts[document], document * self.rows
+        start = self.counts[document]
         self._reserve([document], n)
-        slots, end = torch.arange(start, start + n, device=self.lengths.device), base + start + n
         self.lengths[document] = start + n
-        return Rows(self.k[:, base:end], self.v[:, base:end], slots, Segments([start + n], slots.device), None)
+        # A pass over one document sees that document's rows alone, up to the last new one; slots count from its first.
+        base = document * self.rows
+        end = base + start + n
+        slots = torch.arange(start, start + n, device=self.lengths.device)
+        keys = Segments([start + n], slots.device)
+        return Rows(self.k[:, base:end], self.v[:, base:end], slots, keys, None)
 
     def _reserve(self, documents: Sequence[int], n: int) -> None:
+        # All or none: after an error no document has grown.
         if any(self.counts[d] + n > self.capacity for d in documents):
             raise InputError(f"the document outgrows the {self.capacity} tokens set aside for it: raise the limit or ask less")
         for d in documents:
@@ -417,26 +550,39 @@ class Rows(NamedTuple):
 
 
 class Attention(nn.Module):
+    """Every token looks at itself and at what stands before it; several query heads share a head of keys and values (GQA)."""
+
     def __init__(self, c: MLLMConfig, layer: int):
         super().__init__()
-        self.layer, self.heads, self.kv_heads, self.head_dim = layer, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.layer = layer
+        self.heads = c.num_attention_heads
+        self.kv_heads = c.num_key_value_heads
+        self.head_dim = c.head_dim
+        width = self.heads * self.head_dim
+        kv_width = self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, width)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, segments: Segments, cos: Tensor, sin: Tensor, rows: Rows | None = None) -> Tensor:
         parts = joint(x, self.q_proj, self.k_proj, self.v_proj)
         if rows is None:
+            # Without a cache: queries and keys turn in one call.
             if len(parts) == 1:
-                qk, v = parts[0].split(((self.heads + self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim), 1)
+                kv_width = self.kv_heads * self.head_dim
+                qk, v = parts[0].split((self.heads * self.head_dim + kv_width, kv_width), 1)
             else:
-                qk, v = torch.cat(parts[:2], 1), parts[2]
-            qk, v = (y.unflatten(1, (-1, self.head_dim)) for y in (qk, v))
+                qk = torch.cat(parts[:2], 1)
+                v = parts[2]
+            qk = qk.unflatten(1, (-1, self.head_dim))                                         # (N, heads + KV heads, head_dim)
+            v = v.unflatten(1, (-1, self.head_dim))                                           # (N, KV heads, head_dim)
             q, k = rope(qk, cos, sin).split((self.heads, self.kv_heads), 1)                   # (N, heads, head_dim) each
-            y = attention(q, k, v, segments, causal=True)
+            y = attention(q, k, v, segments, causal=True)                                     # (N, heads, head_dim)
         else:
-            k, v = rows.k[self.layer], rows.v[self.layer]                                     # (rows, KV heads, head_dim)
+            # With one: turned keys and values go into their rows, and queries look at all rows of their document.
+            k = rows.k[self.layer]                                                            # (rows, KV heads, head_dim)
+            v = rows.v[self.layer]                                                            # (rows, KV heads, head_dim)
             qkv = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             q = rope_append(qkv, cos, sin, k, v, rows.slots, self.heads)                      # (N, heads, head_dim)
             y = attention(q, k, v, segments, rows.keys, causal=True, k_lengths=rows.lengths)
@@ -444,6 +590,8 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each on the normed stream and added to it."""
+
     def __init__(self, c: MLLMConfig, layer: int):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
@@ -452,13 +600,16 @@ class Layer(nn.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=False)
 
     def forward(self, x: Tensor, *where) -> Tensor:
-        before, after = self.input_layernorm, self.post_attention_layernorm
-        h = rms_norm(x, before.weight, before.eps)
-        x, h = add_rms_norm(x, self.self_attn(h, *where), after.weight, after.eps)
-        return self.mlp(h, x)
+        norm = self.input_layernorm
+        h = rms_norm(x, norm.weight, norm.eps)                                                # (N, H)
+        # The sum and the norm that reads it are one pass over memory.
+        norm = self.post_attention_layernorm
+        x, h = add_rms_norm(x, self.self_attn(h, *where), norm.weight, norm.eps)              # (N, H) each
+        return self.mlp(h, x)                                                                 # (N, H)
 
 
 def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs) -> Tensor:
+    """block(*inputs); where its owner asks for it, the backward pass recomputes the inside instead of finding it in memory."""
     if owner.gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
@@ -473,12 +624,15 @@ class MLLM(nn.Module):
         self.visual = VisionTower(config.vision)
         self.model = nn.Module()
         # Not drawn at random, as nn.Embedding would: on the meta device that alone imports torch._dynamo, which takes seconds.
-        self.model.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        rows = torch.empty(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.model.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-        if self.tied:
+        # Tied: one matrix under two names, of which a file holds the second.
+        self.tied = {}
+        if config.tie_word_embeddings:
+            self.tied["lm_head.weight"] = "model.embed_tokens.weight"
             self.lm_head.weight = self.model.embed_tokens.weight
         self.gradient_checkpointing = False
 
@@ -489,18 +643,32 @@ class MLLM(nn.Module):
     @classmethod
     def from_pretrained(cls, source, subfolder=None, revision=None, dtype=torch.float32, device="cpu") -> "MLLM":
         folder = resolve(source, subfolder, revision)
+        path = folder / "config.json"
+        config = MLLMConfig.from_json(read_json(path), path)
+        # On the meta device a model has shapes and no memory: the weights that are read take their places.
         with torch.device("meta"):
-            mllm = cls(MLLMConfig.from_json(read_json(folder / "config.json"), folder / "config.json"))
+            mllm = cls(config)
         return load_weights(mllm, folder, rename=published_name, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **options) -> None:
         """Weights, config.json and generation_config.json; dtype: that of the file, the parameters' own by default."""
-        tensors = {n: t if dtype is None else t.to(dtype) for n, t in self.state_dict().items() if n not in self.tied}
-        kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if name not in self.tied:
+                tensors[name] = tensor if dtype is None else tensor.to(dtype)
+        first = next(iter(tensors.values()))
+        kind = str(first.dtype).removeprefix("torch.")
         save_weights(tensors, folder, self.config.to_json() | {"torch_dtype": kind}, **options)
+
+        # transformers' generate() learns from a file of its own where to stop.
         c = self.config
-        ids = {"bos_token_id": c.pad_token_id, "pad_token_id": c.pad_token_id, "eos_token_id": [c.eos_token_id, c.pad_token_id]}
-        write_json(Path(folder) / "generation_config.json", ids | {"do_sample": False})
+        generation = {
+            "bos_token_id": c.pad_token_id,
+            "pad_token_id": c.pad_token_id,
+            "eos_token_id": [c.eos_token_id, c.pad_token_id],
+            "do_sample": False,
+        }
+        write_json(Path(folder) / "generation_config.json", generation)
 
     def initialise(self) -> "MLLM":
         """Fresh weights: matrices normal with variance 1 / inputs, and in what a block adds to the residual stream smaller by
@@ -512,15 +680,20 @@ class MLLM(nn.Module):
         depth = {"visual": self.config.vision.depth, "model": self.config.num_hidden_layers}
         for name, p in self.named_parameters():
             if p.ndim == 1:
-                nn.init.constant_(p, float("norm" in name or "ln_q" in name) if name.endswith("weight") else 0.0)
+                is_gain = name.endswith("weight") and ("norm" in name or "ln_q" in name)
+                nn.init.constant_(p, float(is_gain))
             elif name == "model.embed_tokens.weight":
                 nn.init.normal_(p, std=0.02 if self.config.tie_word_embeddings else 1.0)
             elif name == "lm_head.weight":
-                nn.init.normal_(p, std=0.02)  # small logits: the first loss is that of a guess, ln(vocabulary)
+                # Small logits: the first loss is that of a guess, ln(vocabulary).
+                nn.init.normal_(p, std=0.02)
             else:
-                adds = name.endswith(("o_proj.weight", "attn.proj.weight", "down_proj.weight"))
-                fan_in = p[0].numel()
-                nn.init.normal_(p, std=(fan_in * 2 * depth[name.split(".")[0]] if adds else fan_in) ** -0.5)
+                terms = p[0].numel()
+                # A layer adds to the stream twice: 2 * depth sums of equal variance.
+                if name.endswith(("o_proj.weight", "attn.proj.weight", "down_proj.weight")):
+                    half = name.split(".")[0]
+                    terms = terms * 2 * depth[half]
+                nn.init.normal_(p, std=terms**-0.5)
         return self
 
     def fuse_for_inference(self) -> "MLLM":
@@ -555,9 +728,13 @@ class MLLM(nn.Module):
         if cache is not None and len(segments) != 1:
             raise InputError(f"a pass appends to one document of a cache, not to {len(segments)}")
         x = self.model.embed_tokens(ids)                                                      # (N, H)
-        if pixels is not None or len(ids) > 1:  # a single token is one the model wrote: no picture
+        # A single token is one the model wrote: no picture, and no need to wait for the device to say so.
+        if pixels is not None or len(ids) > 1:
             x = self._insert(x, ids, pixels, grids)
-        return self._layers(x, positions, segments, None if cache is None else cache.append(document, len(ids)))
+        rows = None
+        if cache is not None:
+            rows = cache.append(document, len(ids))
+        return self._layers(x, positions, segments, rows)
 
     def decode(self, ids: Tensor, positions: Tensor, cache: KVCache) -> list[Tensor]:
         """One text token more in every document of the cache: hidden states (documents, H) as `forward` gives them.
@@ -569,9 +746,13 @@ class MLLM(nn.Module):
         ids, positions (documents,) int64. Everything that changes from step to step is read from these two and from the cache's
         tensors, on the device; shapes and addresses stay, so a graph of one call serves for all. No gradients.
         """
+        # Every document writes behind its last row. Who does not grow writes where the next token will overwrite it.
         lengths = cache.lengths + 1
-        rows = Rows(cache.k, cache.v, cache.first + cache.lengths, cache.buffers, lengths)
-        hidden = self._layers(self.model.embed_tokens(ids), positions.expand(3, -1), cache.queries, rows)
+        slots = cache.first + cache.lengths
+        rows = Rows(cache.k, cache.v, slots, cache.buffers, lengths)
+        x = self.model.embed_tokens(ids)                                                      # (documents, H)
+        # Text has the same position in time, row and column.
+        hidden = self._layers(x, positions.expand(3, -1), cache.queries, rows)
         cache.lengths += cache.growing
         return hidden
 
@@ -582,16 +763,23 @@ class MLLM(nn.Module):
         for layer in self.model.layers:
             x = maybe_checkpoint(self, layer, x, segments, cos, sin, rows)                    # (N, H)
             hidden.append(x)
+        # Only the last one is normed, as the logits need it; the connector norms all of them its own way.
         hidden[-1] = rms_norm(x, self.model.norm.weight, self.model.norm.eps)
         return hidden
 
     def _insert(self, x: Tensor, ids: Tensor, pixels: Tensor | None, grids: list[tuple[int, int]] | None) -> Tensor:
+        """The embeddings (N, H) with the pictures' vectors, in reading order, in the places of <|image_pad|>."""
         slots = (ids == self.config.image_token_id).nonzero()[:, 0]                           # (M,)
-        pictures = None if pixels is None else self.visual(pixels, grids)                     # (M, H)
-        found = 0 if pictures is None else len(pictures)
+        pictures = None
+        found = 0
+        if pixels is not None:
+            pictures = self.visual(pixels, grids)                                             # (M, H)
+            found = len(pictures)
         if len(slots) != found:
             raise InputError(f"{len(slots)} <|image_pad|> tokens, but the pictures give {found} vectors: do ids and grids fit?")
-        return x if pictures is None else x.index_copy(0, slots, pictures.to(x.dtype))
+        if pictures is None:
+            return x
+        return x.index_copy(0, slots, pictures.to(x.dtype))                                   # (N, H)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, H) normed last hidden states -> (N, vocab_size). Rows behind the tokenizer's vocabulary are no tokens."""
@@ -600,7 +788,8 @@ class MLLM(nn.Module):
 
 def published_name(name: str) -> str:
     """A tensor's name in a file -> its published name: some files use those that transformers 5 has in memory."""
-    for memory, published in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+    prefixes = {"model.visual.": "visual.", "model.language_model.": "model."}
+    for memory, published in prefixes.items():
         if name.startswith(memory):
             return published + name.removeprefix(memory)
     return name
@@ -614,30 +803,50 @@ def mrope_positions(ids: Tensor | list[int], merged_grids: list[tuple[int, int]]
     """
     ids = torch.as_tensor(ids)
     pads = (ids == image_pad_id).nonzero()[:, 0].tolist()
-    parts, at, position, used = [], 0, 0, 0
+    parts = []
+    at = 0  # tokens that have a position
+    position = 0  # of the next one
+    used = 0  # pads that are accounted for
     for h, w in merged_grids:
+        # The picture's pads must be there, and one behind the other: the last is h * w - 1 behind the first.
         start = pads[used] if used < len(pads) else -1
-        if start < 0 or pads[used + h * w - 1 : used + h * w] != [start + h * w - 1]:
+        last = start + h * w - 1
+        if start < 0 or pads[used + h * w - 1 : used + h * w] != [last]:
             raise InputError(f"the ids do not hold the {h * w} <|image_pad|> tokens of a {h}x{w} picture: is the document cut?")
-        parts.append((torch.arange(start - at) + position).expand(3, -1))
+
+        # The text before it.
+        parts.append((torch.arange(start - at) + position).expand(3, -1))                     # (3, text)
         position += start - at
+
+        # Its own tokens, all at one time.
         i, j = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        parts.append(torch.stack((torch.zeros(h * w, dtype=torch.long), i.flatten(), j.flatten())) + position)
+        time = torch.zeros(h * w, dtype=torch.long)
+        parts.append(torch.stack((time, i.flatten(), j.flatten())) + position)                # (3, h * w)
         position += max(h, w)
-        at, used = start + h * w, used + h * w
+        at = last + 1
+        used += h * w
     if used != len(pads):
         raise InputError(f"the ids hold {len(pads)} <|image_pad|> tokens, the pictures' sizes account for {used}")
+
+    # The text behind the last picture.
     parts.append((torch.arange(len(ids) - at) + position).expand(3, -1))
-    return torch.cat(parts, 1).to(ids.device), position + len(ids) - at
+    return torch.cat(parts, 1).to(ids.device), position + len(ids) - at                       # (3, N)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 # EXIF orientation -> what turns the stored pixels upright.
-UPRIGHT = dict(enumerate(
-    (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-     Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), start=2,
-))  # fmt: skip
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112  # EXIF's number for it
+UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError)  # Pillow on a broken file
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -647,44 +856,70 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     try:
         image.load()
-        if image.mode.startswith(("I", "F")):
-            a = np.nan_to_num(np.asarray(image, np.float32))
-            wide = image.mode.startswith("I;16") or a.max() > 255
-            a = a * (255 / 65535 if wide else 255 if image.mode == "F" and a.max() <= 1 else 1)
-            rgb = Image.fromarray(a.clip(0, 255).round().astype(np.uint8)).convert("RGB")
-        elif image.mode == "LAB":
-            profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-            rgb = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-        elif image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        else:
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, IndexError, EOFError, Image.DecompressionBombError) as e:
+        rgb = _colours(image)
+    except UNREADABLE as e:
         raise InputError(f"picture {getattr(image, 'filename', '') or image}: cannot be decoded ({e}): replace it") from e
     try:
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
     except (OSError, SyntaxError, ValueError, TypeError, ZeroDivisionError):  # broken metadata beside a good picture
         turn = None
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _colours(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as 8-bit RGB."""
+    # Pillow would clip wide values at 255 instead of scaling them.
+    if image.mode.startswith(("I", "F")):
+        a = np.nan_to_num(np.asarray(image, np.float32))
+        scale = 1
+        if image.mode.startswith("I;16") or a.max() > 255:
+            scale = 255 / 65535
+        elif image.mode == "F" and a.max() <= 1:
+            scale = 255
+        a = (a * scale).clip(0, 255).round()
+        return Image.fromarray(a.astype(np.uint8)).convert("RGB")
+
+    # Pillow converts Lab by colour profiles alone.
+    if image.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+
+    # Convert alone would drop the alpha and show what lies under it.
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The (height, width) nearest in shape whose sides are multiples of `factor` and whose area is within the bounds."""
     if max(height, width) > 200 * min(height, width):
         raise InputError(f"a picture of {width}x{height} pixels is more than 200 times as long as it is wide: crop it")
-    h, w = round(height / factor) * factor, round(width / factor) * factor  # halves to even, as the model was trained
+    # round() takes halves to even, as the model was trained.
+    h = round(height / factor) * factor
+    w = round(width / factor) * factor
+    # Outside the bounds both sides shrink or grow by one number, and are rounded to the side that is within.
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+        h = max(factor, math.floor(height / beta / factor) * factor)
+        w = max(factor, math.floor(width / beta / factor) * factor)
     elif h * w < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
-        h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
+        h = math.ceil(height * beta / factor) * factor
+        w = math.ceil(width * beta / factor) * factor
     return h, w
 
 
 # Settings of transformers' processor that are fixed here; resample 3 is bicubic.
-PROCESSING = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+PROCESSING = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
 
 
 @dataclass
@@ -700,9 +935,16 @@ class ImageProcessor:
     image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
 
     def __post_init__(self):
-        sizes = {"patch_size": (1, 256), "temporal_patch_size": (1, 16), "merge_size": (1, 16)}
-        pixels = {"min_pixels": (1, 2**24), "max_pixels": (1, 2**28)}
-        check_bounds(self, "image processor", sizes | pixels | {"image_mean": (-1e3, 1e3), "image_std": (1e-3, 1e3)})
+        bounds = {
+            "patch_size": (1, 256),
+            "temporal_patch_size": (1, 16),
+            "merge_size": (1, 16),
+            "min_pixels": (1, 2**24),
+            "max_pixels": (1, 2**28),
+            "image_mean": (-1e3, 1e3),
+            "image_std": (1e-3, 1e3),
+        }
+        check_bounds(self, "image processor", bounds)
         if self.min_pixels > self.max_pixels:
             raise InputError(f"image processor: min_pixels {self.min_pixels:,} is more than max_pixels {self.max_pixels:,}")
         if not len(self.image_mean) == len(self.image_std) == 3:
@@ -712,21 +954,30 @@ class ImageProcessor:
     def from_pretrained(cls, source: str | Path, subfolder: str | None = None, revision: str | None = None) -> "ImageProcessor":
         """From preprocessor_config.json as published, or from the processor_config.json of transformers 5, which goes first."""
         folder = resolve(source, subfolder, revision)
-        path, values = folder / "processor_config.json", None
+        path = folder / "processor_config.json"
+        values = None
         if path.is_file():
             values = read_json(path).get("image_processor")
-        if values is None:  # no such file, or that of transformers 4, which has nothing about pictures in it
+        # No such file, or that of transformers 4, which has nothing about pictures in it.
+        if values is None:
             path = folder / "preprocessor_config.json"
             values = read_json(path)
         if not isinstance(values, dict) or not isinstance(values.get("size"), dict | None):
             raise InputError(f"{path}: image_processor and its size must be objects {{...}}")
-        size = values.get("size") or {}  # where transformers 5 puts the bounds
-        bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-        own = {k: v for k, v in values.items() if k in cls.__dataclass_fields__ and v is not None}
-        for name, needed in PROCESSING.items():  # what would give other pixels, and is not done here
+
+        # What would give other pixels, and is not done here.
+        for name, needed in PROCESSING.items():
             if values.get(name, needed) != needed:
                 raise InputError(f"{path}: {name} is {values[name]!r:.40}, only {needed!r} is read, as Qwen2.5-VL has it")
-        return config_from_json(cls, {k: v for k, v in bounds.items() if v is not None} | own, path)
+
+        # transformers 5 has the bounds in `size`; fields of our names go before them.
+        size = values.get("size") or {}
+        bounds = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+        known = {}
+        for name, value in (*bounds.items(), *values.items()):
+            if name in cls.__dataclass_fields__ and value is not None:
+                known[name] = value
+        return config_from_json(cls, known, path)
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -740,11 +991,20 @@ class ImageProcessor:
     def __call__(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """PIL picture -> patches (P, C * T * p * p) in merge-unit order, each (C, T, p, p) flattened, and their grid."""
         image = to_rgb(image)
-        p, m = self.patch_size, self.merge_size
-        h, w = smart_resize(image.height, image.width, p * m, self.min_pixels, self.max_pixels)
+        p = self.patch_size
+        merge = self.merge_size
+        h, w = smart_resize(image.height, image.width, p * merge, self.min_pixels, self.max_pixels)
         image = image.resize((w, h), Image.Resampling.BICUBIC)
         x = torch.from_numpy(np.array(image)).float() / 255                                   # (H, W, C)
         x = (x - torch.tensor(self.image_mean)) / torch.tensor(self.image_std)
-        x = x.reshape(h // p // m, m, p, w // p // m, m, p, -1).permute(0, 3, 1, 4, 6, 2, 5)  # (i, j, m, m, C, p, p)
-        x = x.unsqueeze(5).expand(*x.shape[:5], self.temporal_patch_size, p, p)
-        return x.flatten(4).flatten(0, 3), (h // p, w // p)
+        # Unit by unit, in each its m x n patches, in each patch T times the same p x q pixels.
+        patches = repeat(
+            x,
+            "(i m p) (j n q) c -> (i j m n) (c t p q)",
+            m=merge,
+            n=merge,
+            p=p,
+            q=p,
+            t=self.temporal_patch_size,
+        )                                                                                     # (P, C * T * p * p)
+        return patches, (h // p, w // p)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,7 +35,12 @@ WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
 
 # Fields of diffusers' config.json for variants that are not here, with the values that mean so.
-ABSENT = {"attn_scales": [], "dropout": 0.0, "is_residual": False, "patch_size": None}
+ABSENT = {
+    "attn_scales": [],
+    "dropout": 0.0,
+    "is_residual": False,
+    "patch_size": None,
+}
 
 
 @dataclass
@@ -53,10 +59,20 @@ class VAEConfig:
     latents_std: list[float] = field(default_factory=lambda: list(WAN_STD))
 
     def __post_init__(self):
-        where, widths = "config.json of the VAE", ("base_dim", "decoder_base_dim")
-        check_bounds(self, where, {name: (1, 2**12) for name in (*widths, "z_dim", "in_channels", "out_channels")})
-        check_bounds(self, where, {"dim_mult": (1, 64), "num_res_blocks": (1, 32)})
-        check_bounds(self, where, {"latents_mean": (-1e6, 1e6), "latents_std": (1e-6, 1e6)})  # finite, and none is 0
+        bounds = {
+            "base_dim": (1, 2**12),
+            "decoder_base_dim": (1, 2**12),
+            "z_dim": (1, 2**12),
+            "in_channels": (1, 2**12),
+            "out_channels": (1, 2**12),
+            "dim_mult": (1, 64),
+            "num_res_blocks": (1, 32),
+            "latents_mean": (-1e6, 1e6),  # finite
+            "latents_std": (1e-6, 1e6),  # and none is 0
+        }
+        check_bounds(self, "config.json of the VAE", bounds)
+
+        # One down-sampling lies between two resolutions, and each latent channel has a mean and a deviation.
         if not 1 <= len(self.dim_mult) <= 8:
             raise InputError(f"VAE config: dim_mult has {len(self.dim_mult)} entries, from 1 to 8 are possible")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
@@ -75,16 +91,28 @@ class VAEConfig:
         for key, value in ABSENT.items():
             if values.get(key, value) != value:
                 raise InputError(f"config.json of the VAE: {key} must be {value}, this is not a Wan2.1 VAE")
+        # Those of the file that are no fields here.
         derived = ("scale_factor_spatial", "scale_factor_temporal")  # they follow from the other fields
         return config_from_json(cls, values, "config.json of the VAE", ignore=(*ABSENT, *derived))
 
     def to_json(self) -> dict:
-        scale = {"scale_factor_spatial": self.factor, "scale_factor_temporal": 2 ** sum(self.temperal_downsample)}
-        return {"_class_name": "AutoencoderKLWan"} | asdict(self) | ABSENT | scale
+        return {
+            "_class_name": "AutoencoderKLWan",
+            **asdict(self),
+            **ABSENT,
+            "scale_factor_spatial": self.factor,
+            "scale_factor_temporal": 2 ** sum(self.temperal_downsample),
+        }
 
 
 PRESETS = {
-    "tiny": VAEConfig(base_dim=16, num_res_blocks=1, latents_mean=[0.0] * 16, latents_std=[1.0] * 16),
+    "tiny": VAEConfig(
+        base_dim=16,
+        num_res_blocks=1,
+        # Its own statistics are measured when it has been trained.
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    ),
     "wan2.1": VAEConfig(),
 }
 
@@ -101,12 +129,15 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
+        # rms_norm runs over the last dimension: channels go there and back.
         y = x.permute(0, 2, 3, 1).to(wide)                                                # (B, H, W, C)
         y = F.rms_norm(y, y.shape[-1:], self.gamma.to(wide), eps=1e-24)
         return y.permute(0, 3, 1, 2).to(x.dtype)                                          # (B, C, H, W)
 
 
 class ResBlock(nn.Module):
+    """Norm, SiLU and convolution, twice, added to the input; a 1 x 1 convolution fits the input where the width changes."""
+
     def __init__(self, cin: int, cout: int):
         super().__init__()
         self.norm1 = ChannelNorm(cin)
@@ -119,7 +150,9 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))                                             # (B, cout, H, W)
         y = self.conv2(F.silu(self.norm2(y)))                                             # (B, cout, H, W)
-        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(x)                                                     # (B, cout, H, W)
+        return y + x
 
 
 class Attention(nn.Module):
@@ -133,22 +166,32 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
-        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(0, 2)                 # (B * H * W, 3C)
-        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))                    # (B * H * W, 1, C)
-        cu = torch.arange(0, b * h * w + 1, h * w, dtype=torch.int32)  # on the CPU, where it is read
+
+        # Pixels become tokens; the three thirds of the channels are query, key and value.
+        qkv = self.to_qkv(self.norm(x))                                                   # (B, 3C, H, W)
+        qkv = rearrange(qkv, "b c h w -> (b h w) 1 c")                                    # (B * H * W, 1, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)                                                    # (B * H * W, 1, C) each
+
+        # A picture is a sequence of its own. The boundaries stay on the CPU, where they are read.
+        cu = torch.arange(0, b * h * w + 1, h * w, dtype=torch.int32)                     # (B + 1,)
         # One head of up to 384 dimensions is too wide for the kernels.
-        y = attention(q, k, v, cu, backend="sdpa").view(b, h, w, -1).permute(0, 3, 1, 2)  # (B, C, H, W)
+        y = attention(q, k, v, cu, backend="sdpa")                                        # (B * H * W, 1, C)
+        y = rearrange(y, "(b h w) 1 c -> b c h w", b=b, h=h)                              # (B, C, H, W)
         return x + self.proj(y)
 
 
 class MidBlock(nn.Module):
+    """Where the picture is smallest, each pixel looks once at all others."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.attentions = nn.ModuleList([Attention(dim)])
         self.resnets = nn.ModuleList([ResBlock(dim, dim), ResBlock(dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)                                                            # (B, C, H/8, W/8)
+        x = self.attentions[0](x)                                                         # (B, C, H/8, W/8)
+        return self.resnets[1](x)                                                         # (B, C, H/8, W/8)
 
 
 class Down(nn.Module):
@@ -156,7 +199,9 @@ class Down(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        pad = nn.ZeroPad2d((0, 1, 0, 1))
+        conv = nn.Conv2d(dim, dim, 3, stride=2)
+        self.resample = nn.Sequential(pad, conv)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resample(x)                                                           # (B, C, H // 2, W // 2)
@@ -167,17 +212,27 @@ class Up(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        twice = nn.Upsample(scale_factor=2.0)
+        conv = nn.Conv2d(dim, dim // 2, 3, padding=1)
+        self.resample = nn.Sequential(twice, conv)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resample(x)                                                           # (B, C / 2, 2H, 2W)
 
 
 class UpBlock(nn.Module):
+    """One resolution of the decoder: residual blocks, then the way up to the next, if there is one."""
+
     def __init__(self, cin: int, cout: int, resnets: int, last: bool):
         super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(cin if i == 0 else cout, cout) for i in range(resnets)])
-        self.upsamplers = nn.ModuleList([] if last else [Up(cout)])
+        self.resnets = nn.ModuleList()
+        for _ in range(resnets):
+            self.resnets.append(ResBlock(cin, cout))
+            # The first block changes the width, the others find it changed.
+            cin = cout
+        self.upsamplers = nn.ModuleList()
+        if not last:
+            self.upsamplers.append(Up(cout))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
@@ -186,15 +241,24 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pixels -> mean and log variance: resolution after resolution, each smaller and wider than the one before."""
+
     def __init__(self, c: VAEConfig):
         super().__init__()
-        dims = [c.base_dim * m for m in (1, *c.dim_mult)]
-        self.conv_in = nn.Conv2d(c.in_channels, dims[0], 3, padding=1)
+        dims = [c.base_dim * m for m in c.dim_mult]
+        last = len(dims) - 1
+        width = c.base_dim
+        self.conv_in = nn.Conv2d(c.in_channels, width, 3, padding=1)
+
+        # All resolutions' layers are in one flat list, which is how the file numbers them.
         self.down_blocks = nn.ModuleList()
-        for i, (cin, cout) in enumerate(zip(dims, dims[1:], strict=False)):
-            self.down_blocks.extend(ResBlock(cin if j == 0 else cout, cout) for j in range(c.num_res_blocks))
-            if i < len(c.dim_mult) - 1:
-                self.down_blocks.append(Down(cout))
+        for i, dim in enumerate(dims):
+            for _ in range(c.num_res_blocks):
+                self.down_blocks.append(ResBlock(width, dim))
+                width = dim
+            if i < last:
+                self.down_blocks.append(Down(dim))
+
         self.mid_block = MidBlock(dims[-1])
         self.norm_out = ChannelNorm(dims[-1])
         self.conv_out = nn.Conv2d(dims[-1], 2 * c.z_dim, 3, padding=1)
@@ -208,16 +272,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents -> pixels: the encoder's way back, with one residual block more per resolution."""
+
     def __init__(self, c: VAEConfig):
         super().__init__()
-        dims = [(c.decoder_base_dim or c.base_dim) * m for m in (c.dim_mult[-1], *reversed(c.dim_mult))]
-        last = len(c.dim_mult) - 1
-        self.conv_in = nn.Conv2d(c.z_dim, dims[0], 3, padding=1)
-        self.mid_block = MidBlock(dims[0])
-        self.up_blocks = nn.ModuleList(
-            UpBlock(cin if i == 0 else cin // 2, cout, c.num_res_blocks + 1, i == last)
-            for i, (cin, cout) in enumerate(zip(dims, dims[1:], strict=False))
-        )
+        base = c.decoder_base_dim or c.base_dim
+        dims = [base * m for m in reversed(c.dim_mult)]
+        last = len(dims) - 1
+        width = dims[0]
+        self.conv_in = nn.Conv2d(c.z_dim, width, 3, padding=1)
+        self.mid_block = MidBlock(width)
+        self.up_blocks = nn.ModuleList()
+        for i, dim in enumerate(dims):
+            self.up_blocks.append(UpBlock(width, dim, c.num_res_blocks + 1, i == last))
+            # The way up has halved the channels.
+            width = dim // 2
         self.norm_out = ChannelNorm(dims[-1])
         self.conv_out = nn.Conv2d(dims[-1], c.out_channels, 3, padding=1)
 
@@ -235,37 +304,47 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
+        # The 1 x 1 convolutions mix the channels on both sides of the latents; they belong to neither network.
         self.quant_conv = nn.Conv2d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] -> mean and log variance (B, z, H // 8, W // 8) of the posterior, not normalised."""
-        mean, logvar = self.quant_conv(self.encoder(x.to(self.dtype))).chunk(2, dim=1)    # (B, z, h, w) each
+        moments = self.quant_conv(self.encoder(x.to(self.dtype)))                         # (B, 2z, h, w)
+        mean, logvar = moments.chunk(2, dim=1)                                            # (B, z, h, w) each
+        # Bounds of the original: within them the variance is neither 0 nor infinite in fp32.
         return mean, logvar.clamp(-30.0, 20.0)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, z, h, w), not normalised -> pixels (B, 3, 8h, 8w), not clamped."""
-        return self.decoder(self.post_quant_conv(z.to(self.dtype)))
+        z = self.post_quant_conv(z.to(self.dtype))                                        # (B, z, h, w)
+        return self.decoder(z)                                                            # (B, 3, 8h, 8w)
 
     def encode_latents(self, x: Tensor) -> Tensor:
         """Pixels -> normalised latents in fp32: the posterior's mean, never a sample, as Cosmos was trained."""
         mean, std = self._statistics(x.device)
-        return (self.encode(x)[0].float() - mean) / std
+        z, _ = self.encode(x)                                                             # (B, z, h, w)
+        return (z.float() - mean) / std
 
     def decode_latents(self, z: Tensor) -> Tensor:
         """Normalised latents -> pixels (B, 3, 8h, 8w) in [-1, 1], fp32."""
         mean, std = self._statistics(z.device)
-        return self.decode(z.float() * std + mean).float().clamp(-1.0, 1.0)
+        x = self.decode(z.float() * std + mean)                                           # (B, 3, 8h, 8w)
+        return x.float().clamp(-1.0, 1.0)
 
     def set_latent_statistics(self, mean: list[float], std: list[float]) -> None:
         """Fix the constants of the normalisation; they are saved in config.json."""
-        self.config = VAEConfig(**asdict(self.config) | {"latents_mean": list(mean), "latents_std": list(std)})
+        # A new object, because others may hold the old one; and it is checked like one that was read.
+        values = asdict(self.config)
+        values["latents_mean"] = list(mean)
+        values["latents_std"] = list(std)
+        self.config = VAEConfig(**values)
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        c = self.config
-        mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (c.latents_mean, c.latents_std))
-        return mean, std                                                                  # (z, 1, 1) each, fp32
+        mean = torch.tensor(self.config.latents_mean, device=device)                      # (z,)
+        std = torch.tensor(self.config.latents_std, device=device)                        # (z,)
+        return mean[:, None, None], std[:, None, None]                                    # (z, 1, 1) each, fp32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -275,13 +354,17 @@ class VAE(nn.Module):
     def from_config(cls, config: VAEConfig) -> "VAE":
         """Fresh weights: convolutions keep the scale of their input, residual branches start at zero."""
         vae = cls(config)
+        # Variance 1 / inputs: a sum over as many products is as large as one of its inputs.
         for module in vae.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 nn.init.zeros_(module.bias)
+        # The last layer of each residual branch: at the start a block adds nothing.
         for module in vae.modules():
-            if isinstance(module, ResBlock | Attention):
-                nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj).weight)
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, Attention):
+                nn.init.zeros_(module.proj.weight)
         return vae
 
     @classmethod
@@ -297,18 +380,23 @@ class VAE(nn.Module):
         folder = resolve(source, subfolder, revision)
         config = VAEConfig.from_json(read_json(folder / "config.json"))
         shapes, unused = published_shapes(config)
+        # On the meta device a model has shapes and no memory: the weights that are read take their places.
         with torch.device("meta"):
             vae = cls(config)
 
         def adapt(name: str, tensor: Tensor) -> Tensor:
+            """A tensor of the file -> the part of it that a still image meets."""
             if tuple(tensor.shape) != shapes[name]:
                 raise InputError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {shapes[name]}")
             if name.endswith("gamma"):
                 return tensor.flatten()
-            # contiguous() copies, so that the slices nobody reads leave the memory
-            return tensor[:, :, -1].contiguous() if tensor.ndim == 5 else tensor
+            # contiguous() copies, so that the slices nobody reads leave the memory.
+            if tensor.ndim == 5:
+                return tensor[:, :, -1].contiguous()
+            return tensor
 
         def rename(name: str) -> str | None:
+            """None: not read."""
             return None if name in unused else name
 
         return load_weights(vae, folder, rename=rename, adapt=adapt, dtype=dtype, device=device, label="VAE")
@@ -320,12 +408,16 @@ class VAE(nn.Module):
         still image meets, are zeros: `diffusers` gives equal pictures from the folder, but no video.
         """
         shapes, unused = published_shapes(self.config)
+        dtype = dtype or self.dtype
         tensors = {}
         for name, value in self.state_dict().items():
-            full = torch.zeros(shapes[name], dtype=dtype or self.dtype)
-            (full[:, :, -1] if full.ndim == 5 else full.view(value.shape)).copy_(value)
+            full = torch.zeros(shapes[name], dtype=dtype)
+            # The place of our tensor in it.
+            part = full[:, :, -1] if full.ndim == 5 else full.view(value.shape)
+            part.copy_(value)
             tensors[name] = full
-        tensors |= {name: torch.zeros(shape, dtype=dtype or self.dtype) for name, shape in unused.items()}
+        for name, shape in unused.items():
+            tensors[name] = torch.zeros(shape, dtype=dtype)
         save_weights(tensors, Path(folder), self.config.to_json(), stem="diffusion_pytorch_model")
 
 
@@ -333,24 +425,39 @@ def published_shapes(config: VAEConfig) -> tuple[dict[str, tuple], dict[str, tup
     """Shapes in a diffusers file: of the tensors this network has, and of the time_conv tensors a still image never meets."""
     with torch.device("meta"):
         vae = VAE(config)
-    shapes, unused = {}, {}
+    shapes = {}
     for name, value in vae.state_dict().items():
-        flat = ".attentions." in name or ".resample." in name  # per frame in the original: 2-D convolutions there too
-        depth = 3 if value.shape[2:] == (3, 3) else 1
-        if name.endswith("gamma"):
-            shapes[name] = (*value.shape, 1, 1) if flat else (*value.shape, 1, 1, 1)
-        else:
-            shapes[name] = tuple(value.shape) if flat or value.ndim == 1 else (*value.shape[:2], depth, *value.shape[2:])
+        shapes[name] = _published_shape(name, tuple(value.shape))
+
+    # The way down and the way up through time, at the same resolutions, are in the file only where time is resampled.
     layers = dict(vae.named_modules())
     downs = [name for name, layer in layers.items() if isinstance(layer, Down)]
     ups = [name for name, layer in layers.items() if isinstance(layer, Up)]
     temporal = [*config.temperal_downsample, *reversed(config.temperal_downsample)]
+    unused = {}
     for name, present in zip(downs + ups, temporal, strict=True):
-        if present:
-            cin = layers[name].resample[1].in_channels
-            cout = cin * 2 if name in ups else cin  # going up, it makes two frames of one
-            unused |= {f"{name}.time_conv.weight": (cout, cin, 3, 1, 1), f"{name}.time_conv.bias": (cout,)}
+        if not present:
+            continue
+        cin = layers[name].resample[1].in_channels
+        # Going up, it makes two frames of one.
+        cout = cin * 2 if name in ups else cin
+        unused[f"{name}.time_conv.weight"] = (cout, cin, 3, 1, 1)
+        unused[f"{name}.time_conv.bias"] = (cout,)
     return shapes, unused
+
+
+def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in a diffusers file of a tensor that has this shape here."""
+    # These work frame by frame in the original: 2-D convolutions there, too.
+    flat = ".attentions." in name or ".resample." in name
+    # A gain is kept in the form in which it multiplies (C, H, W) or (C, T, H, W).
+    if name.endswith("gamma"):
+        return (*shape, 1, 1) if flat else (*shape, 1, 1, 1)
+    # What is no kernel is a bias.
+    if flat or len(shape) == 1:
+        return shape
+    depth = 3 if shape[2:] == (3, 3) else 1
+    return (*shape[:2], depth, *shape[2:])
 
 
 def to_tensor(image: Image.Image, multiple: int = 16, max_area: int | None = None) -> Tensor:
@@ -362,14 +469,20 @@ def to_tensor(image: Image.Image, multiple: int = 16, max_area: int | None = Non
     if image.mode not in ("RGB", "L"):
         raise ValueError(f"to_tensor: a picture of mode {image.mode} must go through to_rgb first")
     w, h = image.size
-    scale = min(1.0, sqrt(max_area / (w * h))) if max_area else 1.0
+    scale = 1.0
+    if max_area:
+        scale = min(1.0, sqrt(max_area / (w * h)))
     size = tuple(max(1, round(side * scale / multiple)) * multiple for side in (w, h))
     image = image.convert("RGB")
-    image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+    # Resampling is no identity everywhere: a picture that fits keeps its pixels.
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1.0                            # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                         # (3, H, W)
 
 
 def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> an RGB picture; values outside are clamped."""
-    pixels = ((x.detach().float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    x = x.detach().float().clamp(-1.0, 1.0)
+    pixels = ((x + 1.0) * 127.5).round().to(torch.uint8)                                  # (3, H, W)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
