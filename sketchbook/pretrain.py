@@ -137,8 +137,17 @@ def train_vae(c: VAEConfig) -> None:
         noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
         with autocast(c.dtype, ranks.device):
             loss, parts = loss_of(x, noise.to(ranks.device))
-        means = {"loss": ranks.backward(loss / ranks.size), **{k: v.item() / ranks.size for k, v in parts.items()}}
-        run.update({**means, "images": len(x)}, place, names)
+        stats = {"loss": ranks.backward(loss / ranks.size)}
+        stats |= {name: part.item() / ranks.size for name, part in parts.items()}
+        stats["images"] = len(x)
+        norm = run.clip()
+        stats = ranks.sum_statistics(stats)
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
         if run.sheet_due:
             vae_sheet(run, vae, fixed[:16])
     ranks.close()
@@ -233,7 +242,15 @@ def train_mllm(c: MLLMConfig) -> None:
             total, kinds = loss_of(batch)
         stats = {"loss": ranks.backward(total / targets), **language_statistics(kinds)}
         stats |= {"tokens": len(batch.ids), "documents": len(documents), "flops": model_flops(documents, mllm)}
-        stats = run.update(stats, place, [d.name for d in documents])
+        norm = run.clip()
+        names = [document.name for document in documents]
+        stats = ranks.sum_statistics(stats)
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
         if step == 0 and ranks.main:
             guess = math.log(config.vocab_size)
             check_step0("cross-entropy", stats["loss"], 0.9 * guess, 1.2 * guess)
@@ -311,7 +328,15 @@ def train_dit(c: DiTConfig) -> None:
         parts = flow_statistics(t, error.detach().cpu(), count.cpu())
         stats = {"loss": loss, **parts, "images": count.sum().item() / 16}
         stats["flops"] = model_flops(documents, mllm, samples, dit, vae)
-        stats = run.update(stats, place, [d.name for d in documents])
+        norm = run.clip()
+        names = [document.name for document in documents]
+        stats = ranks.sum_statistics(stats)
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
         if step == 0 and ranks.main:
             guess = 1 + mean_square(samples.latents)
             check_step0("flow loss", stats["loss"], 0.9 * guess, 1.1 * guess)
