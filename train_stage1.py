@@ -34,19 +34,22 @@ from training import language_statistics, model_flops, parse_config, print_train
 
 @dataclass
 class Stage1Config(TrainConfig):
-    mllm: str = BUNDLED  # run, folder or Hub id of the language model to start from
-    data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
+    # ---- data
+    data: str = "sketchbook"  # or JSONL files and shards, to be mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
-    out: str = "runs/stage1"
-    steps: int = 4000
-    tokens: int = 4096  # budget of a micro-batch of one rank
+    tokens: int = 4096  # budget of a micro-batch of one rank; lower it where memory does not suffice
     patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens
     documents: int = 0  # at most so many in a micro-batch; 0: as many as fit
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
-    lr: float = 3e-5  # the trained miniature's, whose loss it keeps; 1e-5 suits a 7B
-    weight_decay: float = 0.01
+    # ---- model
+    mllm: str = BUNDLED  # run, folder or Hub id of the language model to start from
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    # ---- other defaults than those of every run
+    out: str = "runs/stage1"
+    steps: int = 4000
+    lr: float = 3e-5  # learning rate: the trained miniature's, whose loss it keeps; 1e-5 suits a 7B
     beta2: float = 0.98
-    checkpointing: bool = False  # recompute activations in the backward pass
+    weight_decay: float = 0.01
 
     def check(self) -> None:
         super().check()

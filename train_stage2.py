@@ -37,27 +37,30 @@ from vae import VAE, to_image
 
 @dataclass
 class Stage2Config(TrainConfig):
+    # ---- data
+    data: str = "sketchbook"  # or JSONL files and shards, to be mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
+    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
+    documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
+    tokens: int = 0  # budget of the MLLM in a micro-batch; 0: no limit
+    patches: int = 0  # budget of its vision tower in a micro-batch; 0: no limit
+    latents: int = 0  # budget of the DiT: patches of 16 x 16 pixels, once for each target that sees them; 0: no limit
+    lookahead: int = 16  # documents that may wait for a micro-batch with room for them
+    targets: int = 2  # pictures trained per document, at most
+    drop: float = 0.15  # share of samples that lose their last chunk of text: guidance needs what is learnt there
+    # ---- model
     mllm: str = BUNDLED  # run, folder or Hub id; frozen
     dit: str = BUNDLED  # run, folder or Hub id; trained, and with it the connector that it holds
     vae: str = BUNDLED  # run, folder or Hub id; frozen
-    data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
-    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
-    out: str = "runs/stage2"
-    steps: int = 60_000
     frozen_dtype: str = "auto"  # of the MLLM's weights: bf16 on a GPU, else fp32. The VAE stays fp32: it is small
-    documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
-    tokens: int = 0  # budgets of a micro-batch: of the MLLM, ...
-    patches: int = 0  # ... of its vision tower, ...
-    latents: int = 0  # ... of the DiT, whose patches are 16 x 16 pixels and count once for each target that sees them
-    lookahead: int = 16  # documents that may wait for a micro-batch with room for them
-    targets: int = 2  # pictures trained per document, at most
-    lr: float = 1e-5  # the trained miniature's: a higher one spoils it within a hundred steps; 3e-5, Cosmos' own, for the 2B
-    beta2: float = 0.99
-    ema: float = 0.9995
-    drop: float = 0.15  # share of samples that lose their last chunk of text
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     shift: float = 1.75  # of the training times towards noise: the miniature's, whose shapes are decided midway; 5, Cosmos' own
     condition_time: float = CONDITION_TIME  # time the DiT is told for clean pictures, that of the post-trained Cosmos
-    checkpointing: bool = False  # recompute activations in the backward pass
+    # ---- other defaults than those of every run
+    out: str = "runs/stage2"
+    steps: int = 60_000
+    lr: float = 1e-5  # learning rate: the miniature's, which a higher one spoils within a hundred steps; 3e-5 for the 2B
+    beta2: float = 0.99
+    ema: float = 0.9995
 
     def check(self) -> None:
         super().check()

@@ -39,7 +39,6 @@ import textwrap
 import threading
 import time
 import types
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +54,12 @@ from torch import Tensor, nn
 import dit
 import interrupt
 import model
-from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, newest_sound, sync, verify
+from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_sound, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
 from distributed import Ranks, lost_peer
+from flags import Parser, add_flags
 from flops import Batch, flops, peak_flops
 from flow import Samples
 from model import MLLM
@@ -75,32 +75,37 @@ BUNDLED = str(Path(__file__).parent / "checkpoints" / "tiny")  # the miniature, 
 
 @dataclass
 class TrainConfig:
-    """Settings of every run; each script adds its own. The comments give unit and default's reason."""
+    """Settings of every run; each script adds its own. The comments are what --help says, under these titles."""
 
-    out: str = "runs/run"  # folder of the run; an existing one is resumed
-    steps: int = 10_000  # optimizer steps in all
-    minutes: float = 0.0  # stop (and save) after this many minutes of this sitting; 0 = no limit
-    lr: float = 3e-5  # Cosmos-Predict2.5's own, as are betas and weight decay
-    beta2: float = 0.999
-    weight_decay: float = 1e-3
-    clip: float = 1.0  # largest gradient norm
-    warmup: int = 100  # steps from 0 to lr
-    decay: float = 0.2  # share of the steps, at the end, in which lr falls to 0
-    ema: float = 0.999  # decay of the weights' moving average; what is saved for sampling
-    accumulate: int = 1  # micro-batches per step
-    seed: int = 0
-    device: str = "auto"
+    # ---- data
+    seed: int = 0  # of the order of the data and of all noise: another one gives another run
+    # ---- model
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
-    attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see ops.set_backend
-    compile: bool = False  # torch.compile of each transformer block
-    zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
-    timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
+    compile: bool = False  # torch.compile of each transformer block: for long runs, since the first steps compile
+    # ---- optimizer
+    steps: int = 10_000  # optimizer steps in all; more of them prolong a run
+    lr: float = 3e-5  # learning rate between warm-up and decay; lower it where the loss jumps. Cosmos-Predict2.5 has 3e-5
+    warmup: int = 100  # steps in which the learning rate rises from 0
+    decay: float = 0.2  # share of the steps, at the end, in which it falls to 0; 0 for a run that is to be prolonged
+    beta2: float = 0.999  # how long AdamW remembers squared gradients; lower it for short runs. Cosmos-Predict2.5 has 0.999
+    weight_decay: float = 1e-3  # AdamW's, of matrices alone. Cosmos-Predict2.5 has 0.001
+    clip: float = 1.0  # largest gradient norm; inf for no limit
+    ema: float = 0.999  # decay of the weights' moving average, which is what sampling gets; nearer to 1 for longer runs
+    accumulate: int = 1  # micro-batches per step; raise it where the batch that you want does not fit into memory
     max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
-    log_every: int = 20
-    save_every: int = 500
+    # ---- log and checkpoints
+    out: str = "runs/run"  # folder of the run; an existing one is resumed
+    log_every: int = 20  # steps between lines of the log
+    save_every: int = 500  # steps between checkpoints, beside one at the end; 0 = none
     sheet_every: int = 500  # steps between sheets of samples, beside one after the first step; 0 = none
     keep: int = 2  # newest checkpoints kept, two at least: a damaged one must not be the only one
     keep_every: int = 0  # the checkpoint of every so many steps is kept for good; 0 = none
+    # ---- machine
+    device: str = "auto"  # cpu or cuda; auto is the GPU where there is one
+    attention: str = "auto"  # triton or sdpa: which attention computes; auto is the faster one that runs here
+    zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer), to save memory
+    minutes: float = 0.0  # stop (and save) after this many minutes of this sitting; 0 = no limit
+    timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
 
     def __post_init__(self):
         self.check()
@@ -133,20 +138,10 @@ LIMITS = (
 
 
 def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
-    """Command line flags derived from a dataclass: --name value, --flag / --no-flag, dash or underscore, unknown = error."""
+    """The settings that a command line gives to a script; see flags.py. With --plan, print what they would cost, and end."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name = f"--{field.name.replace('_', '-')}"
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        if kind is bool:
-            parser.add_argument(name, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default)
-        else:
-            shown = str(field.default).replace("%", "%%")
-            parser.add_argument(name, dest=field.name, type=kind, default=field.default, help=f"(default {shown})")
     parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
+    add_flags(parser, cls)
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv:
         from tools.plan import Plan, PlanConfig
