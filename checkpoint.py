@@ -10,7 +10,6 @@ once. Whatever is missing, left over or misshapen stops with its name, and every
     load_weights(model, folder, dtype=parse_dtype("bf16"), device=pick_device("auto"))
 """
 
-import argparse
 import difflib
 import errno
 import hashlib
@@ -43,29 +42,6 @@ DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()
 
 class InputError(ValueError):
     """Something a user can put right: the message is one line that names the thing and the remedy."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Whose mistakes are those of a user, like all others."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise InputError(message)
-
-    def parse_flags(self, argv: list[str]) -> argparse.Namespace:
-        """A dash may be an underscore; an unknown flag is an error with a suggestion."""
-        argv = list(argv)
-        for i, arg in enumerate(argv):
-            if arg.startswith("--"):
-                flag, equals, value = arg.partition("=")
-                argv[i] = flag.replace("_", "-") + equals + value
-        args, unknown = self.parse_known_args(argv)
-        if unknown and unknown[0].startswith("-"):
-            flag = unknown[0].partition("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            raise InputError(f"unknown flag {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
-        if unknown:
-            raise InputError(f"{unknown[0]!r} belongs to no flag: see --help")
-        return args
 
 
 def abandon_stdout() -> None:

@@ -74,20 +74,20 @@ class Settings:
     seed: int = 0  # of the text's sampling and of every picture's noise
     steps: int = 35  # calls of the DiT for a picture
     guidance: float = 8.0  # v = v_neg + guidance (v_pos - v_neg); 1 is none
-    sampler: str = "unipc"  # or "euler", or "ancestral": Euler with fresh noise in every step
+    sampler: str = "unipc"  # "unipc", "euler", or "ancestral": Euler with fresh noise in every step
     eta: float = 1.0  # how much of it, for the sampler ancestral; 0 is euler
     schedule: str = "shift"  # noise levels: "shift" as in training, or "karras" as for Cosmos' post-trained weights
-    shift: float = 5.0
-    height: int | None = None  # pixels; None: like the last picture of the dialogue, else the checkpoint's default
-    width: int | None = None
+    shift: float = 5.0  # of the noise levels of schedule shift, towards noise; below 1 towards data
+    height: int | None = None  # pixels; not given: like the last picture of the dialogue, else the checkpoint's default
+    width: int | None = None  # likewise
     max_area: int | None = 1280 * 704  # pixels; a larger picture is shrunk before the DiT sees it
     max_images: int = 8  # pictures in an answer
     max_tokens: int = 2048  # tokens that the language model writes, BOVs included
     temperature: float = 0.0  # 0: always the likeliest token
     top_p: float = 1.0  # sample among the likeliest tokens that have this share together
     system: str = SYSTEM  # used where the dialogue does not begin with a system message of its own
-    negative: str = "chunk"  # what guidance leaves out: the last "chunk" of text; all ("empty"); "none": no guidance
-    use_condition_images: bool = True  # False: the DiT does not see the earlier pictures
+    negative: str = "chunk"  # what guidance leaves out: the last "chunk" of text; all of it, "empty"; "none": no guidance
+    use_condition_images: bool = True  # whether the DiT sees the earlier pictures
     condition_time: float | None = CONDITION_TIME  # what the DiT is told about clean pictures; None: the target's time
 
     def __post_init__(self):

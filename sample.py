@@ -34,13 +34,10 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import difflib
 import os
 import re
 import sys
 import time
-import types
-import typing
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -49,7 +46,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import InputError, Parser, abandon_stdout, parse_dtype, pick_device
+from checkpoint import InputError, abandon_stdout, parse_dtype, pick_device
+from flags import Parser, add_flags
 from ops import set_backend
 from pages.answer import asked_for, card, overview, prompt_of, run_folder, save, saved, saving, write_text
 from pages.template import printable
@@ -87,34 +85,13 @@ def parser() -> Parser:
     p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
-    group = p.add_argument_group("settings (defaults: the checkpoint's)")
-    hints = typing.get_type_hints(Settings)
-    for f in fields(Settings):
-        flags = [f"--{f.name.replace('_', '-')}", *ALIASES.get(f.name, [])]
-        kind, optional = hints[f.name], isinstance(hints[f.name], types.UnionType)
-        kind = typing.get_args(kind)[0] if optional else kind
-        given = {"dest": f.name, "default": argparse.SUPPRESS}
-        if kind is bool:
-            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **given)
-        else:
-            group.add_argument(*flags, type=kind, metavar=kind.__name__.upper(), **given)
+    add_flags(p, Settings, title="settings (defaults: the checkpoint's)", aliases=ALIASES, given_only=True)
     return p
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """Flags, and the settings among them. A dash may be an underscore; an unknown flag is an error with a suggestion."""
-    p = parser()
-    for i, arg in enumerate(argv):
-        if arg.startswith("--"):
-            flag, equals, value = arg.partition("=")
-            argv = [*argv[:i], flag.replace("_", "-") + equals + value, *argv[i + 1 :]]
-    args, unknown = p.parse_known_args(argv)
-    if unknown and unknown[0].startswith("-"):
-        flag = unknown[0].partition("=")[0]
-        close = difflib.get_close_matches(flag, p._option_string_actions, 1)
-        raise InputError(f"unknown flag {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
-    if unknown:
-        raise InputError(f"{unknown[0]!r} belongs to no flag: put the prompt in quotes behind --prompt")
+    args = parser().parse_flags(argv, stray="put the prompt in quotes behind --prompt")
     values = {f.name: vars(args).pop(f.name) for f in fields(Settings) if f.name in args}
     try:
         replace(Settings(), **values)

@@ -34,19 +34,22 @@ from training import language_statistics, model_flops, parse_config, print_train
 
 @dataclass
 class Stage1Config(TrainConfig):
-    mllm: str = BUNDLED  # run, folder or Hub id of the language model to start from
-    data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
+    # ---- data
+    data: str = "sketchbook"  # or JSONL files and shards, to be mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
-    out: str = "runs/stage1"
-    steps: int = 4000
-    tokens: int = 4096  # budget of a micro-batch of one rank
+    tokens: int = 4096  # budget of a micro-batch of one rank; lower it where memory does not suffice
     patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens
     documents: int = 0  # at most so many in a micro-batch; 0: as many as fit
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
-    lr: float = 3e-5  # the trained miniature's, whose loss it keeps; 1e-5 suits a 7B
-    weight_decay: float = 0.01
+    # ---- model
+    mllm: str = BUNDLED  # run, folder or Hub id of the language model to start from
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    # ---- other defaults than those of every run
+    out: str = "runs/stage1"
+    steps: int = 4000
+    lr: float = 3e-5  # learning rate: the trained miniature's, whose loss it keeps; 1e-5 suits a 7B
     beta2: float = 0.98
-    checkpointing: bool = False  # recompute activations in the backward pass
+    weight_decay: float = 0.01
 
     def check(self) -> None:
         super().check()
@@ -58,8 +61,11 @@ def train(c: Stage1Config) -> None:
     ranks = Ranks(c.device, c.timeout)
     ranks.claim(c.out)
     torch.manual_seed(c.seed)
+
+    # All of the MLLM is trained.
     folder = part_folder(c.mllm, "mllm")
-    tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    processor = ImageProcessor.from_pretrained(folder)
     mllm = MLLM.from_pretrained(folder, device=ranks.device)
     mllm.set_checkpointing(c.checkpointing)
     if ranks.main:
@@ -74,27 +80,61 @@ def train(c: Stage1Config) -> None:
     if c.compile:
         compile_blocks(loss_of)
     loss_of = ranks.wrap(loss_of, find_unused=True)  # a batch may have no picture
-    shard = {"seed": c.seed, "rank": ranks.rank, "world_size": ranks.size, "workers": 1}
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "patches": c.patches}
-    options = {"documents": c.documents or None, "lookahead": c.lookahead, "pictures": False, "position": run.position}
-    options["quarantine"] = Quarantine(file=run.folder / "quarantine.jsonl")
-    data = loader(source, tokenizer, processor, **budget, **options, **shard)
+    data = loader(
+        source,
+        tokenizer,
+        processor,
+        **budget,
+        documents=c.documents or None,
+        lookahead=c.lookahead,
+        pictures=False,
+        position=run.position,
+        quarantine=Quarantine(file=run.folder / "quarantine.jsonl"),
+        seed=c.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        workers=1,
+    )
+
     for step in run.loop():
-        micro = [next(data) for _ in range(c.accumulate)]
-        packs = [pack_documents(documents).to(ranks.device) for documents, _ in micro]
+        # Data. The loss is a mean over the targets of all micro-batches of all ranks, so they are counted first.
+        micro = []
+        for _ in range(c.accumulate):
+            documents, place = next(data)
+            micro.append(documents)
+        packs = [pack_documents(documents).to(ranks.device) for documents in micro]
         targets = ranks.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
-        loss, parts = 0.0, {}
+
+        # Loss and gradient.
+        loss = 0.0
+        parts = {}
         for pack in ranks.micro_batches(loss_of, packs):
             with autocast(c.dtype, ranks.device):
                 total, kinds = loss_of(pack)
             loss += ranks.backward(total / targets)
             parts = add_statistics(parts, language_statistics(kinds))
-        names = [d.name for documents, _ in micro for d in documents]
-        full = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro)
-        stats = {"loss": loss, **parts, "fill": (full, 1.0), "tokens": sum(len(pack.ids) for pack in packs)}
-        stats |= {"documents": len(names), "flops": sum(model_flops(d, mllm) for d, _ in micro)}
-        stats = run.update(stats, micro[-1][1], names)
+        norm = run.clip()
+
+        # What the log says of the step.
+        names = [document.name for documents in micro for document in documents]
+        full = [max(fill(documents, **budget).values()) for documents in micro]
+        stats = {"loss": loss, **parts, "fill": (sum(full) / len(full), 1.0)}
+        stats["tokens"] = sum(len(pack.ids) for pack in packs)
+        stats["documents"] = len(names)
+        stats["flops"] = sum(model_flops(documents, mllm) for documents in micro)
+        stats = ranks.sum_statistics(stats)
+
+        # Step, average, log. A step whose loss or gradient is no number changes no weight.
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
+
+        # Look: is the first loss what it has to be, and what does the model write?
         if step == 0 and ranks.main:
             check_step0("cross-entropy", stats["loss"], 0.0, math.log(tokenizer.vocab_size))  # less than a guess
         if run.sheet_due:  # the first one is short, so that it comes soon

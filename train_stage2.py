@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, t
     interrupt.quiet()
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,27 +37,30 @@ from vae import VAE, to_image
 
 @dataclass
 class Stage2Config(TrainConfig):
+    # ---- data
+    data: str = "sketchbook"  # or JSONL files and shards, to be mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
+    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
+    documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
+    tokens: int = 0  # budget of the MLLM in a micro-batch; 0: no limit
+    patches: int = 0  # budget of its vision tower in a micro-batch; 0: no limit
+    latents: int = 0  # budget of the DiT: patches of 16 x 16 pixels, once for each target that sees them; 0: no limit
+    lookahead: int = 16  # documents that may wait for a micro-batch with room for them
+    targets: int = 2  # pictures trained per document, at most
+    drop: float = 0.15  # share of samples that lose their last chunk of text: guidance needs what is learnt there
+    # ---- model
     mllm: str = BUNDLED  # run, folder or Hub id; frozen
     dit: str = BUNDLED  # run, folder or Hub id; trained, and with it the connector that it holds
     vae: str = BUNDLED  # run, folder or Hub id; frozen
-    data: str = "sketchbook"  # or JSONL files and shards, with weights if they are to be mixed: "a.jsonl=2,s/{00..99}.tar=1"
-    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
-    out: str = "runs/stage2"
-    steps: int = 60_000
     frozen_dtype: str = "auto"  # of the MLLM's weights: bf16 on a GPU, else fp32. The VAE stays fp32: it is small
-    documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
-    tokens: int = 0  # budgets of a micro-batch: of the MLLM, ...
-    patches: int = 0  # ... of its vision tower, ...
-    latents: int = 0  # ... of the DiT, whose patches are 16 x 16 pixels and count once for each target that sees them
-    lookahead: int = 16  # documents that may wait for a micro-batch with room for them
-    targets: int = 2  # pictures trained per document, at most
-    lr: float = 1e-5  # the trained miniature's: a higher one spoils it within a hundred steps; 3e-5, Cosmos' own, for the 2B
-    beta2: float = 0.99
-    ema: float = 0.9995
-    drop: float = 0.15  # share of samples that lose their last chunk of text
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     shift: float = 1.75  # of the training times towards noise: the miniature's, whose shapes are decided midway; 5, Cosmos' own
     condition_time: float = CONDITION_TIME  # time the DiT is told for clean pictures, that of the post-trained Cosmos
-    checkpointing: bool = False  # recompute activations in the backward pass
+    # ---- other defaults than those of every run
+    out: str = "runs/stage2"
+    steps: int = 60_000
+    lr: float = 1e-5  # learning rate: the miniature's, which a higher one spoils within a hundred steps; 3e-5 for the 2B
+    beta2: float = 0.99
+    ema: float = 0.9995
 
     def check(self) -> None:
         super().check()
@@ -82,8 +86,11 @@ def train(c: Stage2Config) -> None:
     ranks = Ranks(c.device, c.timeout)
     ranks.claim(c.out)
     torch.manual_seed(c.seed)
+
+    # DiT and connector are trained; MLLM and VAE are read.
     folder = part_folder(c.mllm, "mllm")
-    tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    processor = ImageProcessor.from_pretrained(folder)
     frozen = pick_frozen_dtype(c.frozen_dtype, c.dtype, ranks.device)
     mllm = MLLM.from_pretrained(folder, dtype=frozen, device=ranks.device).requires_grad_(False)
     vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
@@ -92,37 +99,78 @@ def train(c: Stage2Config) -> None:
     if ranks.main:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
 
-    run = Run(c, ranks, dit, lambda folder, dit: dit.save_pretrained(folder / "dit"))
+    def save(folder: Path, dit: DiT) -> None:
+        dit.save_pretrained(folder / "dit")
+
+    run = Run(c, ranks, dit, save)
     loss_of = FlowLoss(dit, c.condition_time)
     if c.compile:
         compile_blocks(loss_of)
     loss_of = ranks.wrap(loss_of)
-    shard = {"seed": c.seed, "rank": ranks.rank, "world_size": ranks.size, "workers": 1, "targets_only": True}
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "patches": c.patches, "latents": c.latents}
-    options = {"documents": c.documents or None, "targets": c.targets, "lookahead": c.lookahead, "position": run.position}
-    options["quarantine"] = Quarantine(file=run.folder / "quarantine.jsonl")
-    data = loader(source, tokenizer, processor, **budget, **options, **shard)
+    data = loader(
+        source,
+        tokenizer,
+        processor,
+        **budget,
+        documents=c.documents or None,
+        targets=c.targets,
+        targets_only=True,
+        lookahead=c.lookahead,
+        position=run.position,
+        quarantine=Quarantine(file=run.folder / "quarantine.jsonl"),
+        seed=c.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        workers=1,
+    )
+
     for step in run.loop():
-        micro = [next(data) for _ in range(c.accumulate)]
-        chance = [generator(c.seed, step, a * ranks.size + ranks.rank) for a in range(c.accumulate)]
+        # Data. Chance hangs on step, rank and micro-batch alone, so a resumed run draws what the straight one draws.
+        micro, chance, samples = [], [], []
+        for a in range(c.accumulate):
+            documents, place = next(data)
+            micro.append(documents)
+            chance.append(generator(c.seed, step, a * ranks.size + ranks.rank))
         with autocast(c.dtype, ranks.device):
-            samples = [draw_samples(d, mllm, vae, c, ranks.device, g) for (d, _), g in zip(micro, chance, strict=True)]
+            for documents, g in zip(micro, chance, strict=True):
+                samples.append(draw_samples(documents, mllm, vae, c, ranks.device, g))
+
+        # The loss is a mean over the targets' tokens in all micro-batches of all ranks, so they are counted first.
         numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
         tokens = ranks.sum(numbers / dit.proj_out.out_features)
-        loss, parts = 0.0, {}
+
+        # Loss and gradient.
+        loss = 0.0
+        parts = {}
         for s, g in ranks.micro_batches(loss_of, list(zip(samples, chance, strict=True))):
             t = train_times(len(s.rows), c.shift, g)
             with autocast(c.dtype, ranks.device):
                 error, count = loss_of(s, t, g)
             loss += ranks.backward(error.sum() / tokens)
             parts = add_statistics(parts, flow_statistics(t, error.detach().cpu(), count.cpu()))
-        names = [d.name for documents, _ in micro for d in documents]
-        stats = {"loss": loss, **parts, "images": sum(len(s.rows) for s in samples)}
-        stats["flops"] = sum(model_flops(d, mllm, s, dit, vae) for (d, _), s in zip(micro, samples, strict=True))
+        norm = run.clip()
+
+        # What the log says of the step.
+        names = [document.name for documents in micro for document in documents]
+        stats = {"loss": loss, **parts}
+        stats["images"] = sum(len(s.rows) for s in samples)
+        stats["flops"] = sum(model_flops(d, mllm, s, dit, vae) for d, s in zip(micro, samples, strict=True))
         if any(budget.values()):
-            stats["fill"] = sum(max(fill(d, **budget).values()) for d, _ in micro) / len(micro), 1.0
-        stats = run.update(stats, micro[-1][1], names)
+            full = [max(fill(documents, **budget).values()) for documents in micro]
+            stats["fill"] = (sum(full) / len(full), 1.0)
+        stats = ranks.sum_statistics(stats)
+
+        # Step, average, log. A step whose loss or gradient is no number changes no weight.
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
+
+        # Look: is the first loss what it has to be, and what does the model paint?
         if step == 0 and ranks.main:
             check_step0("flow loss", stats["loss"], 0.0, 2.0)  # 2: a DiT that answers 0, latents being of unit size
         if run.sheet_due:  # the first one is short, so that it comes soon

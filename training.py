@@ -39,7 +39,6 @@ import textwrap
 import threading
 import time
 import types
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +54,12 @@ from torch import Tensor, nn
 import dit
 import interrupt
 import model
-from checkpoint import InputError, Parser, abandon_stdout, list_checkpoints, newest_sound, sync, verify
+from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_sound, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
 from data import Document, pack_documents
 from distributed import Ranks, lost_peer
+from flags import Parser, add_flags
 from flops import Batch, flops, peak_flops
 from flow import Samples
 from model import MLLM
@@ -75,32 +75,37 @@ BUNDLED = str(Path(__file__).parent / "checkpoints" / "tiny")  # the miniature, 
 
 @dataclass
 class TrainConfig:
-    """Settings of every run; each script adds its own. The comments give unit and default's reason."""
+    """Settings of every run; each script adds its own. The comments are what --help says, under these titles."""
 
-    out: str = "runs/run"  # folder of the run; an existing one is resumed
-    steps: int = 10_000  # optimizer steps in all
-    minutes: float = 0.0  # stop (and save) after this many minutes of this sitting; 0 = no limit
-    lr: float = 3e-5  # Cosmos-Predict2.5's own, as are betas and weight decay
-    beta2: float = 0.999
-    weight_decay: float = 1e-3
-    clip: float = 1.0  # largest gradient norm
-    warmup: int = 100  # steps from 0 to lr
-    decay: float = 0.2  # share of the steps, at the end, in which lr falls to 0
-    ema: float = 0.999  # decay of the weights' moving average; what is saved for sampling
-    accumulate: int = 1  # micro-batches per step
-    seed: int = 0
-    device: str = "auto"
+    # ---- data
+    seed: int = 0  # of the order of the data and of all noise: another one gives another run
+    # ---- model
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
-    attention: str = "auto"  # or "triton" or "sdpa": which attention computes, see ops.set_backend
-    compile: bool = False  # torch.compile of each transformer block
-    zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer)
-    timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
+    compile: bool = False  # torch.compile of each transformer block: for long runs, since the first steps compile
+    # ---- optimizer
+    steps: int = 10_000  # optimizer steps in all; more of them prolong a run
+    lr: float = 3e-5  # learning rate between warm-up and decay; lower it where the loss jumps. Cosmos-Predict2.5 has 3e-5
+    warmup: int = 100  # steps in which the learning rate rises from 0
+    decay: float = 0.2  # share of the steps, at the end, in which it falls to 0; 0 for a run that is to be prolonged
+    beta2: float = 0.999  # how long AdamW remembers squared gradients; lower it for short runs. Cosmos-Predict2.5 has 0.999
+    weight_decay: float = 1e-3  # AdamW's, of matrices alone. Cosmos-Predict2.5 has 0.001
+    clip: float = 1.0  # largest gradient norm; inf for no limit
+    ema: float = 0.999  # decay of the weights' moving average, which is what sampling gets; nearer to 1 for longer runs
+    accumulate: int = 1  # micro-batches per step; raise it where the batch that you want does not fit into memory
     max_skipped: int = 10  # steps in a row without finite loss and gradient that stop the run
-    log_every: int = 20
-    save_every: int = 500
+    # ---- log and checkpoints
+    out: str = "runs/run"  # folder of the run; an existing one is resumed
+    log_every: int = 20  # steps between lines of the log
+    save_every: int = 500  # steps between checkpoints, beside one at the end; 0 = none
     sheet_every: int = 500  # steps between sheets of samples, beside one after the first step; 0 = none
     keep: int = 2  # newest checkpoints kept, two at least: a damaged one must not be the only one
     keep_every: int = 0  # the checkpoint of every so many steps is kept for good; 0 = none
+    # ---- machine
+    device: str = "auto"  # cpu or cuda; auto is the GPU where there is one
+    attention: str = "auto"  # triton or sdpa: which attention computes; auto is the faster one that runs here
+    zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer), to save memory
+    minutes: float = 0.0  # stop (and save) after this many minutes of this sitting; 0 = no limit
+    timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit
 
     def __post_init__(self):
         self.check()
@@ -133,20 +138,10 @@ LIMITS = (
 
 
 def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
-    """Command line flags derived from a dataclass: --name value, --flag / --no-flag, dash or underscore, unknown = error."""
+    """The settings that a command line gives to a script; see flags.py. With --plan, print what they would cost, and end."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name = f"--{field.name.replace('_', '-')}"
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        if kind is bool:
-            parser.add_argument(name, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default)
-        else:
-            shown = str(field.default).replace("%", "%%")
-            parser.add_argument(name, dest=field.name, type=kind, default=field.default, help=f"(default {shown})")
     parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
+    add_flags(parser, cls)
     argv = sys.argv[1:] if argv is None else argv
     if "--plan" in argv:
         from tools.plan import Plan, PlanConfig
@@ -219,79 +214,92 @@ def print_trained(trained: dict[str, nn.Module], frozen: dict[str, nn.Module]) -
 
 
 class Run:
-    """One training run: AdamW, schedule, EMA, log and checkpoints of `module`.
-
-    save(folder, module) writes the sampler's copy. After a resume `position` is every rank's place in the data, else None.
+    """One training run: AdamW, schedule, EMA, log and checkpoints of `module`. The script's loop says what is done when:
 
         for step in run.loop():
-            ...backward...
-            run.update({"loss": loss, "images": n}, place, names)
+            ...loss, backward...
+            norm = run.clip()
+            stats = ranks.sum_statistics({"loss": loss, "images": n})
+            if run.finite(stats["loss"], norm, names):
+                run.optimizer.step()
+                run.average()
+                run.log(stats, norm)
+            run.optimizer.zero_grad()
+            run.save_if_due(place)
+
+    save(folder, module) writes the sampler's copy. `step` is the number of the step in progress or of the last one, from 1 on.
+    After a resume `position` is every rank's place in the data, else None.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, module: nn.Module, save: Callable[[Path, nn.Module], None]):
-        self.config, self.ranks, self.module, self.save_part = config, ranks, module, save
         config.check()  # once more: a script may have changed something
-        self.folder, self.code = Path(config.out), code_hash()
         config.dtype = pick_dtype(config.dtype, ranks.device)
+        set_backend(config.attention, ranks.device)
+        self.config = config
+        self.ranks = ranks
+        self.module = module
+        self.save_part = save
+        self.folder = Path(config.out)
+        self.code = code_hash()
         self.device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.processor() or "cpu"
         self.peak = peak_flops(self.device) if config.dtype == "bf16" else None  # FLOP/s, where the device's are known
-        set_backend(config.attention, ranks.device)
+
+        # What is trained, by what, and its average.
         self.names = [n for n, p in module.named_parameters() if p.requires_grad]
         self.params = [p for p in module.parameters() if p.requires_grad]
-        if not self.params:
-            raise InputError("nothing to train: every parameter is frozen")
-        # Decay only matrices: gains and biases are scales, not directions.
-        groups = [
-            {"params": [p for p in self.params if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        options = {"lr": config.lr, "betas": (0.9, config.beta2), "fused": True}
-        self.zero = config.zero and ranks.size > 1  # one rank has nobody to share with
-        if self.zero:
-            from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and its import warns
-
-            self.optimizer = ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW, **options)
-        else:
-            self.optimizer = torch.optim.AdamW(groups, **options)
+        self.optimizer = make_optimizer(self.params, config, ranks)
         self.ema = [p.detach().clone() for p in self.params]
         self.crew = Crew(sum(p.numel() for p in module.parameters()), ranks.device.type)
-        self.step, self.position = 0, None
-        self.skipped = self.in_a_row = 0  # steps without a finite loss and gradient
-        self.seconds = self.unlogged = 0.0  # training time of all sittings; since the last line of the log
-        self.window: dict[str, float | list[float]] = {}
+
+        # How far it is: as at the start, or as the newest checkpoint says.
+        self.step = 0
+        self.position = None
+        self.skipped = 0  # steps without a finite loss and gradient
+        self.in_a_row = 0
+        self.problem = ""  # what was wrong with the last of them
+        self.seconds = 0.0  # training time of all sittings
+        self.unlogged = 0.0  # of it, since the last line of the log
+        self.window: dict[str, float | list[float]] = {}  # sums of the statistics since then
         self.asked = ""  # the signal that asks for an end
         self._resume()
         self.saved = self.step
         if ranks.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for aside in ("saving", "dropping"):
-                shutil.rmtree(self.folder / aside, ignore_errors=True)
-            write_json(self.folder / "config.json", dataclasses.asdict(config))
-            self._trim_log()
+            self._prepare_folder()
             print(f"{ranks.size} x {ranks.device.type}, forward pass in {config.dtype}, code {self.code[:12]}", flush=True)
 
+    # ------------------------------------------------------------------------------------------------ from step to step
+
     def loop(self) -> Iterator[int]:
-        """Yields step numbers; sets the learning rate before. Ends at the last step, after `minutes`, or when a signal asks."""
-        c = self.config
-        self.started, self.base_seconds = time.monotonic(), self.seconds
-        self.tick, self.shown = self.started - self.unlogged, self.started
+        """Yields how many steps are done; sets the learning rate before. Ends at the last step, after `minutes`, or when a
+        signal asks; then it saves."""
+        self.started = time.monotonic()
+        self.shown = self.started  # when the page was
+        self.tick = self.started - self.unlogged  # of the last line of the log, were there no break between sittings
+        self.base_seconds = self.seconds
+        with self._signals():
+            while self.step < self.config.steps and not self._ending():
+                self.ranks.alive()
+                self.crew.adapt()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.config.lr * self.lr_factor(self.step)
+                self.step += 1
+                yield self.step - 1
+                if self.sheet_due:
+                    self.show()
+            self.save()
+            if self.step < self.config.steps and self.ranks.main:
+                self._say(f"ended after step {self.step} of {self.config.steps}; the same command continues")
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, a signal asks for an end after the step, and a second Ctrl-C ends at once."""
         before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=end_at_second, args=(reading,), daemon=True).start()
         try:
-            while self.step < c.steps and not self._ending():
-                self.ranks.alive()
-                self.crew.adapt()
-                for group in self.optimizer.param_groups:
-                    group["lr"] = c.lr * self.lr_factor(self.step)
-                yield self.step
-                if self.sheet_due:
-                    self.show()
-            self.save()
-            if self.step < c.steps and self.ranks.main:
-                self._say(f"ended after step {self.step} of {c.steps}; the same command continues")
+            yield
         finally:
             self.ranks.unwatched()
             if self.asked != "SIGINT":  # then what is left is to leave, and a second Ctrl-C still has to end that at once
@@ -305,6 +313,14 @@ class Run:
             interrupt.say("\ninterrupted: the step is finished and saved; Ctrl-C once more ends at once")
         self.asked = signal.Signals(number).name
 
+    def _ending(self) -> bool:
+        """Whether any rank has reason to end; all ranks agree."""
+        minutes = self.config.minutes
+        late = bool(minutes) and time.monotonic() - self.started > 60 * minutes
+        if self.asked and (self.ranks.main or self.asked != "SIGINT"):  # a terminal's Ctrl-C comes to all ranks
+            self._say(f"{self.asked}: rank {self.ranks.rank} asks to save and end after step {self.step}")
+        return self.ranks.sum(float(late or bool(self.asked))) > 0
+
     def _say(self, line: str) -> None:
         """Print. In `| tee log` Ctrl-C has ended the reader as well, which must not keep the run from saving."""
         try:
@@ -314,89 +330,98 @@ class Run:
                 raise
             abandon_stdout()
 
-    def _ending(self) -> bool:
-        """Whether any rank has reason to end; all ranks agree."""
-        c = self.config
-        late = bool(c.minutes) and time.monotonic() - self.started > 60 * c.minutes
-        if self.asked and (self.ranks.main or self.asked != "SIGINT"):  # a terminal's Ctrl-C comes to all ranks
-            self._say(f"{self.asked}: rank {self.ranks.rank} asks to save and end after step {self.step}")
-        return self.ranks.sum(float(late or bool(self.asked))) > 0
-
     def lr_factor(self, step: int) -> float:
         """Warm-up, plateau, linear decay: a plateau lets a run be prolonged, the decay is where the loss falls most."""
         c = self.config
         decay_steps = max(1, round(c.decay * c.steps))
         return min(1.0, (step + 1) / max(1, c.warmup), (c.steps - step) / decay_steps)
 
-    def update(self, stats: dict[str, float | tuple[float, float]], place: int | dict, names: list[str]) -> dict[str, float]:
-        """Clip, step, EMA, log, save. Returns the statistics summed over ranks.
+    def clip(self) -> float:
+        """Scale the gradient down to the largest norm allowed. Returns the norm that it had."""
+        return nn.utils.clip_grad_norm_(self.params, self.config.clip).item()
 
-        stats: this rank's share of the step's "loss" and other means, of COUNTS ("tokens", "flops"), and of weighted means as
-            (sum, weight). place: where this rank's data stands behind the step. names: the documents in it.
-        A loss or gradient that is not finite changes no weight; both are the same on all ranks, and so is what is done.
+    def finite(self, loss: float, norm: float, names: list[str]) -> bool:
+        """Whether loss and gradient are numbers; both are the same on all ranks, and so is what is done then.
+
+        If not, the step changes no weight. names, the documents in it, are told and kept in skipped.jsonl.
         """
-        c = self.config
-        norm = nn.utils.clip_grad_norm_(self.params, c.clip).item()
-        stats = self.ranks.sum_statistics(stats)
-        self.step += 1
-        self.place = place
-        if finite := math.isfinite(norm) and math.isfinite(stats["loss"]):
-            self.optimizer.step()
-            decay = min(c.ema, (1 + self.step) / (10 + self.step))  # the average must forget the random start
-            with torch.no_grad():
-                torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+        if math.isfinite(norm) and math.isfinite(loss):
             self.in_a_row = 0
-            self._log({**stats, "grad": norm})
-        self.optimizer.zero_grad(set_to_none=True)
-        message = "" if finite else self._skip(stats["loss"], norm, names)
-        if c.save_every and self.step % c.save_every == 0 or self.in_a_row >= c.max_skipped:
-            self.save()
-        if self.in_a_row >= c.max_skipped:
-            raise InputError(f"{self.in_a_row} steps in a row without a finite loss and gradient; {message}")
-        return stats
-
-    def _skip(self, loss: float, norm: float, names: list[str]) -> str:
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
         names = sum(self.ranks.gather(list(names)), [])
         more = f" and {len(names) - 8} more, see skipped.jsonl" if len(names) > 8 else ""
-        message = f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}: documents {', '.join(names[:8])}{more}"
+        self.problem = f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}: documents {', '.join(names[:8])}{more}"
         if self.ranks.main:
+            row = {"step": self.step, "loss": str(loss), "grad": str(norm), "documents": names}
             with open(self.folder / "skipped.jsonl", "a") as f:
-                f.write(json.dumps({"step": self.step, "loss": str(loss), "grad": str(norm), "documents": names}) + "\n")
-            print(f"skipped {message} ({self.skipped} skipped so far)", file=sys.stderr, flush=True)
-        return message
+                f.write(json.dumps(row) + "\n")
+            print(f"skipped {self.problem} ({self.skipped} skipped so far)", file=sys.stderr, flush=True)
+        return False
 
-    def _log(self, stats: dict[str, float | list[float]]) -> None:
-        for key, value in stats.items():
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the averaged weights towards the live ones; quickly at first, for they must forget the random start."""
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+
+    # --------------------------------------------------------------------------------------------------------------- the log
+
+    def log(self, stats: dict[str, float | list[float]], norm: float) -> None:
+        """Add a step to the statistics of the log, and write and print its line if one is due.
+
+        stats: over all ranks, the "loss" and other means, COUNTS ("tokens", "flops"), and weighted means as [sum, weight].
+        """
+        for key, value in {**stats, "grad": norm}.items():
             if isinstance(value, list):
-                self.window[key] = [a + b for a, b in zip(value, self.window.get(key, [0.0, 0.0]), strict=True)]
+                total, weight = self.window.get(key, [0.0, 0.0])
+                self.window[key] = [total + value[0], weight + value[1]]
             else:
                 self.window[key] = self.window.get(key, 0.0) + value
         self.window["n"] = self.window.get("n", 0) + 1
         now = time.monotonic()
-        self.seconds, self.unlogged = self.base_seconds + now - self.started, now - self.tick
+        self.seconds = self.base_seconds + now - self.started
+        self.unlogged = now - self.tick
         if self.step % self.config.log_every and self.step not in (1, self.config.steps):
             return
-        n, elapsed, self.tick, self.unlogged = self.window.pop("n"), self.unlogged, now, 0.0
-        row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": self.optimizer.param_groups[0]["lr"]}
-        for key, value in self.window.items():
-            if isinstance(value, list):
-                row[key] = value[0] / value[1] if value[1] else None
-            else:
-                row[key if key not in COUNTS else f"{key}_per_s"] = value / (elapsed if key in COUNTS else n)
-        if self.peak and "flops_per_s" in row:
-            row["mfu"] = row["flops_per_s"] / self.peak / self.ranks.size
-        row |= {"memory_gb": peak_memory(self.ranks.device), "skipped": self.skipped}
-        row["eta_s"] = (self.config.steps - self.step) * elapsed / n
-        if self.config.minutes:
-            row["eta_s"] = min(row["eta_s"], max(0.0, 60 * self.config.minutes - (now - self.started)))
+
+        row = self._row(now)
         self.window = {}
+        self.tick = now
+        self.unlogged = 0.0
         if self.ranks.main:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({k: round(v, 7) for k, v in row.items() if v is not None}) + "\n")
             self._say(status_line(row, self.config.steps))
             if now - self.shown > PAGE_SECONDS:
                 self.show()
+
+    def _row(self, now: float) -> dict[str, float | None]:
+        """Means and rates since the line before, by their names in metrics.jsonl; None: a mean of nothing."""
+        n = self.window.pop("n")
+        row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": self.optimizer.param_groups[0]["lr"]}
+        for key, value in self.window.items():
+            if isinstance(value, list):
+                total, weight = value
+                row[key] = total / weight if weight else None
+            elif key in COUNTS:
+                row[f"{key}_per_s"] = value / self.unlogged
+            else:
+                row[key] = value / n
+        if self.peak and "flops_per_s" in row:
+            row["mfu"] = row["flops_per_s"] / self.peak / self.ranks.size
+        row["memory_gb"] = peak_memory(self.ranks.device)
+        row["skipped"] = self.skipped
+
+        # As long as the steps left take at this pace; but not longer than this sitting may.
+        row["eta_s"] = (self.config.steps - self.step) * self.unlogged / n
+        if self.config.minutes:
+            left = 60 * self.config.minutes - (now - self.started)
+            row["eta_s"] = min(row["eta_s"], max(0.0, left))
+        return row
+
+    # ------------------------------------------------------------------------------------------------------- samples and page
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -444,15 +469,32 @@ class Run:
             "config": dataclasses.asdict(self.config),
         }
 
+    # --------------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_if_due(self, place: int | dict) -> None:
+        """Save every `save_every` steps; and give up, saved, where too many in a row had no finite loss and gradient.
+
+        place: where this rank's data stands behind the step.
+        """
+        self.place = place
+        every = self.config.save_every
+        hopeless = self.in_a_row >= self.config.max_skipped
+        if hopeless or (every and self.step % every == 0):
+            self.save()
+        if hopeless:
+            raise InputError(f"{self.in_a_row} steps in a row without a finite loss and gradient; {self.problem}")
+
     def save(self) -> None:
         """Write step_N as a whole or not at all, then drop what is too old. All ranks call it, rank 0 writes."""
         if self.step == self.saved:
             return
         self.saved = self.step
         self.ranks.alive()
-        position, moments = self.ranks.gather(self.place), self._moments()
+        position = self.ranks.gather(self.place)
+        moments = self._moments()
         if self.ranks.main:
-            final, temporary = self.folder / f"step_{self.step:06d}", self.folder / "saving"
+            final = self.folder / f"step_{self.step:06d}"
+            temporary = self.folder / "saving"
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
@@ -472,10 +514,11 @@ class Run:
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         """AdamW's state of each parameter. With --zero rank 0 gets them from all ranks, and the others nothing."""
-        if self.zero:
+        if not isinstance(self.optimizer, torch.optim.AdamW):
             self.optimizer.consolidate_state_dict(0)
             if not self.ranks.main:
                 return {}
+        # The optimizer numbers parameters in the order of its groups.
         name_of = {id(p): name for name, p in zip(self.names, self.params, strict=True)}
         order = [name_of[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
         return {order[i]: state for i, state in self.optimizer.state_dict()["state"].items()}
@@ -485,8 +528,10 @@ class Run:
             self.save_part(folder, self.module)
         tensors = {}
         for name, p, e in zip(self.names, self.params, self.ema, strict=True):
-            tensors |= {f"live.{name}": p.detach(), f"ema.{name}": e}
-            tensors |= {f"{k}.{name}": v for k, v in moments.get(name, {}).items()}
+            tensors[f"live.{name}"] = p.detach()
+            tensors[f"ema.{name}"] = e
+            for moment, value in moments.get(name, {}).items():
+                tensors[f"{moment}.{name}"] = value
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, folder / "trainer.safetensors")
         state = {k: getattr(self, k) for k in ("step", "skipped", "in_a_row", "window")}
         write_json(folder / "state.json", {**state, "position": position})
@@ -499,61 +544,105 @@ class Run:
                 os.replace(old, self.folder / "dropping")  # a half-removed checkpoint must not look like one
                 shutil.rmtree(self.folder / "dropping")
 
+    # --------------------------------------------------------------------------------------------------------------- resuming
+
     def _resume(self) -> None:
-        folder = self.ranks.first(str(self._newest() or "") if self.ranks.main else "")
-        if not folder:
+        """Go on from the newest sound checkpoint, if there is one."""
+        name = self.ranks.first(self._newest() if self.ranks.main else "")
+        if not name:
             return
-        if not (folder := Path(folder)).is_dir():
+        folder = Path(name)
+        if not folder.is_dir():
             raise InputError(f"{folder}: rank {self.ranks.rank} does not see it: --out must be a folder that all hosts share")
-        state, about = json.loads((folder / "state.json").read_text()), {}
+        state = json.loads((folder / "state.json").read_text())
+        about = {}
         if (folder / "about.json").is_file():
             about = json.loads((folder / "about.json").read_text())
-        self.step, self.position = state["step"], state["position"]
-        self.skipped, self.in_a_row = state.get("skipped", 0), state.get("in_a_row", 0)
-        self.seconds, self.unlogged = about.get("seconds", state.get("seconds", 0.0)), about.get("unlogged_seconds", 0.0)
+
+        self.step = state["step"]
+        self.position = state["position"]
+        self.skipped = state.get("skipped", 0)
+        self.in_a_row = state.get("in_a_row", 0)
         self.window = state.get("window", {})
-        optimizer = self.optimizer.optim if self.zero else self.optimizer
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}  # with --zero, of this rank
+        self.seconds = about.get("seconds", state.get("seconds", 0.0))
+        self.unlogged = about.get("unlogged_seconds", 0.0)
+        self._load(folder)
+        if self.ranks.main:
+            print(f"resumed {folder} after {self.seconds / 60:.1f} min of training", flush=True)
+            self._tell_changes(about)
+
+    def _newest(self) -> str:
+        """The newest sound checkpoint, empty if there is none; what is newer and damaged is named and put aside."""
+        if not list_checkpoints(self.folder):
+            return ""
+        good = newest_sound(self.folder)
+        for bad in list_checkpoints(self.folder):
+            if bad > good:
+                aside = self.folder / f"damaged_{bad.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(bad, aside)
+        return str(good)
+
+    def _load(self, folder: Path) -> None:
+        """Weights, their average and AdamW's moments of a checkpoint; with --zero the moments of this rank's share."""
+        optimizer = getattr(self.optimizer, "optim", self.optimizer)
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         with safe_open(folder / "trainer.safetensors", "pt") as f:
             keys = set(f.keys())
             if {k.removeprefix("live.") for k in keys if k.startswith("live.")} != set(self.names):
                 raise InputError(f"{folder}: its trained parameters are not those of this run; choose another --out")
-            for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
+            for name, p, e in zip(self.names, self.params, self.ema, strict=True):
                 p.data.copy_(f.get_tensor(f"live.{name}"))
-                self.ema[i].copy_(f.get_tensor(f"ema.{name}"))
-                moments = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in keys and id(p) in own]
-                if moments:
-                    state = {k: f.get_tensor(f"{k}.{name}").to(p.device) for k in moments}
+                e.copy_(f.get_tensor(f"ema.{name}"))
+                if f"step.{name}" not in keys or id(p) not in own:  # not stepped yet, or another rank's
+                    continue
+                state = {"step": f.get_tensor(f"step.{name}").to(p.device)}
+                for moment in ("exp_avg", "exp_avg_sq"):
                     # In the parameter's memory layout (channels last): the fused step reads both as they lie in memory.
-                    laid = {k: torch.empty_like(p.detach()).copy_(v) for k, v in state.items() if k != "step"}
-                    optimizer.state[p] = state | laid
-        if self.ranks.main:
-            print(f"resumed {folder} after {self.seconds / 60:.1f} min of training", flush=True)
-            old, new = about.get("config", {}), dataclasses.asdict(self.config)
-            changed = [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v]
-            changed += ["code"] if about.get("code_sha256", self.code) != self.code else []
-            if changed:
-                print(f"changed since then: {', '.join(changed)}", flush=True)
+                    state[moment] = torch.empty_like(p.detach()).copy_(f.get_tensor(f"{moment}.{name}"))
+                optimizer.state[p] = state
 
-    def _newest(self) -> Path | None:
-        """The newest sound checkpoint; what is newer and damaged is named and put aside."""
-        if not list_checkpoints(self.folder):
-            return None
-        good = newest_sound(self.folder)
-        for bad in list_checkpoints(self.folder):
-            if bad > good:
-                shutil.rmtree(aside := self.folder / f"damaged_{bad.name}", ignore_errors=True)
-                os.replace(bad, aside)
-        return good
+    def _tell_changes(self, about: dict) -> None:
+        """Which settings are not those of the checkpoint that is resumed, and whether the code is another."""
+        old = about.get("config", {})
+        new = dataclasses.asdict(self.config)
+        changed = [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v]
+        if about.get("code_sha256", self.code) != self.code:
+            changed.append("code")
+        if changed:
+            print(f"changed since then: {', '.join(changed)}", flush=True)
 
-    def _trim_log(self) -> None:
-        """Lines behind the checkpoint, and one that was cut off, are written anew as the steps are done again."""
+    def _prepare_folder(self) -> None:
+        """Settings in, and out what a run left that was cut off in the middle of a save or of a line."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for aside in ("saving", "dropping"):
+            shutil.rmtree(self.folder / aside, ignore_errors=True)
+        write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+
+        # Lines behind the checkpoint are written anew as the steps are done again.
         for log in (self.folder / "metrics.jsonl", self.folder / "skipped.jsonl"):
             if log.is_file():
                 lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
                 kept = [line for line in lines if json.loads(line)["step"] <= self.step]
                 log.with_suffix(".tmp").write_text("".join(f"{line}\n" for line in kept))
                 os.replace(log.with_suffix(".tmp"), log)
+
+
+def make_optimizer(params: list[nn.Parameter], config: TrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
+    """AdamW; with --zero its moments are shared out over the ranks."""
+    if not params:
+        raise InputError("nothing to train: every parameter is frozen")
+    # Decay only matrices: gains and biases are scales, not directions.
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    options = {"lr": config.lr, "betas": (0.9, config.beta2), "fused": True}
+    if not config.zero or ranks.size == 1:  # one rank has nobody to share with
+        return torch.optim.AdamW(groups, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and its import warns
+
+    return ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW, **options)
 
 
 PAGE_SECONDS = 60  # the page of a run is rewritten with a line of the log, if it is older
@@ -566,18 +655,30 @@ SHEET_ASKED, SHEET_TOLD = "#1d4ed8", "#555555"  # on a sheet of samples, the use
 
 def status_line(row: dict[str, float | None], steps: int) -> str:
     """One line of the log, its columns under those of the line before."""
-    hidden = ("step", "seconds", "lr", "memory_gb", "mfu", "skipped", "eta_s", *DECILES)
     cells = [f"step {row['step']:>7}/{steps}"]
-    means = {k: v for k, v in row.items() if k not in hidden and not k.endswith("_per_s")}
-    cells += [f"{k} {'-':>8}" if v is None else f"{k} {v:8.4f}" for k, v in means.items()]
-    cells += [f"lr {row['lr']:.2e}"]
-    cells += [f"{k}/s {row[f'{k}_per_s']:8.1f}" for k in COUNTS if k != "flops" and f"{k}_per_s" in row]
+
+    # Means: the loss, its parts, what else the script counts, the gradient's norm.
+    hidden = ("step", "seconds", "lr", "memory_gb", "mfu", "skipped", "eta_s", *DECILES)
+    for key, value in row.items():
+        if key not in hidden and not key.endswith("_per_s"):
+            shown = f"{'-':>8}" if value is None else f"{value:8.4f}"
+            cells.append(f"{key} {shown}")
+    cells.append(f"lr {row['lr']:.2e}")
+
+    # Speed: in what the script counts, and against the hardware's where that is known.
+    for key in COUNTS:
+        if key != "flops" and f"{key}_per_s" in row:
+            cells.append(f"{key}/s {row[f'{key}_per_s']:8.1f}")
     if "mfu" in row:
-        cells += [f"mfu {row['mfu']:6.1%}"]
+        cells.append(f"mfu {row['mfu']:6.1%}")
     elif "flops_per_s" in row:
-        cells += [f"GFLOP/s {row['flops_per_s'] / 1e9:8.1f}"]
-    cells += [f"mem {row['memory_gb']:6.2f} GB", f"eta {datetime.timedelta(seconds=round(row['eta_s']))!s:>16}"]
-    return " | ".join(cells + ([f"skipped {row['skipped']}"] if row["skipped"] else []))
+        cells.append(f"GFLOP/s {row['flops_per_s'] / 1e9:8.1f}")
+
+    cells.append(f"mem {row['memory_gb']:6.2f} GB")
+    cells.append(f"eta {datetime.timedelta(seconds=round(row['eta_s']))!s:>16}")
+    if row["skipped"]:
+        cells.append(f"skipped {row['skipped']}")
+    return " | ".join(cells)
 
 
 def peak_memory(device: torch.device) -> float:

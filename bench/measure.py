@@ -40,8 +40,9 @@ from torch import Tensor, nn
 
 import ops
 from bench import peers as theirs
-from checkpoint import InputError, Parser
+from checkpoint import InputError
 from dit import DiT, DiTConfig
+from flags import Parser
 from flops import count
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule
 from model import MLLM, KVCache, MLLMConfig, VisionConfig

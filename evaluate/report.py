@@ -19,16 +19,16 @@ import typing
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import NoneType
 
 import numpy as np
 import PIL
 import torch
 
-from checkpoint import InputError, Parser, part_folder, pick_device, write_json
+from checkpoint import InputError, part_folder, pick_device, write_json
 from evaluate.exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
 from evaluate.exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares
 from evaluate.exam import through
+from flags import Parser, add_flags
 from ops import set_backend
 from pages.template import render
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
@@ -213,13 +213,9 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--attention", default="auto", help="auto, triton, sdpa; see ops.py")
     parser.add_argument("--out", default="out/eval")
     parser.add_argument("--json-line", metavar="FILE", help="append a summary to this file, one line a call")
-    group = parser.add_argument_group("sampling", "these override the checkpoint's defaults")
-    names = [f.name for f in fields(Settings) if f.name not in ("seed", "use_condition_images")]
-    for name in names:
-        kinds = typing.get_args(typing.get_type_hints(Settings)[name]) or (typing.get_type_hints(Settings)[name],)
-        group.add_argument(f"--{name.replace('_', '-')}", type=next(k for k in kinds if k is not NoneType))
-    flags = ("--condition-images", "--use-condition-images")
-    group.add_argument(*flags, dest="use_condition_images", action=argparse.BooleanOptionalAction)
+    flags = {"use_condition_images": ["--condition-images"]}
+    title = "sampling (defaults: the checkpoint's)"
+    add_flags(parser, Settings, title=title, aliases=flags, leave_out=["seed"], given_only=True)
     args = parser.parse_args(argv)
     for name, least in (("n", 1), ("single", 0), ("ablation_n", 1), ("batch", 1)):
         if getattr(args, name) < least:
@@ -228,7 +224,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     for kind in args.kinds:
         if kind not in KINDS:
             raise InputError(f"--kinds: no kind called {kind!r}; there are {', '.join(KINDS)}")
-    given = {name: getattr(args, name) for name in (*names, "use_condition_images") if getattr(args, name) is not None}
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
     # An answer of the corpus has about 100 tokens at most; one that rambles need not be read to the checkpoint's limit.
     given = {"max_tokens": 400, **given, "seed": args.seed}
     override(Settings(), given, "sampling")  # a mistake is told before anything is loaded

@@ -59,17 +59,20 @@ def stream(item, c: TrainConfig, ranks: Ranks, position: list | int | None, docu
 
 @dataclass
 class VAEConfig(TrainConfig):
+    # ---- data
+    batch: int = 32  # pictures per step and rank
+    size: int = 64  # pixels along a side
+    # ---- model
+    # Weight of the KL divergence. Wan's published latents are nearly deterministic. The miniature takes a real KL: its decoder
+    # then bears the error that a small DiT leaves, and latent numbers that the pictures do not need fall silent.
+    kl: float = 2e-3
+    # ---- other defaults than those of every run
     out: str = "runs/tiny/vae"
     steps: int = 3500
-    batch: int = 32  # pictures
-    size: int = 64  # pixels
     lr: float = 2e-3
     weight_decay: float = 0.0
     beta2: float = 0.99
     ema: float = 0.998
-    # Wan's published latents are nearly deterministic. The miniature takes a real KL: its decoder then bears the error that a
-    # small DiT leaves, and latent numbers that the pictures do not need fall silent.
-    kl: float = 2e-3
 
 
 def picture(size: int, seed: int) -> tuple[str, Tensor]:
@@ -137,8 +140,17 @@ def train_vae(c: VAEConfig) -> None:
         noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
         with autocast(c.dtype, ranks.device):
             loss, parts = loss_of(x, noise.to(ranks.device))
-        means = {"loss": ranks.backward(loss / ranks.size), **{k: v.item() / ranks.size for k, v in parts.items()}}
-        run.update({**means, "images": len(x)}, place, names)
+        stats = {"loss": ranks.backward(loss / ranks.size)}
+        stats |= {name: part.item() / ranks.size for name, part in parts.items()}
+        stats["images"] = len(x)
+        norm = run.clip()
+        stats = ranks.sum_statistics(stats)
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
         if run.sheet_due:
             vae_sheet(run, vae, fixed[:16])
     ranks.close()
@@ -178,12 +190,15 @@ def vae_gate(vae: VAE, c: VAEConfig, dialogues: int = 200) -> None:
 
 @dataclass
 class MLLMConfig(TrainConfig):
+    # ---- data
+    batch: int = 16  # documents per step and rank
+    size: int = 64  # pixels along a side
+    looking: float = 0.6  # share of documents about a picture; the others are dialogues of any kind
+    # ---- model
+    vocabulary: int = 1024  # tokens at most; what the corpus does not need stays unused
+    # ---- other defaults than those of every run
     out: str = "runs/tiny/mllm"
     steps: int = 1400
-    batch: int = 16  # documents
-    size: int = 64
-    vocabulary: int = 1024  # tokens at most; what the corpus does not need stays unused
-    looking: float = 0.6  # share of documents about a picture; the others are dialogues of any kind
     lr: float = 2e-3
     weight_decay: float = 0.01
     beta2: float = 0.98
@@ -233,7 +248,15 @@ def train_mllm(c: MLLMConfig) -> None:
             total, kinds = loss_of(batch)
         stats = {"loss": ranks.backward(total / targets), **language_statistics(kinds)}
         stats |= {"tokens": len(batch.ids), "documents": len(documents), "flops": model_flops(documents, mllm)}
-        stats = run.update(stats, place, [d.name for d in documents])
+        norm = run.clip()
+        names = [document.name for document in documents]
+        stats = ranks.sum_statistics(stats)
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
         if step == 0 and ranks.main:
             guess = math.log(config.vocab_size)
             check_step0("cross-entropy", stats["loss"], 0.9 * guess, 1.2 * guess)
@@ -245,18 +268,21 @@ def train_mllm(c: MLLMConfig) -> None:
 
 @dataclass
 class DiTConfig(TrainConfig):
+    # ---- data
+    batch: int = 32  # clips per step and rank
+    frames: int = 4  # of a clip, at most
+    size: int = 64  # pixels along a side
+    drop: float = 0.15  # share of clips whose caption is dropped
+    # ---- model
+    mllm: str = "runs/tiny/mllm"  # run or folder; frozen
+    vae: str = "runs/tiny/vae"  # run or folder; frozen
+    shift: float = 5.0  # of the training times towards noise, Cosmos' own
+    condition_time: float = CONDITION_TIME  # time the DiT is told for clean pictures, that of the post-trained Cosmos
+    # ---- other defaults than those of every run
     out: str = "runs/tiny/dit"
-    mllm: str = "runs/tiny/mllm"
-    vae: str = "runs/tiny/vae"
     steps: int = 6000
-    batch: int = 32  # clips
-    frames: int = 4  # at most
-    size: int = 64
     lr: float = 1e-3
     beta2: float = 0.99
-    drop: float = 0.15  # share of clips whose caption is dropped
-    shift: float = 5.0
-    condition_time: float = CONDITION_TIME
 
 
 def film(c: DiTConfig, tokenizer: Tokenizer, seed: int) -> Document:
@@ -311,7 +337,15 @@ def train_dit(c: DiTConfig) -> None:
         parts = flow_statistics(t, error.detach().cpu(), count.cpu())
         stats = {"loss": loss, **parts, "images": count.sum().item() / 16}
         stats["flops"] = model_flops(documents, mllm, samples, dit, vae)
-        stats = run.update(stats, place, [d.name for d in documents])
+        norm = run.clip()
+        names = [document.name for document in documents]
+        stats = ranks.sum_statistics(stats)
+        if run.finite(stats["loss"], norm, names):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
         if step == 0 and ranks.main:
             guess = 1 + mean_square(samples.latents)
             check_step0("flow loss", stats["loss"], 0.9 * guess, 1.1 * guess)
@@ -350,16 +384,18 @@ def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: Di
 
 @dataclass
 class BundleConfig:
-    out: str = "checkpoints/tiny"
-    mllm: str = "runs/tiny/stage1"
-    dit: str = "runs/tiny/stage2"
-    vae: str = "runs/tiny/vae"
-    size: int = 64  # pixels; this and what follows become the defaults of sampling
-    steps: int = 20
-    guidance: float = 3.0
-    sampler: str = "ancestral"
-    eta: float = 1.5
-    max_tokens: int = 512
+    # ---- parts
+    out: str = "checkpoints/tiny"  # folder to write
+    mllm: str = "runs/tiny/stage1"  # run that trained the language model
+    dit: str = "runs/tiny/stage2"  # run that trained connector and DiT
+    vae: str = "runs/tiny/vae"  # run that trained the VAE
+    # ---- defaults of sampling from it
+    size: int = 64  # pixels along a side
+    steps: int = 20  # calls of the DiT for a picture
+    guidance: float = 3.0  # 1 is none
+    sampler: str = "ancestral"  # or unipc or euler
+    eta: float = 1.5  # how much fresh noise the sampler ancestral adds
+    max_tokens: int = 512  # tokens that the language model writes
 
 
 def bundle(c: BundleConfig) -> None:

@@ -134,31 +134,30 @@ def run(kind, c, log: Path, ranks: int = 1, hook=None) -> str:
 
 
 def after_step(action) -> None:
-    """Call action(run) after every update."""
+    """Call action(run) after every step, saved if it was due."""
     from training import Run
 
-    update = Run.update
+    save_if_due = Run.save_if_due
 
     def wrapped(self, *args):
-        result = update(self, *args)
+        save_if_due(self, *args)
         action(self)
-        return result
 
-    Run.update = wrapped
+    Run.save_if_due = wrapped
 
 
 def signal_at(rank: int, who: int, step: int, number: int) -> None:
     """One rank gets a signal in the middle of a step."""
     from training import Run
 
-    update = Run.update
+    clip = Run.clip
 
-    def wrapped(self, *args):
-        if rank == who and self.step == step - 1:
+    def wrapped(self):
+        if rank == who and self.step == step:
             os.kill(os.getpid(), number)
-        return update(self, *args)
+        return clip(self)
 
-    Run.update = wrapped
+    Run.clip = wrapped
 
 
 def signal_group_at(rank: int, step: int, number: int = signal.SIGTERM) -> None:
@@ -166,28 +165,28 @@ def signal_group_at(rank: int, step: int, number: int = signal.SIGTERM) -> None:
     os.setpgrp()
     from training import Run
 
-    update = Run.update
+    clip = Run.clip
 
-    def wrapped(self, *args):
-        if self.step == step - 1:
+    def wrapped(self):
+        if self.step == step:
             os.killpg(0, number)
-        return update(self, *args)
+        return clip(self)
 
-    Run.update = wrapped
+    Run.clip = wrapped
 
 
 def note_names(rank: int, folder: str) -> None:
     """Which documents each step of each rank had."""
     from training import Run
 
-    update = Run.update
+    finite = Run.finite
 
-    def wrapped(self, stats, place, names):
+    def wrapped(self, loss, norm, names):
         with open(Path(folder) / f"names_{self.ranks.size}_{rank}.jsonl", "a") as f:
             f.write(json.dumps(list(names)) + "\n")
-        return update(self, stats, place, names)
+        return finite(self, loss, norm, names)
 
-    Run.update = wrapped
+    Run.finite = wrapped
 
 
 def keep_gradients(rank: int, file: str) -> None:
@@ -196,15 +195,15 @@ def keep_gradients(rank: int, file: str) -> None:
 
     from training import Run
 
-    update = Run.update
+    clip = Run.clip
 
-    def wrapped(self, *args):
-        if rank == 0 and self.step == 0:
+    def wrapped(self):
+        if rank == 0 and self.step == 1:
             zeros = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in self.params]
             save_file({n: g.clone() for n, g in zip(self.names, zeros, strict=True)}, file)
-        return update(self, *args)
+        return clip(self)
 
-    Run.update = wrapped
+    Run.clip = wrapped
 
 
 def spoil(rank: int, who: int, steps: list[int]) -> None:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module imports only what stands in a line above its own; one that is named nowhere here, what it likes.
 LAYERS = """
     checkpoint sdpa graphs threads interrupt
-    kernels distributed
+    kernels distributed flags
     fused ops
     tokenizer connector vae model
     dit

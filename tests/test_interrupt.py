@@ -40,18 +40,18 @@ def lose_reader(rank: int, step: int) -> None:
     """Ctrl-C in the middle of a step ends `| tee log` first."""
     from training import Run
 
-    update = Run.update
+    clip = Run.clip
 
-    def wrapped(self, *args):
-        if self.step == step - 1:
+    def wrapped(self):
+        if self.step == step:
             reading, writing = os.pipe()
             os.close(reading)
             os.dup2(writing, 1)
             os.dup2(writing, 2)
             os.kill(os.getpid(), signal.SIGINT)
-        return update(self, *args)
+        return clip(self)
 
-    Run.update = wrapped
+    Run.clip = wrapped
 
 
 def test_ctrl_c_saves_though_it_has_ended_whoever_reads_the_log(parts, tmp_path):
@@ -67,7 +67,7 @@ def hang(rank: int, where: str, who: int) -> None:
     from training import Run
 
     os.setpgrp()
-    owner, name = {"step": (Run, "update"), "save": (Run, "_write"), "sheet": (train_stage2, "sheet")}[where]
+    owner, name = {"step": (Run, "save_if_due"), "save": (Run, "_write"), "sheet": (train_stage2, "sheet")}[where]
     function = getattr(owner, name)
 
     def wrapped(*args):

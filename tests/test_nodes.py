@@ -34,7 +34,7 @@ setattr(owner, name, wrapped)
 training.run_script(lambda: script.train(training.parse_config(script.{config})))
 """
 # The cut falls into the exchange of the statistics, and into that of the gradients.
-MOMENTS = {"stage1": "training.Run, 'update'", "stage2": "flow.FlowLoss, 'forward'"}
+MOMENTS = {"stage1": "training.Run, 'clip'", "stage2": "flow.FlowLoss, 'forward'"}
 
 
 class Hosts:

@@ -194,16 +194,16 @@ def test_a_signal_to_the_whole_group_saves_and_ends(parts, tmp_path):
 def die(rank: int, how: str) -> None:
     from training import Run
 
-    update = Run.update
+    clip = Run.clip
 
-    def wrapped(self, *args):
-        if rank == 1 and self.step == 1:
+    def wrapped(self):
+        if rank == 1 and self.step == 2:
             if how == "raise":
                 raise RuntimeError("the culprit")
             culprit_sleeps()
-        return update(self, *args)
+        return clip(self)
 
-    Run.update = wrapped
+    Run.clip = wrapped
 
 
 def culprit_sleeps() -> None:
@@ -328,13 +328,13 @@ def test_torchrun_heals_a_lost_rank(parts, tmp_path):
 import os, sys
 sys.path[:0] = [{str(runs.ROOT)!r}]
 import train_stage2, training
-marker, update = {str(tmp_path / "killed")!r}, training.Run.update
-def wrapped(self, *args):
-    if self.ranks.rank == 1 and self.step == 2 and not os.path.exists(marker):
+marker, clip = {str(tmp_path / "killed")!r}, training.Run.clip
+def wrapped(self):
+    if self.ranks.rank == 1 and self.step == 3 and not os.path.exists(marker):
         open(marker, "w").close()
         os.kill(os.getpid(), 9)
-    return update(self, *args)
-training.Run.update = wrapped
+    return clip(self)
+training.Run.clip = wrapped
 training.run_script(lambda: train_stage2.train(training.parse_config(train_stage2.Stage2Config)))
 """)
     c = runs.config("stage2", parts, tmp_path / "run", save_every=1)

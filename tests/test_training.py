@@ -66,16 +66,15 @@ def test_resumed_run_equals_the_straight_one(stage, parts, tmp_path):
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     STAGES[stage](config(stage, parts, straight, steps=4, decay=0.0, warmup=2))
     interrupted = config(stage, parts, halves, steps=4, decay=0.0, warmup=2, save_every=2)
-    stopped = Run.update
+    save_if_due = Run.save_if_due
 
     def die_after_saving(self, *args):
-        result = stopped(self, *args)
+        save_if_due(self, *args)
         if self.step == 2:
             raise KeyboardInterrupt
-        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "update", die_after_saving)
+        patch.setattr(Run, "save_if_due", die_after_saving)
         with pytest.raises(KeyboardInterrupt):
             STAGES[stage](interrupted)
     STAGES[stage](interrupted)
@@ -267,14 +266,14 @@ def test_the_log_has_parts_and_rates_in_aligned_columns(stage, parts, tmp_path, 
 
 def steps_of(stage, parts, folder, monkeypatch, **options) -> tuple[list[float], list[torch.Tensor]]:
     """Losses and gradients of two steps."""
-    gradients, update = [], Run.update
+    gradients, clip = [], Run.clip
 
-    def keep(self, *args):
+    def keep(self):
         gradients.extend(p.new_zeros(p.shape) if p.grad is None else p.grad.clone() for p in self.params)
-        return update(self, *args)
+        return clip(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", keep)
+        patch.setattr(Run, "clip", keep)
         STAGES[stage](config(stage, parts, folder, steps=2, **options))
     return losses(folder), gradients
 
@@ -317,7 +316,8 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
         run = Run(c, Ranks("cpu"), module, lambda folder, module: None)
         for _ in run.loop():
             module(torch.ones(1, 2)).sum().backward()
-            run.update({"loss": 1.0, "flops": 2e9}, 0, [])
+            run.log({"loss": 1.0, "flops": 2e9}, run.clip())
+            run.save_if_due(0)
         row, = logged(tmp_path / dtype)
         assert run.optimizer.defaults["fused"]
         assert row.get("mfu") == (pytest.approx(row["flops_per_s"] / 1e12, rel=1e-3) if dtype == "bf16" else None)

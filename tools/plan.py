@@ -214,9 +214,10 @@ def tally_step(modules: dict[str, nn.Module], documents: list[Document], *args, 
 class PlanConfig:
     """What --plan asks beyond the flags of the stage. Where the paper is silent the comment says what is assumed."""
 
+    # ---- of --plan alone
     world: int = 1  # GPUs
-    gpu: str = "H200"
-    gpu_memory: float = 141.0  # GB
+    gpu: str = "H200"  # whose FLOP/s the data sheet gives
+    gpu_memory: float = 141.0  # GB of it
     mfu: float = 0.38  # of the data sheet's FLOP/s, recomputation included: torchtitan's 8B reaches 33-39 % on H100
     link: float = 300.0  # GB/s of an all-reduce, per GPU; assumed, near what NCCL reports inside and between 8-GPU nodes
     picture: int = 480  # pixels along a side; assumed
