@@ -1,7 +1,64 @@
-"""`python -m bench`: see measure.py."""
+"""How fast: this repository beside what people would use instead, side by side in one process, equal results or no time.
 
-from bench.measure import command
+    python -m bench                              everything: on a GPU at full size with random weights, within 9 minutes;
+                                                 on a CPU one row a subject, against transformers and diffusers in fp32
+    python -m bench --group decode --group vae   these only; the file keeps the rows of the others
+    python -m bench --minutes 3                  what matters most in 3 minutes
+    python -m bench --smoke                      every row once at toy sizes: does it run, are the results equal
+    python -m bench --readme                     the result file's table into README.md; nothing is measured
+
+Each group of rows runs in a process of its own, in order of what matters: a peer that kills its process costs the rows behind
+it in its group and no others. Rows are in docs/bench/ as soon as they are known. measure.py says how a row is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.groups import DOCS, MINUTES, ORDER, result_file, run
+from bench.measure import write_readme
+from checkpoint import InputError
+from flags import Parser
 from training import run_script
+
+
+def command() -> None:
+    parser = Parser(
+        "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--group", action="append", choices=ORDER, help="only this one; may be given several times")
+    parser.add_argument("--minutes", type=float, help=f"of the whole run (default: {MINUTES:g} on a GPU, else no end)")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--out", type=Path, help="result file (default: docs/bench/cpu.jsonl or gpu_NAME.jsonl; "
+                        "out/bench/smoke.jsonl of toy sizes)")  # fmt: skip
+    parser.add_argument("--readme", type=Path, metavar="FILE", nargs="?", const=DOCS / "cpu.jsonl",
+                        help="put this file's table into README.md, and end (default: docs/bench/cpu.jsonl)")  # fmt: skip
+    args = parser.parse_args()
+    if args.readme:
+        return write_readme(args.readme)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    present = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    kind = device.partition(":")[0]
+    if kind not in present:
+        raise InputError(f"--device {args.device}: not on this machine, there is {' and '.join(present)}")
+    minutes = args.minutes
+    if minutes is None:
+        minutes = MINUTES if kind == "cuda" else math.inf
+    file = args.out
+    if file is None:
+        file = Path("out/bench/smoke.jsonl") if args.smoke else result_file(device)
+    size = "smoke" if args.smoke else {"cuda": "gpu", "cpu": "cpu"}[kind]
+    groups = [name for name in ORDER if name in (args.group or ORDER)]
+    sys.exit(1 if run(groups, device, size, file, minutes) else 0)
+
 
 if __name__ == "__main__":
     run_script(command)

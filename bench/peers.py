@@ -1,4 +1,4 @@
-"""What measure.py holds this repository against: PyTorch's attention in all its forms, transformers, diffusers.
+"""What the models are held against: the fused steps as others write them, transformers, diffusers.
 
 transformers and diffusers are imported in the functions that need them: without them those rows say so. Their models share the
 weights of ours. Where a peer would pad, it gets padded tensors from the start, and what its own loop would add (512 padded text
@@ -7,118 +7,19 @@ tokens, the bookkeeping of `generate`) is left out: what remains is the same tas
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from connector import features
 from dit import patchify, unpatchify
 from flow import sample_flow, shift_schedule
-
-# ---------------------------------------------------------------------------------------------------------------- attention
-
-
-class Layout(NamedTuple):
-    """into(x (N, H, D), lengths) -> what the peer computes on; back: its inverse."""
-
-    into: Callable
-    back: Callable
-
-
-def _pad(x: Tensor, lengths: list[int]) -> Tensor:
-    """(N, H, D) -> (S, H, L, D), zeros behind each sequence."""
-    return nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
-
-
-PACKED = Layout(lambda x, n: x, lambda x, n: x)
-DENSE = Layout(lambda x, n: x.unflatten(0, (len(n), -1)).transpose(1, 2), lambda x, n: x.transpose(1, 2).flatten(0, 1))
-PADDED = Layout(_pad, lambda x, n: torch.cat([o[:, :m].transpose(0, 1) for o, m in zip(x, n, strict=True)]))
-ONE = Layout(lambda x, n: x.transpose(0, 1)[None], lambda x, n: x[0].transpose(0, 1))  # the pack as one sequence
-
-
-def attention_peers(case, sq, sk, device: torch.device, flex: bool = False) -> dict[str, Callable]:
-    """name -> function that returns (layout, call(q, k, v)); building may raise where the peer does not exist."""
-    cuda, gqa = device.type == "cuda", case.heads != case.kv_heads
-    causal = case.causal and case.lq == case.lk
-    options = {"is_causal": causal, "enable_gqa": gqa}
-
-    def sdpa(backend):
-        def call(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, **options)
-
-        return lambda: (DENSE, call)
-
-    def padded():
-        real = nn.utils.rnn.pad_sequence([torch.ones(n, dtype=torch.bool, device=device) for n in case.lk], batch_first=True)
-        mask = None if causal else real[:, None, None]  # padding stands behind, where a causal query never looks
-        return PADDED, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, **options)
-
-    def per_sequence(q, k, v):
-        parts = zip(q.split(case.lq), k.split(case.lk), v.split(case.lk), strict=True)
-        out = (F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), **options) for part in parts)
-        return torch.cat([o[0].transpose(0, 1) for o in out])
-
-    def varlen():
-        from torch.nn.attention.varlen import varlen_attn
-
-        known, extra = inspect.signature(varlen_attn).parameters, {}
-        if causal:
-            extra |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-        if gqa and "enable_gqa" in known:
-            extra["enable_gqa"] = True
-
-        def call(q, k, v):
-            if gqa and "enable_gqa" not in known:
-                k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
-            return varlen_attn(q, k, v, sq.cu, sk.cu, sq.longest, sk.longest, **extra)
-
-        return PACKED, call
-
-    def cudnn_varlen(q, k, v):
-        grads = torch.is_grad_enabled() and q.requires_grad
-        sides = None, sq.cu, sk.cu, sq.longest, sk.longest
-        return torch.ops.aten._cudnn_attention_forward(q, k, v, *sides, grads, 0.0, causal, False)[0]
-
-    def flexible():
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        of_q, of_k = (
-            torch.arange(len(n), device=device).repeat_interleave(torch.tensor(n, device=device)) for n in (case.lq, case.lk)
-        )
-        mask = create_block_mask(lambda b, h, i, j: of_q[i] == of_k[j], None, None, sq.total, sk.total, device=device)
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return ONE, lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=gqa)
-
-    peers = {}
-    if len(set(case.lq)) == 1 and len(set(case.lk)) == 1:
-        peers["SDPA"] = lambda: (DENSE, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options))
-        if cuda:
-            peers["SDPA cuDNN"] = sdpa(SDPBackend.CUDNN_ATTENTION)
-            peers["SDPA flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
-            peers["SDPA efficient"] = sdpa(SDPBackend.EFFICIENT_ATTENTION)
-    else:
-        peers |= {"padded SDPA": padded, "SDPA per sequence": lambda: (PACKED, per_sequence)}
-    if cuda:
-        peers |= {"varlen_attn": varlen, "cuDNN varlen": lambda: (PACKED, cudnn_varlen)}
-    if flex:
-        peers["compiled flex"] = flexible
-    return peers
-
-
-def prepared(pair: tuple[Layout, Callable], q: Tensor, k: Tensor, v: Tensor, case):
-    """A peer's forward pass on tensors in its own layout, and the way back."""
-    layout, call = pair
-    xs = layout.into(q, case.lq), layout.into(k, case.lk), layout.into(v, case.lk)
-    return lambda: call(*xs), lambda o: layout.back(o, case.lq)
-
 
 # -------------------------------------------------------------------------------------------- fused steps, as others write them
 
@@ -181,14 +82,18 @@ def transformers_mllm(mllm: nn.Module):
     return theirs.eval().requires_grad_(weight.requires_grad)
 
 
-def diffusers_dit(dit: nn.Module):
-    from types import SimpleNamespace
+def _zeros_of_size(x: Tensor, size, interpolation) -> Tensor:
+    """What torchvision's resize makes of the padding mask, which is zero: zeros stay zeros at any size."""
+    return x.new_zeros(*x.shape[:-2], *size)
 
+
+def diffusers_dit(dit: nn.Module):
+    """diffusers' model on the weights of ours. It asks torchvision for one function, which need not be installed for that."""
     from diffusers import CosmosTransformer3DModel
     from diffusers.models.transformers import transformer_cosmos
 
-    if not hasattr(transformer_cosmos, "transforms"):  # torchvision resizes its padding mask; zeros stay zeros at any size
-        functional = SimpleNamespace(resize=lambda x, size, interpolation: x.new_zeros(*x.shape[:-2], *size))
+    if not hasattr(transformer_cosmos, "transforms"):
+        functional = SimpleNamespace(resize=_zeros_of_size)
         modes = SimpleNamespace(NEAREST="nearest")
         transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
     options = {k: v for k, v in dit.config.to_json().items() if not k.startswith("_")}
@@ -211,7 +116,11 @@ def diffusers_vae(vae: nn.Module):
 
 
 def there_and_back(theirs, x: Tensor) -> Callable:
-    return lambda: theirs.decode(theirs.encode(x[:, :, None]).latent_dist.mode()).sample[:, :, 0]
+    def run() -> Tensor:
+        z = theirs.encode(x[:, :, None]).latent_dist.mode()
+        return theirs.decode(z).sample[:, :, 0]
+
+    return run
 
 
 def _wait(device: torch.device) -> float:
@@ -309,36 +218,52 @@ def train(device: torch.device, module: nn.Module, loss: Callable, watched: Tens
 
 
 def language_step(mllm, ids: list[Tensor], device: torch.device) -> Callable:
+    """Stage 1 with transformers: documents padded to the longest."""
     theirs = transformers_mllm(mllm)
-    pad = lambda xs, value: nn.utils.rnn.pad_sequence(xs, batch_first=True, padding_value=value)  # noqa: E731
-    batch = {"input_ids": pad(ids, 0), "labels": pad(ids, -100), "attention_mask": pad([torch.ones_like(x) for x in ids], 0)}
-    batch["position_ids"] = torch.arange(max(map(len, ids)), device=device).expand(3, len(ids), -1)
-    watched = theirs.model.language_model.layers[0].mlp.down_proj.weight
-    return lambda: train(device, theirs, lambda: theirs(**batch, use_cache=False).loss, watched)
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    batch = {
+        "input_ids": pad(ids, padding_value=0),
+        "labels": pad(ids, padding_value=-100),
+        "attention_mask": pad([torch.ones_like(x) for x in ids], padding_value=0),
+        "position_ids": torch.arange(max(map(len, ids)), device=device).expand(3, len(ids), -1),
+    }
+
+    def loss() -> Tensor:
+        return theirs(**batch, use_cache=False).loss
+
+    return partial(train, device, theirs, loss, theirs.model.language_model.layers[0].mlp.down_proj.weight)
 
 
 def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, seed: int) -> Callable:
     """Stage 2 with the libraries: each sample's hidden states from transformers, its velocity from diffusers."""
-    reader, painter = transformers_mllm(mllm), diffusers_dit(dit)
-    device, sizes = ids[0].device, [[z.shape[1] * z.shape[2] // 4 for z in pictures] for pictures in latents]
+    reader = transformers_mllm(mllm)
+    painter = diffusers_dit(dit)
+    device = ids[0].device
+    patches = [[z.shape[1] * z.shape[2] // 4 for z in pictures] for pictures in latents]
 
-    def loss():
-        eps = torch.randn(sum(map(sum, sizes)), 64, generator=torch.Generator().manual_seed(seed)).to(device)
-        noise = iter(eps.split([n for sample in sizes for n in sample]))
-        total, count = 0.0, 0
+    def loss() -> Tensor:
+        # Our noise is drawn for all patches of the pack at once, those of clean pictures among them.
+        eps = torch.randn(sum(map(sum, patches)), 64, generator=torch.Generator().manual_seed(seed)).to(device)
+        noise = iter(eps.split([n for sample in patches for n in sample]))
+        total = 0.0
+        count = 0
         for s, pictures in enumerate(latents):
             with torch.no_grad():
                 hidden = reader.model(input_ids=ids[s][None], output_hidden_states=True, use_cache=False).hidden_states[1:]
                 states = features([h[0] for h in hidden])
-            own, target = [next(noise) for _ in pictures][-1], pictures[-1]
+            # The last picture is the noisy one: x = (1 - t) target + t noise, whose velocity is noise - target.
+            target = pictures[-1]
+            own = [next(noise) for _ in pictures][-1]
             own = unpatchify(own, (target.shape[1] // 2, target.shape[2] // 2))
-            x = (1 - t[s].item()) * target + t[s].item() * own
-            v = velocity(painter, [*pictures[:-1], x], [condition_time] * clean[s] + [t[s].item()], states)
+            time = t[s].item()
+            x = (1 - time) * target + time * own
+            v = velocity(painter, [*pictures[:-1], x], [condition_time] * clean[s] + [time], states)
             error = (patchify(v) - patchify(own - target)).square().mean(1)
-            total, count = total + error.sum(), count + len(error)
+            total += error.sum()
+            count += len(error)
         return total / count
 
-    return lambda: train(device, painter, loss, painter.transformer_blocks[0].ff.net[2].weight)
+    return partial(train, device, painter, loss, painter.transformer_blocks[0].ff.net[2].weight)
 
 
 # ------------------------------------------------------------------------------------------------------------- one document
@@ -359,55 +284,80 @@ def document(duo, prompt: str, settings) -> Callable:
     from tokenizer import render
     from vae import to_image, to_tensor
 
-    mllm, dit, vae = transformers_mllm(duo.mllm), diffusers_dit(duo.dit), diffusers_vae(duo.vae)
+    mllm = transformers_mllm(duo.mllm)
+    dit = diffusers_dit(duo.dit)
+    vae = diffusers_vae(duo.vae)
     tokenizer, processor, device = duo.tokenizer, duo.processor, duo.device
-    c = duo.vae.config
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (c.latents_mean, c.latents_std))
+    mean = torch.tensor(duo.vae.config.latents_mean, device=device)[:, None, None]
+    std = torch.tensor(duo.vae.config.latents_std, device=device)[:, None, None]
     rendered = render(tokenizer, read_dialogue(prompt), [], generation_prompt=True, default_system=settings.system)
     size = settings.height or duo.size[0], settings.width or duo.size[1]
 
-    def run():
-        cache, rows, position, chunk = DynamicCache(config=mllm.config.get_text_config()), [], 0, rendered.system_end
-        unread, pixels, grid, text, latents, pictures = rendered.ids, None, None, [[]], [], []
+    def paint(states: Tensor, chunk: int, latents: list[Tensor], number: int):
+        """The picture that these hidden states ask for; without those behind `chunk` in the other branch."""
+        generator = torch.Generator().manual_seed(derive(settings.seed, 0, number))
+
+        def noise(shape=(16, size[0] // 8, size[1] // 8)) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        def step(x: Tensor, t: float) -> Tensor:
+            times = [settings.condition_time] * len(latents) + [t]
+            negative, positive = (velocity(dit, [*latents, x], times, h) for h in (states[:chunk], states))
+            return torch.lerp(negative, positive, settings.scale)
+
+        sigmas = shift_schedule(settings.steps, settings.shift)
+        z = sample_flow(step, noise(), sigmas, settings.sampler, eta=settings.eta, noise=noise)
+        return to_image(vae.decode((z * std + mean)[None, :, None]).sample[0, :, 0])
+
+    def encode(image) -> Tensor:
+        """As the DiT reads it beside the next picture."""
+        shown = to_tensor(image, SIDE, settings.max_area).to(device)
+        return (vae.encode(shown[None, :, None]).latent_dist.mode()[0, :, 0] - mean) / std
+
+    def read(unread: list[int], picture, position: int, cache):
+        """Tokens, and what of a picture belongs to them -> logits of the next one, hidden states, positions taken."""
+        grids = []
+        extra = {}
+        if picture is not None:
+            pixels, grid = picture
+            grids = [processor.merged(grid)]
+            extra = {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor([[1, *grid]], device=device)}
+        where, taken = mrope_positions(unread, grids, tokenizer.image_pad)
+        out = mllm(
+            input_ids=torch.tensor([unread], device=device), position_ids=(where + position)[:, None].to(device),
+            past_key_values=cache, use_cache=True, output_hidden_states=True, **extra,
+        )  # fmt: skip
+        return out.logits[0, -1], features([h[0] for h in out.hidden_states[1:]]), taken
+
+    def run() -> tuple[Tensor, ...]:
+        cache = DynamicCache(config=mllm.config.get_text_config())
+        rows, latents, pictures = [], [], []
+        text = [[]]
+        position = 0
+        chunk = rendered.system_end
+        unread = rendered.ids
+        picture = None
         while True:
-            where, after = mrope_positions(unread, [] if grid is None else [processor.merged(grid)], tokenizer.image_pad)
-            extra = {}
-            if grid is not None:
-                extra = {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor([[1, *grid]], device=device)}
-            out = mllm(
-                input_ids=torch.tensor([unread], device=device), position_ids=(where + position)[:, None].to(device),
-                past_key_values=cache, use_cache=True, output_hidden_states=True, **extra,
-            )  # fmt: skip
-            position += after
-            rows.append(features([h[0] for h in out.hidden_states[1:]]))
-            token = duo.choose(out.logits[0, -1], settings, None)
+            logits, states, taken = read(unread, picture, position, cache)
+            position += taken
+            rows.append(states)
+            token = duo.choose(logits, settings, None)
             full = len(pictures) == settings.max_images and token == tokenizer.vision_start
             if token in (tokenizer.im_end, tokenizer.endoftext) or full:
                 return as_tensors("\n".join(tokenizer.decode(part).strip() for part in text if part), pictures)
-            unread, pixels, grid = [token], None, None
             if token != tokenizer.vision_start:
                 text[-1].append(token)
+                unread = [token]
+                picture = None
                 continue
+            # Paint, then read on with what was painted.
             states = torch.cat(rows)
-            generator = torch.Generator().manual_seed(derive(settings.seed, 0, len(pictures)))
-
-            def noise(shape=(16, size[0] // 8, size[1] // 8), generator=generator):
-                return torch.randn(shape, generator=generator).to(device)
-
-            def step(x, t, branches=(states[:chunk], states)):
-                times = [settings.condition_time] * len(latents) + [t]
-                negative, positive = (velocity(dit, [*latents, x], times, h) for h in branches)
-                return torch.lerp(negative, positive, settings.scale)
-
-            sigmas = shift_schedule(settings.steps, settings.shift)
-            z = sample_flow(step, noise(), sigmas, settings.sampler, eta=settings.eta, noise=noise)
-            image = to_image(vae.decode((z * std + mean)[None, :, None]).sample[0, :, 0])
+            image = paint(states, chunk, latents, len(pictures))
             pictures.append(image)
+            latents.append(encode(image))
             text.append([])
-            shown = to_tensor(image, SIDE, settings.max_area).to(device)
-            latents.append((vae.encode(shown[None, :, None]).latent_dist.mode()[0, :, 0] - mean) / std)
-            pixels, grid = processor(image)
-            h, w = processor.merged(grid)
+            picture = processor(image)
+            h, w = processor.merged(picture[1])
             unread = [token, *[tokenizer.image_pad] * (h * w), tokenizer.vision_end]
             chunk = len(states) + len(unread)
 

@@ -1,14 +1,18 @@
-"""bench/measure.py: every row runs and is right, the README's table is the committed result file's, mistakes are one line."""
+"""bench/: every row runs and is right, what kills a group costs no other, the README shows the committed results."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import measure
+from bench import attention, groups, measure, system
+from bench.__main__ import command
+from bench.measure import Row, Way
 from checkpoint import InputError
 from training import run_script
 
@@ -19,10 +23,15 @@ RESULTS = ROOT / "docs" / "bench" / "cpu.jsonl"
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "bench", "--suite", "smoke", "--device", "cpu", "--out", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    file = folder / "smoke.jsonl"
+    args = [sys.executable, "-m", "bench", "--smoke", "--device", "cpu", "--out", str(file)]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    return done.stdout, [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
+    return done.stdout, records(file)
+
+
+def records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_every_row_of_the_smoke_run_is_equal_to_its_reference(smoke):
@@ -32,7 +41,8 @@ def test_every_row_of_the_smoke_run_is_equal_to_its_reference(smoke):
     for row in rows:
         if "ceiling" not in row["what"] and "memory" not in row["what"]:
             assert row["error"] <= 5e-5, row
-    assert {"attention", "fused", "system", "check"} == {row["suite"] for row in rows}
+    # Of a GPU alone: fp16, other lengths, and a peer that only cuDNN has.
+    assert {row["group"] for row in rows} == set(groups.ORDER) - {"check-fp16", "lengths", "cudnn-varlen"}
     wanted = {"guided DiT step", "decode token", "vision tower", "a document of the miniature", "training step, stage 2"}
     assert all({*row["peers"]} for row in rows if row["what"] in wanted) and wanted <= {row["what"] for row in rows}
 
@@ -51,60 +61,159 @@ def test_the_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text()
     shown = text.split(measure.MARKS[0])[1].split(measure.MARKS[1])[0]
     assert shown == f"\n{measure.markdown(RESULTS)}\n"
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = records(RESULTS)
     assert not [r for r in rows if "failed" in r] and "threads" in rows[0]["device"]
+
+
+def test_a_cpu_shows_one_row_a_subject():
+    _, *rows = records(RESULTS)
+    subjects = [row["what"] for row in rows]
+    assert len(subjects) == len(set(subjects)) and 12 <= len(subjects) <= 15
+    assert [row["group"] for row in rows] == sorted((row["group"] for row in rows), key=groups.ORDER.index)
 
 
 def runner(tmp_path, monkeypatch) -> measure.Bench:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return measure.Bench("cpu", "smoke", tmp_path)
+    return measure.Bench("cpu", "smoke", tmp_path / "bench.jsonl", "some")
+
+
+def giving(x: torch.Tensor):
+    """What builds a way to compute x."""
+    return lambda: Way(lambda: x)
 
 
 def test_a_wrong_result_has_no_time(tmp_path, monkeypatch):
     b, x = runner(tmp_path, monkeypatch), torch.randn(8)
-    b.row("fused", "wrong", "8", lambda: lambda: x * 1.01, {"right": lambda: lambda: x}, reference=x.double(), limit=1e-3)
-    b.row("fused", "not a number", "8", lambda: lambda: x * torch.nan, {}, reference=x, limit=1e-3)
-    b.row("fused", "another shape", "8", lambda: lambda: x[:4], {}, reference=x, limit=1e-3)
+    b.measure(Row("wrong", "8", giving(x * 1.01), {"right": giving(x)}, limit=1e-3, reference=x.double()))
+    b.measure(Row("not a number", "8", giving(x * torch.nan), {}, limit=1e-3, reference=x))
+    b.measure(Row("another shape", "8", giving(x[:4]), {}, limit=1e-3, reference=x))
+    b.measure(Row("not its peer", "8", giving(x * 1.01), {"right": giving(x)}, limit=1e-3))
     for row in b.rows:
         assert "failed" in row and "ms" not in row and row["failed"].startswith("wrong")
-    b.row("fused", "wrong peer", "8", lambda: lambda: x, {"wrong": lambda: lambda: -x}, reference=x, limit=1e-3)
+    b.measure(Row("wrong peer", "8", giving(x), {"wrong": giving(-x)}, limit=1e-3, reference=x))
     assert "ms" in b.rows[-1] and "ratio" not in b.rows[-1]["peers"]["wrong"]
+    assert records(tmp_path / "bench.jsonl") == b.rows and len(b.rows) == 5
 
 
 def test_a_peer_that_is_missing_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # import transformers now fails
     b = runner(tmp_path, monkeypatch)
-    measure.vision(b)
+    system.vision(b)
     (row,) = b.rows
     assert "ms" in row and "import" in row["peers"]["transformers"]["failed"].lower()
     assert json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[-1]) == row  # written before the run has ended
 
 
 def test_a_check_that_finds_a_wrong_kernel_says_which(tmp_path, monkeypatch):
-    right = measure.attention
+    right = attention.attention
     monkeypatch.setattr(
-        measure, "attention", lambda *a, **k: right(*a, **k) * (1.01 if k.get("deterministic") is False else 1.0)
+        attention, "attention", lambda *a, **k: right(*a, **k) * (1.01 if k.get("deterministic") is False else 1.0)
     )
     b = runner(tmp_path, monkeypatch)
-    measure.check(b)
+    attention.check(b)
     assert len(b.rows) == 6 and all("backward in one pass" in row["failed"] for row in b.rows)
+
+
+# ------------------------------------------------------------------------------------------------------------------ groups
+
+
+def falls(b: measure.Bench) -> None:
+    """A group whose second row takes the process with it."""
+    b.write(b.record("its first row", ""))
+    os.abort()
+
+
+def stumbles(b: measure.Bench) -> None:
+    raise ValueError("no such shape")
+
+
+def hangs(b: measure.Bench) -> None:
+    time.sleep(600)
+
+
+def stands(b: measure.Bench) -> None:
+    b.measure(Row("one", "8", giving(torch.ones(8)), {}, limit=0))
+
+
+def test_what_kills_a_group_costs_no_other(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(groups, "JOBS", {"falls": falls, "stumbles": stumbles, "stands": stands})
+    file = tmp_path / "bench.jsonl"
+    assert groups.run(["falls", "stumbles", "stands"], "cpu", "smoke", file, 5) == 2
+    machine, first, died, stumbled, right = records(file)
+    assert machine["torch"] == torch.__version__
+    assert first["what"] == "its first row" and "failed" not in first
+    assert died["group"] == "falls" and "SIGABRT" in died["failed"]
+    assert stumbled["group"] == "stumbles" and "no such shape" in stumbled["failed"]
+    assert right["group"] == "stands" and right["ms"] > 0
+    printed = capfd.readouterr().out
+    assert "SIGABRT" in printed and "5 rows" not in printed and "4 rows" in printed
+
+
+def test_a_group_that_hangs_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(groups, "GRACE", 0)
+    groups.run_apart(hangs, "cpu", "smoke", tmp_path / "bench.jsonl", "hangs", time.time() + 0.5)
+    (row,) = records(tmp_path / "bench.jsonl")
+    assert row["group"] == "hangs" and row["failed"].startswith("stopped")
+
+
+def test_what_no_time_is_left_for_is_said_to_be_skipped_and_is_no_failure(tmp_path, monkeypatch):
+    file = tmp_path / "bench.jsonl"
+    assert groups.run(["guided", "vae"], "cpu", "smoke", file, 0) == 0
+    _, *rows = records(file)
+    assert [(row["group"], row["failed"]) for row in rows] == [("guided", measure.SKIPPED), ("vae", measure.SKIPPED)]
+    late = measure.Bench("cpu", "smoke", file, "late", deadline=time.time() - 1)
+    stands(late)
+    assert late.rows[-1]["failed"] == measure.SKIPPED
+
+
+def test_a_group_by_itself_leaves_the_rows_of_others(tmp_path):
+    file = tmp_path / "bench.jsonl"
+    machine = groups.environment(torch.device("cpu"))
+    old = [{"group": "vae", "what": "a"}, {"group": "decode", "what": "b"}]
+    file.write_text("".join(json.dumps(r) + "\n" for r in [machine, *old]))
+    groups.begin(file, machine, ["vae"])
+    assert records(file) == [machine, old[1]]
+    groups.begin(file, machine | {"torch": "another"}, ["vae"])  # rows of two versions are not of one table
+    assert records(file) == [machine | {"torch": "another"}]
+
+
+def test_every_group_has_its_place_in_the_order():
+    assert sorted(groups.ORDER) == sorted(groups.JOBS) and groups.ORDER[-1] == "cudnn-varlen"
+
+
+def test_the_peer_that_has_killed_its_process_stands_beside_no_other():
+    case = attention.Case("", [4, 3], [4, 3], 2, 2, 32, backward=True, flex=True)
+    for lengths in ([4, 3], [4, 4]):
+        peers = attention.Peers(case._replace(lq=lengths, lk=lengths), None, None, torch.device("cuda")).named()
+        assert "varlen_attn" in peers and not [name for name in peers if name == "cuDNN varlen"]
+
+
+def test_shares_of_the_ceiling_stand_in_the_table(tmp_path):
+    b = measure.Bench("cpu", "smoke", tmp_path / "x.jsonl")
+    row = b.record("product", "8") | {"ms": 2.0, "tflops": 30.0}
+    assert measure.lines(row, {"tflops": 60.0})[0][2] == "2 ms, 30 TFLOP/s (50%)"
+    assert measure.lines(row)[0][2] == "2 ms, 30 TFLOP/s"
+
+
+# ---------------------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
     "args, says",
     [
         (["--sweet", "all"], "--sweet"),
-        (["--suite", "everything"], "everything"),
+        (["--group", "everything"], "everything"),
+        (["--minutes", "few"], "few"),
         (["--device", "tpu"], "tpu"),
         (["--readme", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--readme", "ruff.toml"], "ruff.toml"),
     ],
 )
 def test_a_mistake_is_one_line(args, says, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench/measure.py", *args])
+    monkeypatch.setattr(sys, "argv", ["bench", *args])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        run_script(measure.command)
+        run_script(command)
     printed, complaint = capsys.readouterr()
     assert stop.value.code == 2 and complaint.startswith("error: ") and says in complaint
     assert len(complaint.splitlines()) == 1 and not printed

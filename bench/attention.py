@@ -1,0 +1,354 @@
+"""Attention over packed sequences, forward, backward and on a cache, beside PyTorch's; every result against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.measure import SKIPPED, Bench, Row, Way, distance, reason, tensors
+from bench.torch_attention import PACKED, Layout, Peers
+from ops import Segments, attention
+
+# -------------------------------------------------------------------------------------------------------------------- cases
+
+
+class Case(NamedTuple):
+    """lq, lk: lengths of the sequences on both sides."""
+
+    what: str
+    lq: list[int]
+    lk: list[int]
+    heads: int
+    kv_heads: int
+    dim: int
+    causal: bool = False
+    backward: bool = False
+    flex: bool = False
+
+    @property
+    def shape(self) -> str:
+        n = len(self.lq)
+        lengths = f"{n} x {self.lq[0]}" if len(set(self.lq)) == 1 else f"{n} of {min(self.lq)}-{max(self.lq)}, {sum(self.lq)}"
+        if self.lq != self.lk:
+            lengths += f" on {self.lk[0]}"
+        return f"{lengths}; {self.heads}:{self.kv_heads} heads of {self.dim}"
+
+    @property
+    def flops(self) -> float:
+        """Four per unmasked pair, head and channel."""
+        pairs = 0.0
+        for a, b in zip(self.lq, self.lk, strict=True):
+            pairs += a * (b - a) + a * (a + 1) / 2 if self.causal else a * b
+        return 4 * self.dim * self.heads * pairs
+
+
+def same(what: str, n: int, length: int, heads: int, kv_heads: int, dim: int, **options) -> Case:
+    return Case(what, [length] * n, [length] * n, heads, kv_heads, dim, **options)
+
+
+def packed_cases(b: Bench) -> list[Case]:
+    """What packing is for: lengths as they come."""
+    pictures = b.pick(
+        gpu=[20480, 4500, 900, 3600, 1296, 8100],
+        cpu=[1280, 288, 64, 225, 81, 512],
+        smoke=[64, 15, 5, 17],
+    )
+    documents = b.pick(
+        gpu=[4096, 64, 211, 2300, 388, 97, 1450, 640, 130, 905, 1210, 333, 1860, 520, 1204, 976],
+        cpu=[512, 16, 53, 287, 48, 12, 181, 80],
+        smoke=[33, 1, 17, 8],
+    )
+    windows = b.pick(gpu=[64] * 81 + [32] * 9 + [4], cpu=[], smoke=[16] * 3 + [8])
+    texts = [b.pick(gpu=512, cpu=512, smoke=9)] * len(pictures)
+    h = b.pick(gpu=16, cpu=8, smoke=2)
+    d = b.pick(gpu=128, cpu=128, smoke=32)
+    g = b.pick(gpu=(28, 4), cpu=(14, 2), smoke=(4, 2))
+    cases = [
+        Case("packed samples of pictures", pictures, pictures, h, h, d, backward=True, flex=True),
+        Case("packed causal documents", documents, documents, *g, d, causal=True, backward=b.size != "cpu"),
+        Case("cross-attention of the samples", pictures, texts, h, h, d),
+    ]
+    if windows:
+        cases.append(Case("vision windows", windows, windows, h, h, b.pick(gpu=80, cpu=80, smoke=32)))
+    return cases
+
+
+def dense_cases(b: Bench) -> list[Case]:
+    """Equal lengths, where PyTorch's own need no padding."""
+    if b.size == "cpu":
+        return []
+    if b.size == "smoke":
+        return [same("dense", 2, 24, 2, 2, 32, backward=True), same("dense causal", 2, 24, 4, 2, 32, causal=True)]
+    return [
+        same("dense", 4, 4096, 16, 16, 128, backward=True),
+        same("dense causal", 4, 4096, 28, 4, 128, causal=True, backward=True),
+        same("one sample of 1 + 4 pictures", 1, 4500, 16, 16, 128, backward=True),
+        same("one sample of 1 + 4 pictures", 1, 20480, 16, 16, 128, backward=True),
+        same("vision, whole picture", 1, 5476, 16, 16, 80),
+    ]
+
+
+def length_cases(b: Bench) -> list[Case]:
+    """16,384 tokens as fewer or more sequences."""
+    if b.size != "gpu":
+        return []
+    full = [same("dense", 16384 // n, n, 16, 16, 128) for n in (16384, 8192, 2048, 1024, 512)]
+    return full + [same("dense causal", 16384 // n, n, 28, 4, 128, causal=True) for n in (16384, 8192, 2048, 1024)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- reference
+
+
+def reference_attention(case: Case, q, k, v, do=None, kv: tuple[int, ...] = (0,)) -> list[Tensor]:
+    """o, and with do also dq, dk, dv, in float64, for the query heads of these KV heads. One head and sequence at a time."""
+    group = case.heads // case.kv_heads
+    scale = case.dim**-0.5
+    heads = query_heads(case, kv)
+
+    def zeros(x: Tensor, n: int) -> Tensor:
+        return torch.zeros(len(x), n, case.dim, dtype=torch.float64, device=q.device)
+
+    o, dq = zeros(q, len(heads)), zeros(q, len(heads))
+    dk, dv = zeros(k, len(kv)), zeros(k, len(kv))
+    a = b = 0
+    for lq, lk in zip(case.lq, case.lk, strict=True):
+        rows = slice(a, a + lq)
+        cols = slice(b, b + lk)
+        a += lq
+        b += lk
+        for i, head in enumerate(heads):
+            x = q[rows, head].double()
+            y = k[cols, head // group].double()
+            z = v[cols, head // group].double()
+            scores = x @ y.T * scale
+            if case.causal:
+                seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+                scores.masked_fill_(~seen, -math.inf)
+            p = scores.softmax(1)
+            o[rows, i] = p @ z
+            if do is None:
+                continue
+            # The textbook's backward pass: dv = p^T do, ds = p (do v^T - rowsum(do o)), dq = ds k, dk = ds^T q.
+            g = do[rows, head].double()
+            dv[cols, i // group] += p.T @ g
+            ds = p.mul_(g @ z.T - (g * o[rows, i]).sum(1, keepdim=True)).mul_(scale)
+            dq[rows, i] = ds @ y
+            dk[cols, i // group] += ds.T @ x
+    return [o] if do is None else [o, dq, dk, dv]
+
+
+def query_heads(case: Case, kv: tuple[int, ...]) -> list[int]:
+    """Those that read these KV heads."""
+    group = case.heads // case.kv_heads
+    return [h * group + r for h in kv for r in range(group)]
+
+
+# --------------------------------------------------------------------------------------------------------------------- rows
+
+
+class Inputs:
+    """Tensors of a case, and how a peer's forward and backward pass on them is built.
+
+    The reference is of the first and the last KV head alone, and so are the results that are compared.
+    """
+
+    def __init__(self, b: Bench, case: Case):
+        self.case = case
+        self.sq = Segments(case.lq, b.device)
+        self.sk = self.sq if case.lq == case.lk else Segments(case.lk, b.device)
+        self.q = b.randn(sum(case.lq), case.heads, case.dim, seed=0)
+        self.k = b.randn(sum(case.lk), case.kv_heads, case.dim, seed=1)
+        self.v = b.randn(sum(case.lk), case.kv_heads, case.dim, seed=2)
+        self.do = b.randn(sum(case.lq), case.heads, case.dim, seed=3)
+        self.kv = (0, case.kv_heads - 1)
+
+    def reference(self) -> list[Tensor]:
+        return reference_attention(self.case, self.q, self.k, self.v, self.do if self.case.backward else None, self.kv)
+
+    def mine(self, **options) -> tuple[Layout, Callable]:
+        def call(q, k, v):
+            return attention(q, k, v, self.sq, self.sk, causal=self.case.causal, **options)
+
+        return PACKED, call
+
+    def forward(self, peer: Callable) -> Way:
+        """peer() -> (layout, call(q, k, v))."""
+        layout, call = peer()
+        case = self.case
+        inputs = layout.into(self.q, case.lq), layout.into(self.k, case.lk), layout.into(self.v, case.lk)
+
+        def results(o):
+            return layout.back(o, case.lq)[:, query_heads(case, self.kv)]
+
+        return Way(partial(call, *inputs), results)
+
+    def backward(self, peer: Callable) -> Way:
+        layout, call = peer()
+        case = self.case
+        inputs = layout.into(self.q, case.lq), layout.into(self.k, case.lk), layout.into(self.v, case.lk)
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        o = call(*inputs)
+        do = layout.into(self.do, case.lq)
+
+        def results(grads):
+            dq, dk, dv = grads
+            dq = layout.back(dq, case.lq)[:, query_heads(case, self.kv)]
+            return dq, layout.back(dk, case.lk)[:, list(self.kv)], layout.back(dv, case.lk)[:, list(self.kv)]
+
+        return Way(partial(torch.autograd.grad, o, inputs, do, retain_graph=True), results)
+
+
+def case_rows(b: Bench, case: Case, only: str = "") -> None:
+    """Forward, and where the case says so backward. only: the one peer to race, instead of all but that one."""
+    if b.late:
+        return b.skip(case.what, case.shape)
+    x = Inputs(b, case)
+    peers = Peers(case, x.sq, x.sk, b.device)
+    builders = {only: peers.cudnn_varlen} if only else peers.named()
+
+    def row(what: str, direction: Callable, expected, limit: float, flops: float, **options) -> None:
+        ours = partial(direction, partial(x.mine, **options))
+        others = {name: partial(direction, builder) for name, builder in builders.items()}
+        backward = direction == x.backward
+        b.measure(Row(what, case.shape, ours, others, limit, expected, gradients=backward, flops=flops, kernels=True))
+
+    o, *grads = x.reference()
+    row(case.what, x.forward, o, b.limit(6e-3, 5e-6), case.flops)
+    if case.backward:
+        row(f"backward, {case.what}", x.backward, grads, b.limit(1e-2, 5e-6), 2.5 * case.flops)
+    if case.backward and b.cuda and not only:
+        what = f"backward in one pass, {case.what}"
+        row(what, x.backward, grads, 1e-2, 2.5 * case.flops, deterministic=False)
+
+
+def packed(b: Bench) -> None:
+    for case in packed_cases(b):
+        case_rows(b, case)
+
+
+def dense(b: Bench) -> None:
+    for case in dense_cases(b):
+        case_rows(b, case)
+
+
+def lengths(b: Bench) -> None:
+    for case in length_cases(b):
+        case_rows(b, case)
+
+
+def cudnn_varlen(b: Bench) -> None:
+    """By itself and last: this peer has killed its process."""
+    if not b.cuda:
+        return
+    for case in packed_cases(b) + dense_cases(b):
+        case_rows(b, case, "cuDNN varlen")
+
+
+def decode_attention(b: Bench) -> None:
+    """One token against a static cache of equal buffers, all of it in use."""
+    sizes = b.pick(gpu=[(1, 2048), (8, 8192), (32, 2048), (2, 32768)], cpu=[(1, 2048)], smoke=[(2, 40)])
+    heads, kv_heads, dim = b.pick(gpu=(28, 4, 128), cpu=(28, 4, 128), smoke=(4, 2, 32))
+    for batch, length in sizes:
+        case = Case("decode attention", [1] * batch, [length] * batch, heads, kv_heads, dim)
+        x = Inputs(b, case)
+        x.kv = tuple(range(kv_heads))
+        in_use = torch.full((batch,), length, dtype=torch.int32, device=b.device)
+        peers = Peers(case, x.sq, x.sk, b.device).named()
+        b.measure(Row(
+            case.what, f"{batch} x {length} keys; {heads}:{kv_heads} heads of {dim}",
+            partial(x.forward, partial(x.mine, k_lengths=in_use)),
+            {name: partial(x.forward, peer) for name, peer in peers.items()},
+            limit=b.limit(6e-3, 5e-6), reference=x.reference(), moved=2 * x.k.nbytes + 2 * x.q.nbytes, kernels=True,
+        ))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- every configuration, many times
+
+
+def check(b: Bench) -> None:
+    """Every kernel configuration, 50 times, against float64: the assembler that comes with Triton is known to miscompile such
+    loops. Deterministic results must also be the same bits each time. No times."""
+    check_type(b, b.dtype)
+
+
+def check_half(b: Bench) -> None:
+    """The same in fp16, which no shipped model uses."""
+    if b.cuda:
+        check_type(b, torch.float16)
+
+
+def check_type(b: Bench, dtype: torch.dtype) -> None:
+    if b.size == "cpu":
+        return
+    forward, backward = {
+        torch.bfloat16: (6e-3, 1e-2),
+        torch.float16: (1e-3, 2e-3),
+        torch.float32: (5e-6, 5e-6),
+    }[dtype]
+    for dim in (64, 80, 128):
+        for causal in (False, True):
+            shape = f"{str(dtype)[6:]}, head dim {dim}, {'causal' if causal else 'all pairs'}"
+            record = b.record("attention, every configuration", shape)
+            if b.late:
+                b.write(record | {"failed": SKIPPED})
+                continue
+            try:
+                worst, equal = check_one(b, dtype, dim, causal, repeats=50 if b.cuda else 2)
+                record |= {"error": max(worst.values()), "errors": worst, "text": "equal bits"}
+                limits = {name: backward if name.startswith("backward") else forward for name in worst}
+                off = [name for name, error in worst.items() if not error <= limits[name]]
+                if off:
+                    record["failed"] = f"wrong: {', '.join(off)}"
+                elif not equal:
+                    record["failed"] = "other bits in another run"
+            except Exception as e:
+                record["failed"] = reason(e)
+            b.write(record)
+
+
+def check_one(b: Bench, dtype: torch.dtype, dim: int, causal: bool, repeats: int) -> tuple[dict[str, float], bool]:
+    """Largest error of each kernel, and whether the deterministic ones repeated their bits."""
+    lengths = [1, 17, 64, 129, 300, 257, 900] if b.cuda else [1, 9, 20]
+    case = Case("", lengths, lengths, 4, 2, dim, causal)
+    segments = Segments(lengths, b.device)
+    q, k, v, do = (b.randn(sum(lengths), h, dim, seed=s).to(dtype).requires_grad_() for s, h in enumerate((4, 2, 2, 4)))
+    expected = [x.detach() for x in reference_attention(case, q, k, v, do, (0, 1))]
+    # Decoding's query is the last of its sequence: it reads all keys.
+    last = torch.tensor(segments.bounds[1:], device=b.device) - 1
+    one = Segments([1] * len(last), b.device)
+    worst: dict[str, float] = {}
+    equal = True
+    first = None
+
+    def note(name: str, got, reference) -> None:
+        worst[name] = max(worst.get(name, 0.0), distance(tensors(got), tensors(reference)))
+
+    for _ in range(repeats):
+        for deterministic in (True, False):
+            o = attention(q, k, v, segments, causal=causal, deterministic=deterministic)
+            grads = torch.autograd.grad(o, (q, k, v), do)
+            note("forward", o, expected[0])
+            note("backward" if deterministic else "backward in one pass", grads, expected[1:])
+            if deterministic:
+                bits = tensors((o, *grads))
+                first = first or bits
+                equal &= all(torch.equal(x, y) for x, y in zip(first, bits, strict=True))
+        with torch.no_grad():
+            note("decode", attention(q[last], k, v, one, segments), expected[0][last])
+    return worst, equal
+
+
+GROUPS = {
+    "packed": packed,
+    "decode-attention": decode_attention,
+    "dense": dense,
+    "lengths": lengths,
+    "check": check,
+    "check-fp16": check_half,
+    "cudnn-varlen": cudnn_varlen,
+}

@@ -1,0 +1,251 @@
+"""The steps between the products that are fused, the loss over the vocabulary, and a training step of both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ops
+from bench import peers as theirs
+from bench.attention import Case
+from bench.measure import SKIPPED, Bench, Row, Way, peak, reason, tensors
+from bench.system import build, dit_config, latent, mllm_config, packed, size_of
+from dit import DiT
+from flow import CONDITION_TIME, FlowLoss, Samples
+from model import MLLM
+from flops import count
+from training import LanguageLoss
+
+# -------------------------------------------------------------------------------------------------------------- fused steps
+
+
+def fused(b: Bench) -> None:
+    """A CPU is shown one of them."""
+    n, w, f, d = b.pick(gpu=(20480, 2048, 18944, 128), cpu=(900, 1024, 2816, 128), smoke=(12, 64, 96, 32))
+    x, y, gain = b.randn(n, w), b.randn(n, w, seed=1), b.randn(w, seed=2)
+    # The residual stream in four samples, each with its own tables.
+    stream = x.view(4, -1, w)
+    gate, shift, scale = (b.randn(4, 1, w, seed=s).float() for s in (6, 7, 8))
+    fused_step(b, "gate, add, modulate", ops.gate_add_modulate, theirs.gate_add_modulate,
+               (stream, gate, y, shift, scale), moved=4 * x.nbytes)  # fmt: skip
+    if b.size == "cpu":
+        return
+
+    def add(x, delta, weight):
+        return ops.add_rms_norm(x, delta, weight, 1e-6)
+
+    fused_step(b, "add, RMSNorm", add, theirs.add_rms_norm, (x, y, gain), moved=4 * x.nbytes)
+
+    def turn(qkv, gain, cos, sin):
+        return ops.norm_rope(qkv[:, :w].unflatten(1, (w // d, d)), gain, 1e-6, cos, sin)
+
+    def turn_eager(qkv, gain, cos, sin):
+        return theirs.norm_rope(qkv[:, :w].unflatten(1, (w // d, d)), gain, cos, sin)
+
+    # The angles are given, not learned: only the first two arguments have gradients.
+    angles = torch.rand(n, 1, d // 2, device=b.device) * 6
+    cos = torch.cat((angles.cos(), angles.cos()), -1)
+    sin = torch.cat((-angles.sin(), angles.sin()), -1)
+    args = b.randn(n, 3 * w, seed=4), b.randn(d, seed=5), cos, sin
+    fused_step(b, "norm of heads, rotation", turn, turn_eager, args, moved=2 * x.nbytes, learned=2)
+
+    wide = b.randn(n // 4, 2 * f, seed=9)
+    fused_step(b, "SwiGLU", ops.swiglu, theirs.swiglu, (wide,), moved=wide.nbytes * 3 // 2)
+
+
+def fused_step(
+    b: Bench, name: str, ours: Callable, eager: Callable, args: tuple[Tensor, ...], moved: int, learned: int | None = None
+) -> None:
+    """Forward alone, then forward and backward. moved: bytes; learned: how many arguments have a gradient, None: all."""
+    if b.late:
+        return b.skip(name, "")
+    shape = " x ".join(map(str, args[0].shape))
+    doubles = [t.double() for t in args]
+    weights = [b.randn(*o.shape, seed=20 + i) for i, o in enumerate(tensors(eager(*args)))]
+
+    def compiled():
+        return torch.compile(eager, dynamic=False)
+
+    def forward(way: Callable) -> Way:
+        return Way(partial(way(), *args))
+
+    def backward(way: Callable, args=args) -> Way:
+        function = way()
+        leaves = [t.detach() for t in args]
+        for leaf in leaves[:learned]:
+            leaf.requires_grad_()
+
+        def call():
+            out = function(*leaves)
+            out = out if isinstance(out, tuple) else (out,)
+            given = [g.to(o.dtype).view_as(o) for g, o in zip(weights, out, strict=True)]
+            return torch.autograd.grad(out, leaves[:learned], given)
+
+        return Way(call)
+
+    def mine():
+        return ours
+
+    def plain():
+        return eager
+
+    ways = {"eager": plain}
+    if b.cuda:
+        ways["torch.compile"] = compiled
+    others = {name: partial(forward, way) for name, way in ways.items()}
+    b.measure(Row(name, shape, partial(forward, mine), others, b.limit(6e-3, 5e-6), eager(*doubles), moved=moved))
+    if b.size == "cpu":
+        return
+    others = {name: partial(backward, way) for name, way in ways.items()}
+    expected = backward(plain, doubles).call()
+    b.measure(Row(f"and backward: {name}", shape, partial(backward, mine), others, b.limit(1e-2, 1e-5), expected, True))
+
+
+# ---------------------------------------------------------------------------------------------------- loss over the vocabulary
+
+
+def unfused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+
+
+def unfused_double(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum")
+
+
+def loss_and_gradients(loss: Callable, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    value = loss(hidden, weight, labels)
+    return value, *torch.autograd.grad(value, (hidden, weight))
+
+
+def cross_entropy(b: Bench) -> None:
+    """Loss and gradients of the last layer over the vocabulary; time, and the most memory that it needs."""
+    t, h, v = b.pick(gpu=(8192, 3584, 152064), cpu=(512, 256, 152064), smoke=(32, 16, 500))
+    hidden = b.randn(t, h).requires_grad_()
+    weight = (b.randn(v, h, seed=1) * 0.02).requires_grad_()
+    labels = torch.arange(t, device=b.device) * 7 % v
+    fused = ops.linear_cross_entropy
+    if b.size == "smoke":
+        fused = partial(fused, chunk=8)  # more than one of so few tokens
+
+    def way(loss: Callable) -> Way:
+        return Way(partial(loss_and_gradients, loss, hidden, weight, labels))
+
+    expected = None
+    if b.size != "gpu":  # 10 GB of float64 logits are no reference there: the unfused loss is
+        expected = loss_and_gradients(unfused_double, hidden, weight, labels)
+    shape = f"{t} tokens x {h} on {v}"
+    others = {"unfused": partial(way, unfused)}
+    b.measure(Row("training: linear + cross-entropy", shape, partial(way, fused), others, b.limit(1e-2, 1e-5), expected, True))
+
+    # Memory needs one call and no reference: on a CPU there is time for more tokens.
+    longer = b.pick(gpu=1, cpu=4, smoke=1)
+    record = b.record("its memory beside the gradients", f"{t * longer} tokens x {h} on {v}")
+    if b.late:
+        return b.write(record | {"failed": SKIPPED})
+    hidden = hidden.detach().repeat_interleave(longer, 0).requires_grad_()
+    labels = labels.repeat_interleave(longer, 0)
+    gradients = hidden.nbytes + weight.nbytes
+    try:
+        own = max(1, peak(partial(loss_and_gradients, fused, hidden, weight, labels), b.device) - gradients)
+        other = max(1, peak(partial(loss_and_gradients, unfused, hidden, weight, labels), b.device) - gradients)
+        record |= {"bytes": own, "peers": {"unfused": {"bytes": other, "ratio": other / own}}}
+    except Exception as e:
+        record["failed"] = reason(e)
+    b.write(record)
+
+
+# ------------------------------------------------------------------------------------------------------------ training steps
+
+
+def stage1(b: Bench) -> None:
+    """Forward and backward over packed documents, without the optimizer, which is the same for both."""
+    lengths = b.pick(gpu=[2048, 300, 1210, 97, 620, 1500, 64, 905], cpu=[256, 40, 151, 12], smoke=[20, 5, 9])
+    mllm = build(b, MLLM, mllm_config(b, layers=b.pick(gpu=8, cpu=None, smoke=None)), torch.float32)
+    c = mllm.config
+    loss_of = LanguageLoss(mllm)
+    ids, segments, where = packed(b, c, lengths)
+    labels = torch.cat([F.pad(x[1:], (0, 1), value=-100) for x in ids])
+    batch = SimpleNamespace(ids=torch.cat(ids), positions=where, cu_seqlens=segments, pixels=None, grids=None, labels=labels)
+    targets = (labels >= 0).sum()
+    watched = mllm.model.layers[0].mlp.down_proj.weight
+
+    def loss():
+        return loss_of(batch)[0] / targets
+
+    def ours() -> Way:
+        return Way(partial(theirs.train, b.device, mllm, loss, watched))
+
+    def peer() -> Way:
+        return Way(theirs.language_step(mllm, ids, b.device))
+
+    # Two per weight and token, three times as much with the backward pass; attention three and a half times.
+    linear = 6 * count(mllm.model.layers, mllm.lm_head) * sum(lengths)
+    flops = linear + 3.5 * reading_flops(c, lengths)
+    shape = f"{size_of(mllm)}, {c.num_hidden_layers} layers, {len(lengths)} documents, {sum(lengths)} tokens"
+    others = {"transformers, padded": peer}
+    b.measure(Row("training step, stage 1", shape, ours, others, b.limit(1e-1, 1e-3), gradients=True, flops=flops))
+
+
+def reading_flops(c, lengths: list[int]) -> float:
+    """Of causal attention in all layers of a language model, forward."""
+    case = Case("", lengths, lengths, c.num_attention_heads, c.num_key_value_heads, c.head_dim, causal=True)
+    return case.flops * c.num_hidden_layers
+
+
+def stage2(b: Bench) -> None:
+    """Forward of the frozen language model, forward and backward of the DiT, without the optimizer."""
+    roomy = b.cuda and torch.cuda.get_device_properties(b.device).total_memory > 100e9
+    sizes = b.pick(
+        gpu=[[(480, 480)] * (5 if roomy else 3), [(480, 480)] * 2, [(480, 480)]],
+        cpu=[[(128, 128)] * 3, [(192, 96)] * 2, [(64, 64)]],
+        smoke=[[(32, 32)] * 2, [(32, 48)]],
+    )
+    reads = b.pick(gpu=[2048, 700, 300], cpu=[160, 60, 24], smoke=[12, 5])
+    mllm = build(b, MLLM, mllm_config(b)).requires_grad_(False)
+    c = mllm.config
+    dit = build(b, DiT, replace(dit_config(b), crossattn_proj_in_channels=c.num_hidden_layers * c.hidden_size), torch.float32)
+    ids, segments, where = packed(b, c, reads)
+    latents = [[latent(b, *size, 9 * s + k) for k, size in enumerate(pictures)] for s, pictures in enumerate(sizes)]
+    clean = [len(pictures) - 1 for pictures in latents]
+    t = torch.linspace(0.3, 0.9, len(latents))
+    loss_of = FlowLoss(dit, CONDITION_TIME)
+    rows = [range(a, z) for a, z in pairwise(segments.bounds)]
+
+    def loss():
+        with torch.no_grad():
+            states = theirs.features(mllm(torch.cat(ids), where, segments))
+        error, n = loss_of(Samples(states, rows, latents, clean), t, torch.Generator().manual_seed(5))
+        return error.sum() / n.sum()
+
+    def ours() -> Way:
+        return Way(partial(theirs.train, b.device, dit, loss, dit.transformer_blocks[0].ff.net[2].weight))
+
+    def peer() -> Way:
+        return Way(theirs.flow_step(mllm, dit, ids, latents, clean, t, CONDITION_TIME, 5))
+
+    flops = learning_flops(dit, latents, reads) + 2 * count(mllm.model.layers) * sum(reads) + reading_flops(c, reads)
+    shape = f"{size_of(mllm)} reads, {size_of(dit)} learns, {len(sizes)} samples"
+    others = {"both, sample by sample": peer}
+    b.measure(Row("training step, stage 2", shape, ours, others, b.limit(1e-1, 1e-3), gradients=True, flops=flops))
+
+
+def learning_flops(dit, latents: list[list[Tensor]], reads: list[int]) -> float:
+    """Of the DiT, forward and backward, counted as in `stage1`."""
+    c = dit.config
+    heads, d = c.num_attention_heads, c.attention_head_dim
+    patches = [sum(z.shape[1] * z.shape[2] // 4 for z in pictures) for pictures in latents]
+    block = dit.transformer_blocks[0]
+    per_text = count(block.attn2.to_k, block.attn2.to_v) * c.num_layers + count(dit.crossattn_proj)
+    per_patch = count(block.attn1, block.attn2.to_q, block.attn2.to_out, block.ff) * c.num_layers
+    attention = Case("", patches, patches, heads, heads, d).flops + Case("", patches, reads, heads, heads, d).flops
+    return 6 * (per_text * sum(reads) + per_patch * sum(patches)) + 3.5 * attention * c.num_layers
+
+
+GROUPS = {"fused": fused, "linear-cross-entropy": cross_entropy, "stage1": stage1, "stage2": stage2}

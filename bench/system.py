@@ -1,0 +1,277 @@
+"""The models at work: a guided step, a token, pictures seen and brought back, a whole document; and the machine's ceilings.
+
+The peers are transformers' and diffusers' models on the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench import peers as theirs
+from bench.measure import Bench, Row, Way
+from dit import DiT, DiTConfig
+from flow import CONDITION_TIME, denoise, shift_schedule
+from model import MLLM, KVCache, MLLMConfig, VisionConfig
+from model import PRESETS as MLLMS
+from ops import Graph, Segments
+from flops import count
+from vae import VAE, VAEConfig
+
+# ------------------------------------------------------------------------------------------------------------------- models
+
+ADDS = "o_proj.weight", "attn.proj.weight", "down_proj.weight", "to_out.0.weight", "net.2.weight"  # to the residual stream
+
+
+def build(b: Bench, kind, config, dtype: torch.dtype | None = None) -> nn.Module:
+    """A model of random weights at which activations stay near 1. Nothing is zero: gates and outputs say something."""
+    with torch.device("meta"):
+        module = kind(config)
+    module = module.to(dtype or b.dtype).to_empty(device=b.device)
+    generator = torch.Generator(b.device).manual_seed(0)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            gain = p.ndim == 1 and not name.endswith("bias")
+            fan_in = p[0].numel() if p.ndim > 1 else 100
+            if name.endswith(ADDS):
+                fan_in *= 20
+            p.normal_(1.0 if gain else 0.0, fan_in**-0.5, generator=generator)
+    return module.eval()
+
+
+def mllm_config(b: Bench, layers: int | None = None) -> MLLMConfig:
+    if b.size == "gpu":
+        return replace(MLLMS["7B"], num_hidden_layers=layers or 28)
+    if b.size == "smoke":
+        return MLLMS["tiny"]
+    vision = VisionConfig(640, 1024, depth=4, num_heads=8, intermediate_size=1708, fullatt_block_indexes=(1, 3))
+    names = ("image", "video", "vision_start", "vision_end", "vision", "eos", "pad")
+    ids = {f"{name}_token_id": 8191 - i for i, name in enumerate(names)}
+    return MLLMConfig(1024, 2816, 4, 8, 2, 8192, 1e-6, vision, **ids)
+
+
+def dit_config(b: Bench) -> DiTConfig:
+    """qk_norm_eps as in diffusers, which has no other."""
+    tiny = dict(
+        num_layers=2, num_attention_heads=2, attention_head_dim=32, adaln_lora_dim=8, text_embed_dim=24,
+        crossattn_proj_in_channels=48,
+    )  # fmt: skip
+    small = dict(num_layers=2, num_attention_heads=8, crossattn_proj_in_channels=4096)
+    return replace(DiTConfig(), qk_norm_eps=1e-5, **b.pick(gpu={}, cpu=small, smoke=tiny))
+
+
+def packed(b: Bench, c: MLLMConfig, lengths: list[int]) -> tuple[list[Tensor], Segments, Tensor]:
+    """Documents of these lengths: token ids of each, where they lie in a pack, positions (3, N)."""
+    ids = [torch.arange(n, device=b.device) * (37 + s) % (c.vocab_size - 30) for s, n in enumerate(lengths)]
+    positions = torch.cat([torch.arange(n, device=b.device) for n in lengths])
+    return ids, Segments(lengths, b.device), positions.expand(3, -1)
+
+
+def latent(b: Bench, height: int, width: int, seed: int) -> Tensor:
+    """Of a picture of height x width pixels: (16, height / 8, width / 8)."""
+    return b.randn(16, height // 8, width // 8, seed=seed).float()
+
+
+def size_of(module: nn.Module) -> str:
+    n = count(module)
+    return f"{n / 1e9:.2g}B" if n >= 1e8 else f"{n / 1e6:.2g}M"
+
+
+# --------------------------------------------------------------------------------------------------------------------- rows
+
+
+def ceilings(b: Bench) -> None:
+    """What the machine can do: a copy, and one large product of random numbers. On a CPU others share it: no ceiling."""
+    if b.size == "cpu":
+        return
+    n = b.pick(gpu=2**32, cpu=0, smoke=2**20)
+    source = torch.ones(n, dtype=torch.int8, device=b.device)
+    target = torch.empty_like(source)
+
+    def copy() -> Way:
+        return Way(partial(target.copy_, source))
+
+    b.measure(Row("ceiling: copy", f"{n / 1e9:.2g} GB", copy, {}, limit=0, moved=2 * n))
+    m = b.pick(gpu=8192, cpu=0, smoke=128)
+    x, y = b.randn(m, m), b.randn(m, m, seed=1)
+
+    def product() -> Way:
+        return Way(partial(torch.matmul, x, y))
+
+    b.measure(Row("ceiling: matrix product", f"{m} x {m} x {m}", product, {}, limit=0, flops=2 * m**3))
+
+
+def decode(b: Bench) -> None:
+    """A token of one document on a static cache; on a GPU also as a recorded graph."""
+    prompts = b.pick(gpu=(2048, 512), cpu=(512,), smoke=(20,))
+    new = b.pick(gpu=64, cpu=24, smoke=3)
+    mllm = build(b, MLLM, mllm_config(b)).fuse_for_inference()
+    c = mllm.config
+    library = theirs.once(partial(theirs.transformers_mllm, mllm))
+
+    def ours(ids: Tensor, where: Tensor, prompt: int, graph: bool = False) -> Way:
+        cache = KVCache(c, prompt + new, b.dtype, b.device)
+        mllm(ids[:prompt], where[:, :prompt], Segments([prompt], b.device), cache=cache)
+
+        def logits(ids, positions):
+            return mllm.logits(mllm.decode(ids, positions, cache)[-1])
+
+        decode = Graph(logits) if graph else logits
+
+        def step(i: int) -> Tensor:
+            cache.advance([0])
+            return decode(ids[i : i + 1], where[0, i : i + 1])[0].clone()  # a graph writes its next result to the same place
+
+        def run():
+            cache.length = prompt
+            return theirs.tokens(step, range(prompt, prompt + new), b.device)
+
+        return Way(run)
+
+    def peer(ids: Tensor, prompt: int) -> Way:
+        return Way(theirs.decode(library(), ids, prompt, new))
+
+    moved = sum(p.nbytes for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters()))
+    for prompt in prompts:
+        (ids,), _, where = packed(b, c, [prompt + new])
+        peers = {"transformers": partial(peer, ids, prompt)}
+        if b.cuda:
+            peers["ours, as a CUDA graph"] = partial(ours, ids, where, prompt, graph=True)
+        shape = f"{size_of(mllm)}, {prompt} tokens before"
+        own = partial(ours, ids, where, prompt)
+        b.measure(Row("decode token", shape, own, peers, b.limit(1e-1, 1e-4), own_clock=True, moved=moved))
+
+
+def guided_samples(b: Bench) -> dict[str, list[list[tuple[int, int]]]]:
+    """Samples as their pictures' (height, width) in pixels, the last one to be painted."""
+    return b.pick(
+        gpu={
+            "480 px, 1 + 4": [[(480, 480)] * 5],
+            "1024 px, 1 + 4": [[(1024, 1024)] * 5],
+            "480 px alone": [[(480, 480)]],
+            "ragged samples": [[(480, 480)] * 3, [(1024, 1024)], [(512, 768)] * 2, [(640, 640)] * 4],
+            "mixed sizes": [[(480, 480), (512, 768), (640, 640), (512, 512), (1024, 1024)]],
+        },
+        cpu={"192 px, 1 + 2": [[(192, 192)] * 3]},
+        smoke={"32 px, 1 + 1": [[(32, 32)] * 2], "ragged samples": [[(32, 48)] * 2, [(64, 32)]]},
+    )
+
+
+def guided(b: Bench) -> None:
+    """A step of the DiT, both branches of guidance."""
+    dit = build(b, DiT, dit_config(b)).fuse_for_inference()
+    library = theirs.once(partial(theirs.diffusers_dit, dit))
+    sigmas = shift_schedule(b.pick(gpu=5, cpu=3, smoke=3))
+    text = b.pick(gpu=512, cpu=128, smoke=7)
+
+    def run(args: tuple, graphs: bool):
+        stamps = theirs.Stamps(b.device)
+        out = denoise(dit, *args, sigmas=sigmas, progress=stamps, guidance=3.0, method="euler", graphs=graphs)
+        return out, stamps.step
+
+    def ours(args: tuple, graphs: bool = False) -> Way:
+        return Way(partial(run, args, graphs))
+
+    def peer(given, sizes, states, seeds) -> Way:
+        return Way(theirs.guided(library(), given, sizes, states, seeds, sigmas, 3.0, CONDITION_TIME))
+
+    for name, samples in guided_samples(b).items():
+        latents = [[latent(b, *size, 10 * s + k) for k, size in enumerate(sizes)] for s, sizes in enumerate(samples)]
+        given = [pictures[:-1] for pictures in latents]
+        sizes = [tuple(pictures[-1].shape[1:]) for pictures in latents]
+        seeds = list(range(len(samples)))
+        # Hidden states of both branches: the peer projects them in every step, ours are projected once for a picture.
+        wide = dit.config.crossattn_proj_in_channels
+        states = [[b.randn(text - 2 * s % 5, wide, seed=s + 50 * branch) for s in seeds] for branch in (1, 2)]
+        with torch.no_grad():
+            contexts = [[dit.crossattn_proj(f) for f in branch] for branch in states]
+        args = given, sizes, *contexts, seeds
+        peers = {"diffusers": partial(peer, given, sizes, states, seeds)}
+        if b.cuda:
+            peers["ours, as a CUDA graph"] = partial(ours, args, graphs=True)
+        row = Row("guided DiT step", f"{size_of(dit)}, {name}", partial(ours, args), peers, b.limit(1e-1, 1e-4), own_clock=True)
+        if not all(len(set(pictures)) == 1 for pictures in samples):
+            row.what += " (peer resizes)"
+            row.note = "the peer knows one size per sample: it reads the other pictures at the target's, results differ"
+            row.limit = math.inf
+        b.measure(row)
+
+
+def vision(b: Bench) -> None:
+    grids = b.pick(gpu=[[(74, 74)], [(34, 34)] * 4], cpu=[[(36, 36)]], smoke=[[(8, 12), (4, 6)]])
+    mllm = build(b, MLLM, mllm_config(b, layers=1))
+    c = mllm.config.vision
+    library = theirs.once(partial(theirs.transformers_mllm, mllm))
+
+    def pooled(out):
+        return out.pooler_output
+
+    def ours(pixels: Tensor, grid: list) -> Way:
+        return Way(partial(mllm.visual, pixels, grid))
+
+    def peer(pixels: Tensor, grid: list) -> Way:
+        thw = torch.tensor([[1, h, w] for h, w in grid], device=b.device)
+        return Way(partial(library().model.visual, pixels, grid_thw=thw), pooled)
+
+    for grid in grids:
+        pixels = b.randn(sum(h * w for h, w in grid), c.in_channels * c.temporal_patch_size * c.patch_size**2)
+        shape = f"{size_of(mllm.visual)}, patches " + ", ".join(f"{h}x{w}" for h, w in grid)
+        peers = {"transformers": partial(peer, pixels, grid)}
+        b.measure(Row("vision tower", shape, partial(ours, pixels, grid), peers, b.limit(1e-1, 1e-4)))
+
+
+def autoencoder(b: Bench) -> None:
+    config = b.pick(gpu=VAEConfig(), cpu=VAEConfig(), smoke=VAEConfig(base_dim=8))
+    vae = build(b, VAE, config, torch.float32).to(memory_format=torch.channels_last)
+    library = theirs.once(partial(theirs.diffusers_vae, vae))
+
+    def there_and_back(x: Tensor) -> Tensor:
+        return vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+
+    def ours(x: Tensor) -> Way:
+        return Way(partial(there_and_back, x))
+
+    def peer(x: Tensor) -> Way:
+        return Way(theirs.there_and_back(library(), x))
+
+    for size in b.pick(gpu=(480, 1024), cpu=(128,), smoke=(32,)):
+        x = b.randn(1, 3, size, size).float().clamp(-1, 1)
+        shape = f"{size_of(vae)}, {size} px, fp32"
+        b.measure(Row("VAE, there and back", shape, partial(ours, x), {"diffusers": partial(peer, x)}, b.limit(1e-2, 1e-4)))
+
+
+def document(b: Bench) -> None:
+    """The bundled miniature writes and paints an answer; the peer is the same loop over transformers and diffusers."""
+    from pipeline import DuoGen
+
+    duo = DuoGen.from_pretrained(device=b.device)
+    prompt = "How do I draw a red house with a blue door?"
+    settings = duo.settings(**({"steps": 2, "max_images": 1} if b.size == "smoke" else {}))
+
+    def run():
+        answer = duo.generate(prompt, settings)
+        return theirs.as_tensors(answer.text, [p.image for p in answer.pictures])
+
+    def ours() -> Way:
+        return Way(run)
+
+    def peer() -> Way:
+        return Way(theirs.document(duo, prompt, settings))
+
+    shape = f"{settings.steps} steps a picture, fp32"
+    b.measure(Row("a document of the miniature", shape, ours, {"transformers + diffusers": peer}, limit=5e-3))
+
+
+GROUPS: dict[str, Callable[[Bench], None]] = {
+    "ceilings": ceilings,
+    "decode": decode,
+    "guided": guided,
+    "vision": vision,
+    "document": document,
+    "vae": autoencoder,
+}
