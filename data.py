@@ -141,8 +141,10 @@ def tokenize(
     targets_only: None for a document without a picture of the assistant's.
     """
     messages = normalise(record, folder)
+
+    # Every picture twice: as patches for the vision tower, and as a tensor for the VAE.
     patches, grids, tensors = [], [], []
-    for part in (p for m in messages for p in m["content"] if p["type"] == "image"):
+    for part in image_parts(messages):
         try:
             image = load_image(part["image"])
         except InputError as e:
@@ -150,28 +152,39 @@ def tokenize(
         pixels, grid = processor(image)
         patches.append(pixels)
         grids.append(grid)
-        tensors += [to_tensor(image, max_area=max_area)] if pictures else []
+        if pictures:
+            tensors.append(to_tensor(image, max_area=max_area))
     merged = [processor.merged(grid) for grid in grids]
+
+    # Rendered anew without its last exchange until it fits: only a rendering knows how long it is.
     while True:
-        n = sum(p["type"] == "image" for m in messages for p in m["content"])
+        n = len(image_parts(messages))
         rendered = render(tokenizer, messages, merged[:n])
-        whole, seen = len(rendered.ids), sum(h * w for h, w in grids[:n])
-        long = max_tokens and whole > max_tokens
-        if not long and not (max_patches and seen > max_patches):
+        length = len(rendered.ids)
+        seen = sum(h * w for h, w in grids[:n])
+        too_long = max_tokens and length > max_tokens
+        too_many = max_patches and seen > max_patches
+        if not too_long and not too_many:
             break
         messages.pop()
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
+        if not messages and too_long:
+            raise InputError(f"too long: {length:,} tokens up to the first answer, the limit is {max_tokens:,}")
         if not messages:
-            size = f"{whole:,} tokens" if long else f"{seen:,} patches of pictures"
-            limit = max_tokens if long else max_patches
-            raise InputError(f"too long: {size} up to the first answer, the limit is {limit:,}")
+            raise InputError(f"too long: {seen:,} patches of pictures up to the first answer, the limit is {max_patches:,}")
+
     if not any(rendered.loss):
         raise InputError("nothing to learn from: no assistant message")
     if targets_only and not any(span.role == "assistant" for span in rendered.images):
         return None
     positions, _ = mrope_positions(rendered.ids, merged[:n], tokenizer.image_pad)
     return Document(rendered, positions, torch.cat(patches[:n]) if n else None, grids[:n], tensors[:n])
+
+
+def image_parts(messages: list[dict]) -> list[dict]:
+    """The pictures of a dialogue, in reading order."""
+    return [part for message in messages for part in message["content"] if part["type"] == "image"]
 
 
 @dataclass
@@ -192,11 +205,14 @@ class MLLMBatch:
 
 def pack_documents(documents: list[Document]) -> MLLMBatch:
     """Labels are shifted here: place i answers for token i + 1, if that one is supervised and of the same document."""
-    ids = [torch.tensor(d.rendered.ids) for d in documents]
-    labels = [
-        torch.cat([torch.where(torch.tensor(d.rendered.loss[1:], dtype=torch.bool), x[1:], -100), x.new_tensor([-100])])
-        for d, x in zip(documents, ids, strict=True)
-    ]
+    ids, labels = [], []
+    for document in documents:
+        own = torch.tensor(document.rendered.ids)                                      # (n,)
+        supervised = torch.tensor(document.rendered.loss[1:], dtype=torch.bool)        # (n - 1,)
+        # The last token of a document answers for none: what follows it is another document.
+        nothing = own.new_tensor([-100])
+        ids.append(own)
+        labels.append(torch.cat([torch.where(supervised, own[1:], -100), nothing]))    # (n,)
     pixels = [d.pixels for d in documents if d.pixels is not None]
     return MLLMBatch(
         ids=torch.cat(ids),
@@ -223,19 +239,26 @@ def batches(
     oldest always fits into an empty list, so none waits for ever. The position names those that wait; they are read again.
     """
     budget = {name: most for name, most in budget.items() if most}
-    items, waiting, more = iter(stream), deque(), True
+    items = iter(stream)
+    waiting = deque()  # (number in the stream, document) of those that did not fit into earlier lists
+    more = True  # whether the stream may still have documents
     while True:
-        left, batch, misfits = dict(budget), [], []
+        batch, misfits = [], []
+        left = dict(budget)
         while len(batch) != documents and (waiting or (more and len(misfits) < lookahead)):
+            # The oldest of those that wait, else a new one.
             if waiting:
                 number, document = waiting.popleft()
-            elif (document := next(items, None)) is None:
-                more = False
-                break
             else:
+                document = next(items, None)
+                if document is None:
+                    more = False
+                    break
                 number = stream.item
                 if isinstance(document, Document):
                     document.name = stream.where
+
+            # Into the list if there is room; the first one always fits.
             size = sizes(document, budget)
             if batch and any(size[name] > left[name] for name in left):
                 misfits.append((number, document))
@@ -244,6 +267,7 @@ def batches(
             left = {name: left[name] - size[name] for name in left}
         if not batch:
             return
+        # Whoever did not fit goes back to the front, oldest first.
         waiting.extendleft(reversed(misfits))
         yield batch, stream.position_with([number for number, _ in waiting])
 
@@ -270,10 +294,13 @@ def prepare(
     document = tokenize(record, **options)
     if document is None or (targets is None and max_latents is None):
         return document
+    # A draw that depends on nothing but seed and number is the same after a resume, with any number of ranks.
     order = random.Random(f"targets {seed} {number}").sample(document.targets, len(document.targets))
     document.drawn = []
     for j in order:
-        if len(document.drawn) != targets and not (max_latents and document.latents + document.latents_of(j) > max_latents):
+        enough = len(document.drawn) == targets
+        too_large = max_latents and document.latents + document.latents_of(j) > max_latents
+        if not enough and not too_large:
             document.drawn.append(j)
     if document.targets and not document.drawn:
         least = min(map(document.latents_of, document.targets))
@@ -283,11 +310,15 @@ def prepare(
 
 def before(document: Document, j: int) -> Document:
     """What conditions picture j: the text up to its BOV, the patches of earlier pictures, and the pictures up to j itself."""
-    whole, n = document.rendered, document.rendered.images[j].bov
+    whole = document.rendered
+    n = whole.images[j].bov
     rendered = replace(whole, ids=whole.ids[:n], loss=whole.loss[:n], images=whole.images[: j + 1])
-    grids, pixels = document.grids[:j], document.pixels
-    pixels = pixels[: sum(h * w for h, w in grids)].clone() if j else None  # not a view, which would be pickled as a whole
-    positions, pictures = document.positions[:, :n].clone(), document.pictures[: j + 1]
+    grids = document.grids[:j]
+    patches = sum(h * w for h, w in grids)
+    # Copies: a view would travel between processes with all that it is a view of.
+    positions = document.positions[:, :n].clone()
+    pixels = document.pixels[:patches].clone() if j else None
+    pictures = document.pictures[: j + 1]
     return replace(document, rendered=rendered, positions=positions, pixels=pixels, grids=grids, pictures=pictures)
 
 
@@ -333,7 +364,8 @@ def loader(
     if position is not None:
         stream.resume(position)
     listed = batches(stream, documents=documents, lookahead=lookahead, tokens=tokens, patches=patches, latents=latents)
-    return ((sorted(batch, key=len), at) for batch, at in listed)  # like lengths side by side: attention pads least
+    # Like lengths side by side are one dense batch to PyTorch's attention.
+    return ((sorted(batch, key=len), at) for batch, at in listed)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -349,34 +381,52 @@ def check(path: str, pictures: bool = True, tokenizer: Tokenizer | None = None, 
         with open_lines(path) as file:
             lines, unit = sum(1 for _ in file), " lines"
         records = ((line, record, Path(path).parent) for line, record in read_records(path))
-    bad, images, painted, tokens, supervised = 0, 0, 0, 0, 0
-    kinds, warned, n = Counter(), Counter(), 0
+    total = Counter()  # of records, bad ones, pictures, those in answers, tokens, supervised ones
+    kinds, warned = Counter(), Counter()
     for line, record, folder in tqdm(records, total=lines, unit=unit, disable=None, leave=False):
-        n += 1
-        problems = validate(record, folder, path, line, pictures=pictures)
-        warned.update(f"{p.field}: {p.message}" if "[" not in p.field else p.message for p in problems if p.warning)
-        problems = [p for p in problems if not p.warning]
+        total["records"] += 1
+
+        # Warnings are only counted, by what they say; the place in a list says nothing about the kind.
+        problems = []
+        for problem in validate(record, folder, path, line, pictures=pictures):
+            if not problem.warning:
+                problems.append(problem)
+            elif "[" in problem.field:
+                warned[problem.message] += 1
+            else:
+                warned[f"{problem.field}: {problem.message}"] += 1
+
+        # What validation cannot see: whether the tokenizer and the picture processor take it.
         if tokenizer and not problems:
             try:
                 document = tokenize(record, tokenizer, processor, folder=folder, pictures=False)
-                tokens += len(document)
-                supervised += sum(document.rendered.loss)
+                total["tokens"] += len(document)
+                total["supervised"] += sum(document.rendered.loss)
             except InputError as e:
                 problems = [Problem(path, line, "", one_line(e))]
+
         for problem in problems:
             tqdm.write(str(problem))
-        kinds.update(p.kind for p in problems)
-        bad += bool(problems)
-        if not problems:
-            roles = [m["role"] for m in normalise(record, folder) for part in m["content"] if part["type"] == "image"]
-            images += len(roles)
-            painted += roles.count("assistant")
+            kinds[problem.kind] += 1
+        if problems:
+            total["bad"] += 1
+            continue
+        for message in normalise(record, folder):
+            pictures_here = len(image_parts([message]))
+            total["images"] += pictures_here
+            if message["role"] == "assistant":
+                total["painted"] += pictures_here
+
+    n, bad = total["records"], total["bad"]
     if not n:
         raise InputError(f"{path}: no record in it")
     for what, count in (*warned.most_common(), *kinds.most_common()):
         print(f"{count:>9,} x {what}")
-    print(f"{path}: {n:,} records, {n - bad:,} ok, {bad:,} bad; {images:,} pictures, {painted:,} of them in answers", end="")
-    print(f"; {tokens:,} tokens, {supervised:,} supervised" if tokenizer else "")
+    summary = f"{path}: {n:,} records, {n - bad:,} ok, {bad:,} bad"
+    summary += f"; {total['images']:,} pictures, {total['painted']:,} of them in answers"
+    if tokenizer:
+        summary += f"; {total['tokens']:,} tokens, {total['supervised']:,} supervised"
+    print(summary)
     return bad
 
 

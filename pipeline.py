@@ -201,7 +201,9 @@ class Answer:
     """One answer: the loop that makes it (`write`), and then what it is."""
 
     def __init__(self, duo: "DuoGen", messages: str | list[dict], settings: Settings, index: int = 0):
-        self.duo, self.settings, self.index = duo, settings, index
+        self.duo = duo
+        self.settings = settings
+        self.index = index
         self.messages = read_dialogue(messages)
         self.images = [part["image"] for m in self.messages for part in m["content"] if part["type"] == "image"]
         self.parts: list[str | Picture] = []
@@ -210,15 +212,20 @@ class Answer:
         self.cache: KVCache | None = None  # of it alone, unless a driver gives it a place in one that several share
         self.step: Callable | None = None  # what reads a token more of each document in the cache
         self.document = 0  # its place there
-        self.text_seconds = self.paint_seconds = 0.0
+        self.text_seconds = 0.0
+        self.paint_seconds = 0.0
 
+        # The prompt as the language model reads it. The chunk that guidance leaves out begins behind the last picture, or where
+        # there is none, behind the system turn.
         grids = [self._merged(image.height, image.width) for image in self.images]
         rendered = render(duo.tokenizer, self.messages, grids, generation_prompt=True, default_system=settings.system)
         self._ids = rendered.ids
         self.prompt_tokens = len(rendered.ids)
         self._chunk = rendered.images[-1].end + 1 if rendered.images else rendered.system_end
-        self.size = to_tensor(self.images[-1], SIDE, settings.max_area).shape[1:] if self.images else duo.size
-        self.size = settings.height or self.size[0], settings.width or self.size[1]
+
+        # A picture is as large as the one before it, unless the settings say otherwise.
+        height, width = to_tensor(self.images[-1], SIDE, settings.max_area).shape[1:] if self.images else duo.size
+        self.size = settings.height or height, settings.width or width
         if self.prompt_tokens >= duo.context:
             raise InputError(f"the prompt has {self.prompt_tokens:,} tokens, the limit is {duo.context - 1:,}: shorten it")
 
@@ -239,19 +246,30 @@ class Answer:
 
     def write(self) -> Generator[Event, Reply, None]:
         """The loop. Yields Text, Picture, at the end one Stop; Read, to be answered by a token, and Paint, by a picture."""
-        duo, s, tokenizer = self.duo, self.settings, self.duo.tokenizer
-        decoder, capacity = StreamDecoder(tokenizer), self.capacity
+        duo = self.duo
+        s = self.settings
+        tokenizer = duo.tokenizer
+        decoder = StreamDecoder(tokenizer)
+        capacity = self.capacity
         self.choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
         if self.cache is None:
             self.cache = duo.cache(capacity)
             self.step = duo.step(self.cache)
-        self.rows, self.position = [], 0
+        self.rows = []  # the connector's output for all that was read
+        self.position = 0
         # What the DiT has not been shown yet, and the latents of what it has.
-        unseen, latents = [to_tensor(image, SIDE, s.max_area) for image in self.images], []
+        unseen = [to_tensor(image, SIDE, s.max_area) for image in self.images]
+        latents = []
+        # What the language model has not read yet: the prompt with its pictures, later a token or a picture at a time.
+        unread = self._ids
         patches = [duo.processor(image) for image in self.images]
-        unread, pixels, grids = self._ids, torch.cat([p for p, _ in patches]) if patches else None, [g for _, g in patches]
-        reason, painted, length = "max_tokens", 0, 0
+        pixels = torch.cat([p for p, _ in patches]) if patches else None
+        grids = [grid for _, grid in patches]
+        reason = "max_tokens"
+        painted = 0
+        length = 0
         while self.tokens < s.max_tokens:
+            # Read, and learn which token follows.
             if length + len(unread) > capacity:
                 reason = "context"
                 break
@@ -263,6 +281,8 @@ class Answer:
             if token in (tokenizer.im_end, tokenizer.endoftext):
                 reason = "end"
                 break
+
+            # BOV: a picture is due.
             if token == tokenizer.vision_start:
                 if painted == s.max_images:
                     reason = "max_images"
@@ -271,7 +291,8 @@ class Answer:
                 rows = torch.cat(self.rows)                                            # (n, text_dim)
                 self.rows = [rows]
                 # The negative branch is a slice: causal states before the last chunk of text know nothing of it.
-                negative = None if s.scale == 1 else rows[: self._chunk if s.negative == "chunk" else 0]
+                kept = self._chunk if s.negative == "chunk" else 0
+                negative = None if s.scale == 1 else rows[:kept]                       # (m, text_dim)
                 shown = (latents, unseen) if s.use_condition_images else ([], [])
                 paint = Paint(painted, self.size, derive(s.seed, self.index, painted), *shown, rows, negative, s)
                 image = yield paint
@@ -283,16 +304,26 @@ class Answer:
                 # A generated picture conditions the later ones by what it is as a file: decoded, rounded to 8 bits and encoded
                 # again. Its own latent, fresh from the sampler, would be another distribution than the encoded pictures of the
                 # training, and an answer that is continued from its saved pages would differ from one continued at once.
-                latents, unseen = paint.conditions, [to_tensor(image, SIDE, s.max_area)]
+                latents = paint.conditions
+                unseen = [to_tensor(image, SIDE, s.max_area)]
+                # The language model looks at it, too: BOV, the picture and its end are read next.
                 pixels, grid = duo.processor(image)
-                grids, (h, w) = [grid], duo.processor.merged(grid)
+                grids = [grid]
+                h, w = duo.processor.merged(grid)
                 unread = [token, *[tokenizer.image_pad] * (h * w), tokenizer.vision_end]
                 self._chunk = length + len(unread)
                 continue
+
+            # Any other token is text.
             yield from self._write(decoder.push(token))
-            unread, pixels, grids = [token], None, []
+            unread = [token]
+            pixels = None
+            grids = []
         yield from self._write(decoder.flush())
-        self.stop, self.cache, self.step, self.rows = reason, None, None, []  # a list of finished answers is light
+        self.stop = reason
+        # A list of finished answers is light.
+        self.cache = self.step = None
+        self.rows = []
         yield Stop(reason)
 
     @property
@@ -597,12 +628,14 @@ class DuoGen:
                 done(answer)
 
         while queue or active:
+            # Free places go to those that wait to begin.
             while queue and places:
                 answer = queue.popleft()
                 answer.cache, answer.step, answer.document = cache, step, places.pop()
                 cache.truncate(answer.document, 0)
                 active[answer] = answer.write(), None
                 go_on(answer, active[answer][0], None)
+            # Text first: only when all wait for a picture, are their pictures painted, together.
             reading = [a for a, (_, event) in active.items() if isinstance(event, Read)]
             waiting = reading or list(active)
             requests = [active[a][1] for a in waiting]
@@ -669,7 +702,8 @@ class DuoGen:
         """
         self.crew.adapt()
         self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
-        tokens, step = {}, [r for r in requests if len(r.ids) == 1]
+        tokens = {}
+        step = [r for r in requests if len(r.ids) == 1]
         # A step costs a CPU as much for a place where nobody reads.
         if self.device.type == "cpu" and step and len(step) <= max(1, len(step[0].answer.cache.counts) // 8):
             step = []

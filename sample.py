@@ -49,7 +49,8 @@ from tqdm import tqdm
 from checkpoint import InputError, abandon_stdout, parse_dtype, pick_device
 from flags import Parser, add_flags
 from ops import set_backend
-from pages.answer import asked_for, card, overview, printable, prompt_of, run_folder, save, saved, saving, write_text
+from pages.answer import asked_for, card, overview, prompt_of, run_folder, save, saved, saving, write_text
+from pages.template import printable
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records.validate import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate
 from records.validate import parse as parse_line

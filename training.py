@@ -690,11 +690,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def code_hash() -> str:
-    """Of all Python and JSON files beside this one and in the packages beside it, names and contents."""
+    """Of all code, data and templates beside this file and in the packages beside it, names and contents."""
     total = hashlib.sha256()
     root = Path(__file__).parent
     folders = [root, *(file.parent for file in root.glob("*/__init__.py"))]
-    for path in sorted(path for folder in folders for path in folder.glob("*.*") if path.suffix in (".py", ".json")):
+    files = [file for folder in folders for file in folder.glob("*.*")]
+    for path in sorted(file for file in files if file.suffix in (".py", ".json", ".html", ".css")):
         total.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return total.hexdigest()
 

@@ -43,11 +43,11 @@ from bench import peers as theirs
 from checkpoint import InputError
 from dit import DiT, DiTConfig
 from flags import Parser
+from flops import count
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
 from model import PRESETS as MLLMS
 from ops import Graph, Segments, attention
-from tools.plan import count
 from training import LanguageLoss
 from vae import VAE, VAEConfig
 

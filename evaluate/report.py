@@ -12,9 +12,6 @@ machine, the same answers.
 """
 
 import argparse
-import base64
-import html
-import io
 import json
 import platform
 import time
@@ -26,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 
 from checkpoint import InputError, part_folder, pick_device, write_json
 from evaluate.exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
@@ -34,7 +30,7 @@ from evaluate.exam import ablations, dialogues, evaluate, evaluate_single, lowes
 from evaluate.exam import through
 from flags import Parser, add_flags
 from ops import set_backend
-from pages.answer import document
+from pages.template import render
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
 from sketchbook.dialogues import KINDS
 
@@ -147,64 +143,35 @@ def markdown(table: Table) -> str:
     return f"{caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in padded) + (f"\n{legend}" if legend else "")
 
 
-def html_table(table: Table) -> str:
-    caption, head, rows, notes, weak = table
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in [head, *rows])
-    legend = "".join(f"<dt>{html.escape(name)}<dd>{html.escape(meaning)}" for name, meaning in notes)
-    legend = f"<dl>{legend}</dl>" if legend else ""
-    legend = "".join(f"<p class=weak><b>{html.escape(name)}</b>: {html.escape(which)}</p>" for name, which in weak) + legend
-    return f"<h2>{html.escape(caption)}</h2><div class=over><table>{body}</table></div>{legend}"
-
-
-STYLE = """<style>
-.over { overflow-x: auto; } .over td { white-space: nowrap; width: auto; font-size: .85rem; }
-.over tr:first-child, .asked { font-weight: 600; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-article { border: 1px solid var(--line); border-left: 5px solid #2a9d4a; border-radius: .6rem; background: var(--card);
-  padding: .8rem 1rem; margin: 0 0 1rem; }
-article.bad { border-left-color: #d0433b; } article small { color: var(--quiet); }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .1rem .8rem; font-size: .8rem; margin: .5rem 0; }
-.weak { font-size: .85rem; margin: .5rem 0 0; }
-dt { font-weight: 600; } dd { margin: 0; color: var(--quiet); } dt, dd { line-height: 1.4; }
-.row { display: flex; flex-wrap: wrap; gap: .8rem; margin: .4rem 0; }
-figure { margin: 0; width: 9rem; font-size: .85rem; } .no { color: #d0433b; font-size: .8rem; line-height: 1.3; }
-figure img { width: 9rem; height: auto; image-rendering: pixelated; }
-</style>"""
-
-
-def figure(picture: Image.Image | None, text: str, objections: list[str] = ()) -> str:
-    """A picture with the words before it and what the checker objected to, as HTML."""
-    data = io.BytesIO()
-    if picture:
-        picture.save(data, "PNG")
-    image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">' if picture else ""
-    no = "".join(f"<div class=no>{html.escape(o)}</div>" for o in objections)
-    return f"<figure>{image}<figcaption>{html.escape(text)}</figcaption>{no}</figure>"
-
-
-def card(case: Case) -> str:
-    """One dialogue as HTML."""
+def shown(case: Case) -> dict:
+    """What the page shows of one dialogue."""
     marks = [m for metric, values in case.marks().items() if metric != "whole" for m in values]
-    record, shown = case.record, iter(case.shown)
+    record, pictures, turns = case.record, iter(case.shown), []
     by = f" ({', '.join(record['held_out_by'])})" if record["held_out_by"] else ""
-    what = f"{record['kind']}, {SPLITS[record['split']]}{by}, seed {record['seed']}"
-    parts = [f"<small>{what}: {sum(marks)} of {len(marks)} right</small>"]
     for k, turn in enumerate(case.turns):
-        parts.append(f"<div class=asked>{html.escape(turn['asked'])}</div>")
-        figures = [figure(next(shown)[1], "(the user's)") for p in case.messages[2 * k]["content"] if p["type"] == "image"]
+        # Each picture with the words before it and what the checker objected to; first those that the user gave.
+        given = [p for p in case.messages[2 * k]["content"] if p["type"] == "image"]
+        figures = [(next(pictures)[1], "(the user's)", []) for _ in given]
         for j, text in enumerate(turn["texts"][:-1]):
             verdict = turn["pictures"][j] if j < len(turn["pictures"]) else {"reasons": ["one too many"], "stays": None}
             lost = ["the hero is not as before"] if turn["kind"] == "story" and verdict["stays"] is False else []
-            figures.append(figure(next(shown)[1], text, verdict["reasons"] + lost))
-        parts.append(f"<div class=row>{''.join(figures)}</div><div>{html.escape(turn['texts'][-1])}</div>")
+            figures.append((next(pictures)[1], text, verdict["reasons"] + lost))
         due = " to ".join(str(n) for n in sorted(set(turn["due"])))
-        objections = {
+        fine = {
             "the text does not say all that was asked for": turn["text"],
             f"{turn['drawn']} pictures, {due} due, each after a text that says what it shows": turn["placed"],
             f"the answer stopped: {STOPS.get(turn['stop'], turn['stop'])}": turn["stop"] == "end",
         }
-        parts += [f"<div class=no>{html.escape(o)}</div>" for o, fine in objections.items() if not fine]
-    parts += [f"<small>left out after this: {html.escape(case.left_out)}</small>"] if case.left_out else []
-    return f"<article{'' if case.marks()['whole'][0] else ' class=bad'}>{''.join(parts)}</article>"
+        objections = [objection for objection, kept in fine.items() if not kept]
+        turns.append({"asked": turn["asked"], "figures": figures, "rest": turn["texts"][-1], "objections": objections})
+    return {
+        "what": f"{record['kind']}, {SPLITS[record['split']]}{by}, seed {record['seed']}",
+        "whole": case.marks()["whole"][0],
+        "right": sum(marks),
+        "of": len(marks),
+        "turns": turns,
+        "left_out": case.left_out,
+    }
 
 
 def page(title: str, tables: list[Table], report: Report, single: list[dict], worst: int = 60, best: int = 15) -> str:
@@ -218,12 +185,8 @@ def page(title: str, tables: list[Table], report: Report, single: list[dict], wo
     bad = [c for c in order if not c.marks()["whole"][0]][:worst]
     good = [c for c in reversed(order) if c.marks()["whole"][0] and any(t["drawn"] for t in c.turns)][:best]
     failed = sorted(single, key=lambda row: row["ok"])[: worst + best]
-    cards = "<h2>The worst</h2>" + "".join(map(card, bad)) if bad else "<h2>Nothing went wrong</h2>"
-    cards += "<h2>Some that are right throughout</h2>" + "".join(map(card, good)) if good else ""
-    singles = "".join(figure(r["picture"], r["asked"], r["reasons"]) for r in failed)
-    singles = f"<h2>Single requests, those that failed first</h2><div class=row>{singles}</div>" if failed else ""
-    body = f'<header class="wide"><div class="turn last">{html.escape(title)}</div></header>'
-    return document(title, f'{STYLE}{body}<main class="wide">{"".join(map(html_table, tables))}{cards}{singles}</main>')
+    cases = {"bad": [shown(c) for c in bad], "good": [shown(c) for c in good]}
+    return render("report.html", title=title, tables=tables, single=failed, **cases)
 
 
 # ------------------------------------------------------------------------------------------------------------- command line

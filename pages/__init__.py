@@ -1,1 +1,1 @@
-"""The HTML pages: of an answer, and of a training run."""
+"""The HTML pages, jinja2 templates and one style sheet: of an answer, of many, of a training run, of an evaluation."""

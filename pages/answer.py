@@ -10,22 +10,17 @@ Text, whoever wrote it, stays text: in HTML, in Markdown and in a file's name. W
 JSON file has all of them, spelt as \\u001b.
 """
 
-import base64
 import contextlib
 import hashlib
-import html
-import io
 import json
 import os
 import platform
 import re
 import shutil
 import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import count, takewhile
-from math import ceil
+from itertools import count, groupby, takewhile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,11 +28,10 @@ import torch
 from PIL import Image
 
 from checkpoint import InputError, read_json
+from pages.template import printable, render
 from pipeline import STOPS, Answer, Picture
 from records.validate import one_line
 
-# Overrides and isolates of direction: text that is read in another order than it is written.
-BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def fresh(out: Path, name: str) -> Path:
@@ -106,7 +100,7 @@ def asked_for(answer: Answer, name: str, dtype: str) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
-def saved(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[Path]]]:
+def saved(folder: Path) -> tuple[dict[str, list[dict]], dict[str, list[Path]]]:
     """What a run over many prompts has in its folder, by `asked_for`: cards of whole answers, folders of interrupted ones."""
     whole, interrupted = {}, {}
     for file in sorted(folder.glob("[!.]*/answer.json")):
@@ -133,19 +127,10 @@ def run_folder(out: Path, name: str, wanted: set[str], anew: bool = False) -> Pa
     return fresh(out, name)
 
 
-def printable(text: str) -> str:
-    """Without what could steer a terminal, or make text look like other text: control characters, overrides of direction."""
-    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in BIDI))
-
-
 def harmless_json(value: dict) -> str:
     """JSON in which the characters that `printable` drops are spelt out: in JSON they can only be in strings."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return "".join(c if printable(c) else f"\\u{ord(c):04x}" for c in text)
-
-
-def escape_html(text: str) -> str:
-    return html.escape(printable(text))
 
 
 def prompt_of(messages: list[dict]) -> str:
@@ -154,12 +139,12 @@ def prompt_of(messages: list[dict]) -> str:
     return " ".join(p["text"] for p in content if p["type"] == "text").strip() or "(pictures)"
 
 
-def turns(answer: Answer) -> Iterator[tuple[str, str | tuple[str, Image.Image]]]:
-    """(role, text or (file, picture)) of the dialogue before the answer, without a system message."""
+def turns(answer: Answer) -> Iterator[tuple[str, str | tuple[int, Image.Image]]]:
+    """(role, text or (number, picture)) of the dialogue before the answer, without a system message."""
     number = count(1)
     for message in answer.messages:
         for part in message["content"]:
-            picture = (f"input_{next(number):02d}.png", part["image"]) if part["type"] == "image" else None
+            picture = (next(number), part["image"]) if part["type"] == "image" else None
             if message["role"] != "system":
                 yield message["role"], picture or part["text"]
 
@@ -220,7 +205,7 @@ def markdown(answer: Answer) -> str:
     """answer.md: the dialogue as a quotation, then the answer."""
     blocks, number = [], count(1)
     for role, part in turns(answer):
-        text = escape_markdown(part.strip()) if isinstance(part, str) else f"![]({part[0]})"
+        text = escape_markdown(part.strip()) if isinstance(part, str) else f"![](input_{part[0]:02d}.png)"
         blocks.append("\n".join(f"> {line}" for line in (f"**{role}:** {text}").split("\n")) if text else "")
     for part in answer.parts:
         if isinstance(part, Picture):
@@ -233,125 +218,40 @@ def markdown(answer: Answer) -> str:
     return "\n\n".join(b for b in blocks if b) + "\n"
 
 
-# --------------------------------------------------------------------------------------------------------------- the page
-
-SMALL = 256  # pixels; such pictures stand beside their text where there is room
-CSS = """
-:root { color-scheme: light dark; --paper: #fbfaf8; --ink: #1f2328; --quiet: #6b7078; --line: #e3e0da; --card: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16181c; --ink: #e4e6ea; --quiet: #9298a2; --line: #2c3038; --card: #1f2228; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; padding: 0 1.25rem; background: var(--paper); color: var(--ink); font: 1.0625rem/1.65 system-ui, sans-serif;
-  -webkit-text-size-adjust: 100%; }
-main, header, footer { max-width: 44rem; margin: 0 auto; }
-header { padding-top: 2.5rem; padding-bottom: 1.5rem; color: var(--quiet); }
-header .turn { margin: 0 0 .75rem; }
-header .last { font-size: 1.35rem; line-height: 1.4; color: var(--ink); font-weight: 600; }
-header small { display: block; font-size: .8rem; overflow-wrap: anywhere; }
-header img { margin: 0 .5rem .75rem 0; height: 7rem; width: auto; max-width: 100%; object-fit: contain; }
-p { margin: 0 0 .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
-p:last-child { margin-bottom: 0; }
-img { border-radius: .6rem; border: 1px solid var(--line); background: #fff; }
-main { border-top: 1px solid var(--line); padding: 1.75rem 0 1px; }
-section { margin: 0 0 1.75rem; }
-section img { display: block; width: 100%; height: auto; margin-top: .75rem; }
-section.small img { max-width: 24rem; }
-@media (min-width: 40rem) {
-  section.small { display: grid; grid-template-columns: 1fr 16rem; gap: 2rem; align-items: center; }
-  section.small img { width: 16rem; margin: 0; grid-column: 2; }
-}
-.note { color: var(--quiet); font-style: italic; }
-p.note:last-child { margin-bottom: 1.75rem; }
-footer { color: var(--quiet); font-size: .85rem; padding: 1rem 0 3rem; border-top: 1px solid var(--line); }
-summary { cursor: pointer; }
-table { border-collapse: collapse; margin-top: .75rem; width: 100%; }
-td { padding: .2rem .75rem .2rem 0; vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { white-space: nowrap; width: 1%; }
-.wide { max-width: 70rem; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
-.cards a { display: block; padding: 1rem; border: 1px solid var(--line); border-radius: .8rem; background: var(--card);
-  color: inherit; text-decoration: none; }
-.cards img { height: 4.5rem; max-width: 100%; margin: .5rem .4rem 0 0; }
-.cards small { color: var(--quiet); display: block; }
-"""
-
-
-def document(title: str, body: str) -> str:
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"\n<title>{escape_html(title)}</title>\n<style>{CSS}</style>"
-    return f"<!doctype html>\n<html>\n<head>{head}</head>\n<body>\n{body}</body>\n</html>\n"
-
-
-def paragraphs(text: str) -> str:
-    blocks = (b.strip() for b in re.split(r"\n\s*\n", text))
-    return "".join(f'<p dir="auto">{escape_html(b)}</p>' for b in blocks if b)
-
-
-def inline(image: Image.Image, alt: str) -> str:
-    """An <img> that carries its pixels with it.
-
-    A small picture is enlarged first: bicubic keeps the edges of a flat drawing, which browsers, being bilinear, fray.
-    """
-    size = f'width="{image.width}" height="{image.height}"'
-    if max(image.size) <= SMALL:
-        k = ceil(1.5 * SMALL / max(image.size))
-        image = image.resize((k * image.width, k * image.height), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" {size} alt="{escape_html(alt)}">'
-
-
 def page(answer: Answer) -> str:
     """index.html: the question as a quiet header, then text and pictures in order, then how it was made."""
-    asked = list(turns(answer))
-    first_of_last = max(i for i, (role, _) in enumerate(asked) if i == 0 or asked[i - 1][0] != role)
-    header, body, number = "", "", count(1)
-    for i, (role, part) in enumerate(asked):
-        if first_of_last and (i == 0 or asked[i - 1][0] != role):
-            header += f"<small>{escape_html(role)}</small>"
-        if not isinstance(part, str):
-            header += inline(part[1], f"{role}'s picture {part[0][6:8].lstrip('0')}")
-        elif part.strip():
-            header += f'<div class="turn{" last" if i >= first_of_last else ""}">{paragraphs(part)}</div>'
-    text = ""
-    for part in [*answer.parts, None]:
-        if isinstance(part, str):
+    asked = [(role, [part for _, part in group]) for role, group in groupby(turns(answer), key=lambda turn: turn[0])]
+    # A picture belongs to the text before it; either may be missing.
+    sections, text = [], ""
+    for part in answer.parts:
+        if isinstance(part, Picture):
+            sections.append((text, part.image))
+            text = ""
+        else:
             text = part
-            continue
-        picture = "" if part is None else inline(part.image, f"picture {next(number)}")
-        kind = ' class="small"' if part is not None and max(part.image.size) <= SMALL else ""
-        if picture or text.strip():
-            body += f"<section{kind}><div>{paragraphs(text)}</div>{picture}</section>\n"
-        text = ""
-    if answer.stop != "end":
-        body += f'<p class="note">It ends here: {html.escape(STOPS[answer.stop])}.</p>\n'
-    n = len(answer.pictures)
-    how = f"{n} picture{'s' * (n != 1)}, {answer.tokens} tokens. Writing took {answer.text_seconds:.1f} s"
-    how += f", painting {answer.paint_seconds:.1f} s." if n else "."
-    settings = asdict(answer.settings) | {"height": answer.size[0], "width": answer.size[1]}
-    rows = {"ends because": STOPS[answer.stop]} | settings | answer.duo.sources
-    table = "".join(f"<tr><td>{escape_html(k)}</td><td>{escape_html(str(v))}</td></tr>" for k, v in rows.items())
-    details = f"<details><summary>{how} Seed {answer.settings.seed}.</summary><table>{table}</table></details>"
-    title = prompt_of(answer.messages)
-    return document(title[:80], f"<header>{header}</header>\n<main>\n{body}</main>\n<footer>{details}</footer>\n")
+    if text.strip():
+        sections.append((text, None))
+    stop = STOPS[answer.stop]
+    height, width = answer.size
+    facts = {"ends because": stop} | asdict(answer.settings) | {"height": height, "width": width} | answer.duo.sources
+    title = prompt_of(answer.messages)[:80]
+    return render("answer.html", title=title, answer=answer, turns=asked, sections=sections, stop=stop, facts=facts)
 
 
-def card(folder: Path) -> str:
-    """A saved answer in the overview beside its folder; it leads to its page."""
+def card(folder: Path) -> dict:
+    """What the overview beside its folder shows of a saved answer, and where its page and pictures are."""
     answer, link = read_json(folder / "answer.json"), quote(folder.name)
-    thumbs = "".join(f'<img src="{link}/{quote(p["image"])}" alt="">' for p in answer["parts"] if p["type"] == "image")
+    images = [f"{link}/{quote(p['image'])}" for p in answer["parts"] if p["type"] == "image"]
     text = "\n".join(p["text"].strip() for p in answer["parts"] if p["type"] == "text")
-    lead = "" if thumbs else f"<small>{escape_html(text[:160])}</small>"
-    end = "" if answer["stop"] == "end" else f"<small>{escape_html(answer['stop_meaning'])}</small>"
-    question = f'<div dir="auto">{escape_html(answer["prompt"])}</div>'
-    return f'<a href="{link}/index.html">{question}{thumbs}{lead}{end}</a>\n'
+    return {
+        "link": f"{link}/index.html",
+        "prompt": printable(answer["prompt"]),
+        "images": images,
+        "lead": "" if images else text[:160],
+        "end": "" if answer["stop"] == "end" else printable(answer["stop_meaning"]),
+    }
 
 
-def overview(title: str, cards: list[str], problems: list[str], of: int) -> str:
+def overview(title: str, cards: list[dict], problems: list[str], of: int) -> str:
     """The index of a run over many prompts: a card for each answer, and why the others have none."""
-    number = f"<small>{len(cards)} of {of} answers</small>"
-    number += "".join(f'<small>{escape_html(problem)}</small>' for problem in problems)
-    header = f'<header class="wide"><div class="turn last">{escape_html(title)}</div>{number}</header>'
-    return document(title, f'{header}\n<main class="wide cards">\n{"".join(cards)}</main>\n')
+    return render("overview.html", title=title, cards=cards, problems=problems, of=of)

@@ -41,6 +41,8 @@ from records.validate import BLANK, BadRecord, Problem, decode, normalise, one_l
 MAX_RECORD = 64 * 2**20  # bytes of a record or caption in a shard
 MAX_FILE = 512 * 2**20  # bytes of a picture file in a shard; its pixels are limited in validate.py
 MAX_NAME = 64 * 2**10  # bytes of a member's long name
+PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # members that are files, and no sparse ones
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")  # beside a caption
 
 # -------------------------------------------------------------------------------------------------------------- index
@@ -176,55 +178,58 @@ class Member(NamedTuple):
     next: int  # where the next header starts
 
 
+class Header(tarfile.TarInfo):
+    """A header as tarfile reads it, but for long names: of those it would read gigabytes."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENSIONS and header.size > MAX_NAME:
+            raise InputError(f"a name of {header.size:,} bytes")
+        return header
+
+
 def read_member(file: BinaryIO, at: int) -> Member | None:
-    """The member whose header, extensions for long names included, starts at byte `at`; None at the end of the archive.
-
-    POSIX ustar and pax, and GNU's long names. Python's tarfile takes a damaged header for the end of the archive, which would
-    lose what follows without a word; here it is an InputError.
-    """
-    long: dict[str, bytes] = {}
-    while True:
-        file.seek(at)
-        header = file.read(512)
-        if not header.strip(b"\0") and not (len(header) < 512 and header):
-            return None
-        whole = len(header) == 512 and _octal(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * 32
-        size = _octal(header[124:136]) if whole else -1
-        if size < 0:
-            raise InputError(f"no tar archive, or damaged at byte {at:,}")
-        kind, data = header[156:157], at + 512
-        if kind not in b"LKxg":
-            break
-        if size > MAX_NAME:
-            raise InputError(f"a name of {size:,} bytes at byte {at:,}")
-        body = file.read(size)
-        if kind == b"L":
-            long["path"] = body.rstrip(b"\0")
-        elif kind == b"x":
-            while match := re.match(rb"(\d{1,6}) ([^=\n]+)=", body):
-                end = int(match[1])
-                if end <= match.end():
-                    break
-                long[match[2].decode("utf-8", "replace")] = body[match.end() : end - 1]
-                body = body[end:]
-        at = data + -(-size // 512) * 512
-    name = long.get("path") or b"/".join(part.partition(b"\0")[0] for part in (header[345:500], header[:100]) if part[0])
-    if "path" not in long and header[257:262] != b"ustar":
-        name = header[:100].partition(b"\0")[0]
-    size = int(long["size"]) if long.get("size", b"").isdigit() else size
-    plain = kind in b"0\0007" and not any(key.startswith("GNU.sparse") for key in long)
-    following = data if kind in b"123456" else data + -(-size // 512) * 512  # links, devices and folders have no data
-    normal = posixpath.normpath(name.decode("utf-8", "surrogateescape"))
-    inside = name and not normal.startswith(("/", "../")) and normal not in (".", "..")
-    return Member(normal if plain and inside else "", data, size, following)
+    """The member whose header, extensions for long names included, starts at byte `at`; None at the end of the archive."""
+    file.seek(at)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block.strip(b"\0") and len(block) in (0, tarfile.BLOCKSIZE):
+        return None
+    damaged = InputError(f"no tar archive, or damaged at byte {at:,}")
+    file.seek(at)
+    try:
+        archive = tarfile.TarFile(fileobj=file, tarinfo=Header, encoding="utf-8")
+        found = archive.next()
+    except InputError as e:
+        raise InputError(f"{e} at byte {at:,}") from None
+    except (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError):
+        raise damaged from None
+    # tarfile takes a damaged header for the end of the archive, and with a negative size it would go back
+    if found is None or found.size < 0 or archive.offset <= at:
+        raise damaged
+    sparse = any(key.startswith("GNU.sparse") for key in found.pax_headers)
+    name = posixpath.normpath(found.name)
+    inside = not name.startswith(("/", "../")) and name not in (".", "..")
+    member = inside and found.type in PLAIN and not sparse
+    return Member(name if member else "", found.offset_data, found.size, archive.offset)
 
 
-def _octal(field: bytes) -> int:
-    """A number of a tar header: octal text, or big-endian behind a first byte of 0x80; -1 if it is neither."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    text = field.strip(b" \0")
-    return int(text or b"0", 8) if re.fullmatch(rb"[0-7]*", text) else -1
+def members(file: BinaryIO, total: int) -> Iterator[tuple[int, Member]]:
+    """All members, each with the byte of its header, to the end of the archive, which must be that of the `total` bytes."""
+    at = 0
+    while member := read_member(file, at):
+        if member.next > member.data and member.data + member.size > total:
+            raise InputError(f"ends in the middle of {one_line(member.name) or f'the member at byte {at:,}'}")
+        yield at, member
+        at = member.next
+    file.seek(at)
+    if file.read(2**16).strip(b"\0"):
+        raise InputError(f"goes on behind its end at byte {at:,}: two archives in one?")
+
+
+def record_row(headers: dict[str, int]) -> tuple[int, ...]:
+    """Index.records of the members that share a key: none, if there is neither a record nor a caption."""
+    return (headers.get("json", -1), headers.get("txt", -1)) if headers else ()
 
 
 def name_hash(name: str) -> int:
@@ -250,42 +255,32 @@ class Shard:
 
     @staticmethod
     def _rows(path: str, write: Callable[[array], None]) -> tuple[int, int]:
-        n, names, rows = 0, array("q"), array("q")
+        names, rows = array("q"), array("q")
         open_key, headers = None, {}
-        total, at = os.path.getsize(path), 0
         with open(path, "rb") as file, reading(path) as bar:
-            while True:
-                try:
-                    member = read_member(file, at)
-                except InputError as e:
-                    raise InputError(f"{path}: {e}") from None
-                key, ending = split_key(member.name) if member else (None, "")
-                if key != open_key and (member is None or member.name):
-                    if headers:
-                        rows.extend((headers.get("json", -1), headers.get("txt", -1)))
-                        n += 1
-                    open_key, headers = key, {}
-                if member is None:
-                    file.seek(at)
-                    if file.read(2**16).strip(b"\0"):
-                        raise InputError(f"{path}: goes on behind its end at byte {at:,}: two archives in one?")
-                    break
-                if member.data + member.size > total and member.next > member.data:
-                    raise InputError(f"{path}: ends in the middle of {one_line(member.name) or f'the member at byte {at:,}'}")
-                if member.name:
+            try:
+                for at, member in members(file, os.path.getsize(path)):
+                    bar.update(at - bar.n)
+                    if not member.name:
+                        continue
                     names.extend((name_hash(member.name), at))
+                    key, ending = split_key(member.name)
+                    if key != open_key:
+                        rows.extend(record_row(headers))
+                        open_key, headers = key, {}
                     if ending in ("json", "txt"):
                         headers[ending] = at
-                at = member.next
-                bar.update(at - bar.n)
-        table = np.frombuffer(names, "<i8").reshape(-1, 2)
-        table = table[table[:, 0].argsort(kind="stable")]
-        if len(twice := table[1:][table[1:, 0] == table[:-1, 0]]):
-            with open(path, "rb") as file:
-                raise InputError(f"{path}: two members are called {one_line(read_member(file, int(twice[0, 1])).name)}")
+                rows.extend(record_row(headers))
+                table = np.frombuffer(names, "<i8").reshape(-1, 2)
+                table = table[table[:, 0].argsort(kind="stable")]
+                twice = table[1:][table[1:, 0] == table[:-1, 0]]
+                if len(twice):
+                    raise InputError(f"two members are called {one_line(read_member(file, int(twice[0, 1])).name)}")
+            except InputError as e:
+                raise InputError(f"{path}: {e}") from None
         write(rows)
         write(table)
-        return n, len(table)
+        return len(rows) // 2, len(table)
 
     def __len__(self) -> int:
         return self.header[0]

@@ -25,10 +25,8 @@ that it must have (a list among them: any of it) and words to "avoid"}.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -709,14 +707,6 @@ KINDS = {"lesson": (lesson, 0.26), "one": (one, 0.10), "colour": (colour, 0.03),
          "position": (position, 0.07), "binding": (binding, 0.05), "recolour": (recolour, 0.07), "add": (add, 0.04),
          "add_part": (add_part, 0.03), "remove": (remove, 0.04), "move": (move, 0.03), "background": (background, 0.03),
          "multi": (multi, 0.05), "story": (story, 0.06), "question": (question, 0.08), "text": (text, 0.07)}
-# Weights of kinds for the stages of a training; a stage takes the weights of KINDS for the kinds that it names.
-CURRICULUM = [("one", "colour", "recolour", "lesson", "question", "text"),
-              tuple(k for k in KINDS if k not in ("story", "multi")), tuple(KINDS)]
-
-
-def stage(index: int) -> dict[str, float]:
-    """Weights for `dialogue(kinds=)` of a stage of the curriculum."""
-    return {k: KINDS[k][1] for k in CURRICULUM[min(index, len(CURRICULUM) - 1)]}
 
 
 def follow_up(d: Dialogue) -> None:
@@ -932,29 +922,3 @@ def show(path, n: int = 12, seed: int = 0, split: str = "train", kinds: dict[str
             pen.multiline_text(below, "\n".join(lines[:5 if picture else 14]), (40, 40, 40), font)
         pen.text((8, y * (side + 92) + 1), kind, (150, 60, 60), font)
     sheet.save(path)
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser("python -m sketchbook", description=__doc__.split("\n")[0])
-    arguments.add_argument("command", choices=("write", "show", "check"))
-    arguments.add_argument("--out", default=None, help="folder of the corpus, or file of the sheet")
-    arguments.add_argument("--n", type=int, default=12, help="how many dialogues; for check how many pictures a kind")
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--split", choices=SPLITS, default="train")
-    arguments.add_argument("--kinds", nargs="*", metavar="KIND", help="only these kinds, by their usual weights")
-    arguments.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    given = arguments.parse_args()
-    try:
-        if unknown := set(given.kinds or ()) - set(KINDS):
-            raise InputError(f"no kind called {sorted(unknown)[0]!r}; there are {', '.join(KINDS)}")
-        kinds = {k: KINDS[k][1] for k in given.kinds} if given.kinds else None
-        if given.command == "write":
-            print(write(given.out or "corpus", given.n, given.seed, given.split, kinds, given.size))
-        elif given.command == "show":
-            show(given.out or "sheet.png", given.n, given.seed, given.split, kinds, given.size)
-        else:
-            from sketchbook import checker                                    # it imports this module, so it cannot stand above
-            checker.report(given.n, given.size)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

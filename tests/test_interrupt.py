@@ -120,18 +120,18 @@ in_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks
 
 def child(*command: str, log: Path) -> subprocess.Popen:
     """A command with a process group of its own, as a terminal gives one to each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(log, "w") as file:
         return subprocess.Popen([*map(str, command)], stdout=file, stderr=file, env=environment, start_new_session=True)
 
 
 @in_proc
 @pytest.mark.parametrize("moment", ["imports", "loading"])
-@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py", "sketchbook/pretrain.py"])
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py", "sketchbook.pretrain"])
 def test_ctrl_c_before_the_first_step_is_one_line(script, moment, tmp_path):
     log = tmp_path / "log"
-    what = ["mllm"] if script == "sketchbook/pretrain.py" else []
-    process = child(sys.executable, ROOT / script, *what, "--device=cpu", f"--out={tmp_path / 'run'}", log=log)
+    what = ["-m", script, "mllm"] if script == "sketchbook.pretrain" else [ROOT / script]
+    process = child(sys.executable, *what, "--device=cpu", f"--out={tmp_path / 'run'}", log=log)
     if moment == "imports":
         wait(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
     else:

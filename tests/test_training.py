@@ -447,3 +447,19 @@ def test_sheets_of_samples(stage, parts, tmp_path, monkeypatch):
         assert told["columns"] == ["picture before", "painted", "true one"]
         assert all(r["asked"] and r["told"] and len(r["boxes"]) == 3 for r in told["rows"])
         assert not any(r["asked"].startswith(("user", "system")) for r in told["rows"])
+
+
+CODE = ("a.py", "pages/b.py", "pages/page.html", "pages/style.css", "pages/words.json")
+
+
+@pytest.mark.parametrize("name", [*CODE, "notes.md", "runs/index.html"])
+def test_the_hash_of_the_code_sees_templates_and_words_but_no_results(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "__file__", str(tmp_path / "training.py"))
+    for folder in ("pages", "runs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pages/__init__.py").touch()
+    before = training.code_hash()
+    (tmp_path / name).write_text("one")
+    first = training.code_hash()
+    (tmp_path / name).write_text("two")
+    assert (first != before, training.code_hash() != first) == (name in CODE, name in CODE)

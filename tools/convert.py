@@ -4,10 +4,14 @@
     python -m tools.convert dit e21d2a49-4747-44c8-ba44-9f6f9243715f_ema_bf16.pt checkpoints/cosmos-14b/dit --config 14B
     python -m tools.convert vae tokenizer.pth checkpoints/cosmos-2b/vae                 (the same file as Wan2.1_VAE.pth)
 
-NVIDIA publishes Cosmos-Predict2.5, and Wan its VAE, as pickles. A pickle is a program: loading one may run any code, and
-torch's own guard refuses these files because of the TransformerEngine states among the weights. So they are read here by an
-unpickler that knows tensors and nothing else. Every other object becomes an inert placeholder which carries its name and
-never runs; it may stand under a key that is dropped anyway, and is refused under any other.
+NVIDIA publishes Cosmos-Predict2.5, and Wan its VAE, as pickles. A pickle is a program: loading one may run any code. So they
+are read by torch's own unpickler with `weights_only=True`. It knows tensors, plain containers and what SAFE lists: the buffers
+in which TransformerEngine leaves its states among NVIDIA's weights. Tensors are views of the file's memory map, so that a file
+larger than the memory can be converted.
+
+A file that names anything else is refused as a whole, even where that stands under a key which would be dropped. So is one
+in a pickle protocol above 2, which torch.save does not write by itself. A storage that claims more bytes than its member of the
+file has is not noticed: it goes on with what follows in the file, never with anything outside of it.
 
 The result has diffusers' names, in the dtype of the original, as safetensors with a config.json. Names and shapes must be
 exactly those that the network of the chosen config has.
@@ -15,20 +19,15 @@ exactly those that the network of the chosen config has.
 
 import argparse
 import io
-import math
-import mmap
-import pickle
 import re
-import struct
 import sys
 import warnings
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import dit
 import vae
@@ -36,173 +35,64 @@ from checkpoint import InputError, save_weights
 
 # ------------------------------------------------------------------------------------------------- reading a torch file
 
-
-class Storage(NamedTuple):
-    """A block of bytes in the file, not yet read."""
-
-    key: str
-    dtype: torch.dtype
-    numel: int
+# What a file may hold beside tensors. Whatever is added here, a stranger's file can call.
+SAFE = [io.BytesIO]
 
 
-class Stored(NamedTuple):
-    """A tensor in the file, not yet read: a view of a storage, in elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class Placeholder:
-    """What every global becomes that is no part of a tensor. It swallows all that a pickle can do with an object."""
-
-    origin = ""  # "module.name" in the pickle
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def swallow(self, *args, **kwargs):
-        return None
-
-    __call__ = __setstate__ = __setitem__ = append = extend = add = swallow
-
-
-def rebuild_tensor(storage, offset, shape, stride, *_):
-    """Stands in for torch._utils._rebuild_tensor_v2, with its arguments checked instead of trusted."""
-    if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(stride, tuple)):
-        raise pickle.UnpicklingError("a tensor is described in an unknown way")
-    if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
-        raise pickle.UnpicklingError("a tensor has an impossible shape")
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if math.prod(shape) and last >= storage.numel:
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    return Stored(storage, offset, shape, stride)
-
-
-def rebuild_parameter(data, *_):
-    return data
-
-
-ALLOWED = {
-    "collections.OrderedDict": OrderedDict,
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_parameter": rebuild_parameter,
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}
-
-
-class TensorUnpickler(pickle._Unpickler):
-    """Resolves no name: a global is one of ALLOWED, or a placeholder. Nothing is imported, nothing foreign is called.
-
-    The base is the unpickler in Python, which the standard library keeps beside the one in C: one damaged byte makes that in C
-    reserve gigabytes for its memo.
-    """
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.foreign: set[str] = set()
-
-    def find_class(self, module: str, name: str):
-        origin = plain(f"{module}.{name}")
-        if origin in ALLOWED:
-            return ALLOWED[origin]
-        self.foreign.add(origin)
-        return type("Placeholder", (Placeholder,), {"origin": origin})
-
-    def persistent_load(self, pid):
-        match pid:
-            case ("storage", torch.dtype() as dtype, str(key), str(), int(numel)) if numel >= 0:
-                return Storage(key, dtype, numel)
-        raise pickle.UnpicklingError("a storage is described in an unknown way")
-
-
-# What a damaged or hostile stream of opcodes makes the unpickler stumble over.
-UNREADABLE = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError,
-              RecursionError, MemoryError, struct.error)  # fmt: skip
-
-
-class TorchFile:
-    """A file of torch.save (zip format): `entries` maps keys to Stored tensors or other objects; `read` gives a tensor.
-
-    `foreign` names what else the pickle asked for. Tensors are views of the file's memory map, so that a file larger than the
-    memory can be converted.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise InputError(f"{path}: no such file")
-        with open(self.path, "rb") as file:
-            if file.read(2) != b"PK":
-                raise InputError(f"{path}: not in the zip format of torch.save since 1.6: a legacy file must be saved anew")
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def read_original(path: Path) -> dict[str, object]:
+    """Key -> tensor, or what else weights_only lets through."""
+    check_archive(path)
+    with safe_globals(SAFE), warnings.catch_warnings():
+        # torch warns of a protocol it may not know, and fails where it does not
+        warnings.simplefilter("ignore")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                self.members = {info.filename: info for info in archive.infolist()}
-        except (zipfile.BadZipFile, ValueError, struct.error, OSError, NotImplementedError) as e:
-            raise InputError(f"{path}: the file is cut off or damaged ({plain(str(e))}); fetch it again") from None
-        roots = [name.removesuffix("data.pkl") for name in self.members if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise InputError(f"{path}: a zip file, but not one of torch.save (it has no data.pkl)")
-        self.root = roots[0]
-        order = f"{self.root}byteorder"
-        if order in self.members and bytes(self._member(order)) != b"little":
-            raise InputError(f"{path}: written on a big-endian machine, which is not supported")
-        program = self._member(f"{self.root}data.pkl")
-        try:
-            unpickler = TensorUnpickler(io.BytesIO(program))
-            entries = unpickler.load()
-        except UNREADABLE as e:
-            raise InputError(f"{path}: data.pkl is damaged or holds no weights ({plain(str(e))})") from None
-        if not isinstance(entries, dict) or not all(isinstance(key, str) for key in dict.keys(entries)):
-            raise InputError(f"{path}: holds {describe(entries)}, not a dictionary of named tensors")
-        self.foreign = sorted(unpickler.foreign)
-        self.entries = dict(dict.items(entries))  # a pickle may give its dictionary an `items` of its own
+            foreign = get_unsafe_globals_in_checkpoint(str(path))
+            entries = {} if foreign else torch.load(str(path), "cpu", weights_only=True, mmap=True)
+        # one wrong byte makes an unpickler stumble over anything: no list of errors is complete
+        except Exception as e:
+            raise InputError(f"{path}: no sound file of torch.save ({first_line(e)}); fetch it again") from None
+    if foreign:
+        names = ", ".join(plain(name) for name in sorted(foreign))
+        raise InputError(f"{path}: its pickle asks for {names}, which is no part of a tensor; nothing of it was run")
+    if not isinstance(entries, dict) or not all(isinstance(key, str) for key in dict.keys(entries)):
+        raise InputError(f"{path}: holds {describe(entries)}, not a dictionary of named tensors")
+    # a pickle may give its dictionary an `items` of its own
+    return dict(dict.items(entries))
 
-    def _member(self, name: str) -> memoryview:
-        """The bytes of an uncompressed member, in place."""
-        info = self.members.get(name)
-        if info is None:
-            raise InputError(f"{self.path}: {name} is missing from the file")
-        header = self.map[info.header_offset : info.header_offset + 30]
-        if info.compress_type != zipfile.ZIP_STORED or len(header) < 30 or header[:4] != b"PK\3\4":
-            raise InputError(f"{self.path}: {name} is compressed or damaged; fetch the file again")
-        # the local header may have a longer extra field than the directory's: torch pads there to align the data
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if start + info.file_size > len(self.map):
-            raise InputError(f"{self.path}: {name} is cut off; fetch the file again")
-        return memoryview(self.map)[start : start + info.file_size]
 
-    def read(self, tensor: Stored) -> Tensor:
-        (key, dtype, numel), offset, shape, stride = tensor
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype)
-        data = self._member(f"{self.root}data/{key}")
-        if len(data) != numel * dtype.itemsize:
-            raise InputError(f"{self.path}: data/{key} has {len(data)} bytes, {numel * dtype.itemsize} are announced")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # and nobody writes to it
-            span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-            return torch.frombuffer(data, dtype=dtype, count=span, offset=offset * dtype.itemsize).as_strided(shape, stride)
+def check_archive(path: Path) -> None:
+    """What torch would report in many lines, or take in silence."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            raise InputError(f"{path}: not in the zip format of torch.save since 1.6: a legacy file must be saved anew")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    # the header of a member is as easily damaged as that of the archive
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as e:
+        raise InputError(f"{path}: the file is cut off or damaged ({first_line(e)}); fetch it again") from None
+    for member in members:
+        # mapped into memory, compressed bytes would be taken for weights
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise InputError(f"{path}: {plain(member.filename)} is compressed, which torch.save never does; fetch it again")
+
+
+def first_line(error: Exception) -> str:
+    """What is wrong, without torch's advice to load the file unsafely."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return plain((text or type(error).__name__).splitlines()[0])
+
+
+def is_weight(value) -> bool:
+    """Whether the bytes of a tensor are all there: weights_only also lets through sparse tensors and those without data."""
+    kind = type(value) in (Tensor, torch.nn.Parameter)
+    return kind and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def describe(value) -> str:
-    if isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder)):
-        return f"an object of {value.origin}"
-    return "a tensor" if isinstance(value, Stored) else f"a {type(value).__name__}"
+    return "a tensor" if is_weight(value) else f"a {plain(type(value).__name__)}"
 
 
 def plain(text: str) -> str:
@@ -305,7 +195,8 @@ def wan_names(config: vae.VAEConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def convert(
-    file: TorchFile,
+    path: Path,
+    entries: dict[str, object],
     names: dict[str, tuple[str, tuple[int, ...]]],
     prefix: str = "",
     other: str | None = None,
@@ -316,56 +207,59 @@ def convert(
     names: original name without `prefix` -> (diffusers' name, shape). Keys that start with `other` are a second copy of the
     network and are passed over; those that `dropped` matches are left out.
     """
-    wanted: dict[str, Stored] = {}
+    wanted: dict[str, Tensor] = {}
     left: list[str] = []
-    for key, value in file.entries.items():
+    for key, value in entries.items():
         if other is not None and key.startswith(other):
             continue
         bare = key.removeprefix(prefix)
         if dropped and dropped.fullmatch(bare):
             left.append(plain(key))
             continue
-        shown = f"{file.path}: key {plain(key)}"
+        shown = f"{path}: key {plain(key)}"
         if not key.startswith(prefix) or bare not in names:
             raise InputError(f"{shown} ({describe(value)}) has no place in this network; see --config")
-        if not isinstance(value, Stored):
-            raise InputError(f"{shown} is {describe(value)}, not a tensor; it was not run")
+        if not is_weight(value):
+            raise InputError(f"{shown} is {describe(value)}, not a tensor")
         name, shape = names[bare]
         if value.shape != shape:
-            raise InputError(f"{shown} has shape {value.shape}, the config asks for {shape}; see --config")
-        if not value.storage.dtype.is_floating_point:
-            raise InputError(f"{shown} is of {value.storage.dtype}, which no weight is")
-        wanted[name] = value
+            raise InputError(f"{shown} has shape {tuple(value.shape)}, the config asks for {shape}; see --config")
+        if not value.dtype.is_floating_point:
+            raise InputError(f"{shown} is of {value.dtype}, which no weight is")
+        wanted[name] = value.detach()
     missing = [original for original, (name, _) in names.items() if name not in wanted]
     if missing:
-        raise InputError(f"{file.path}: {len(missing)} of {len(names)} tensors are missing, the first is {prefix}{missing[0]}")
-    tensors, used = {}, set()
-    for name, stored in wanted.items():
-        tensor = file.read(stored).contiguous()
-        # safetensors takes no two tensors of one storage: all but the first get memory of their own
-        tensors[name] = tensor.clone() if stored.storage.key in used else tensor
-        used.add(stored.storage.key)
-    count = sum(t.numel() for t in tensors.values())
-    print(f"{len(tensors)}/{len(names)} tensors, {count:,} parameters from {file.path}")
+        raise InputError(f"{path}: {len(missing)} of {len(names)} tensors are missing, the first is {prefix}{missing[0]}")
+    count = sum(t.numel() for t in wanted.values())
+    print(f"{len(wanted)}/{len(names)} tensors, {count:,} parameters from {path}")
     if left:
         print(f"left out on purpose, {len(left)} entries: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}")
-    if file.foreign:
-        print(f"named in the pickle, not run: {', '.join(file.foreign)}")
-    return tensors
+    return apart(wanted)
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as safetensors takes them: contiguous, no two in one storage."""
+    used, result = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in used else tensor
+        used.add(storage)
+    return result
 
 
 def convert_dit(source: Path, folder: Path, config: dit.DiTConfig, live: bool = False) -> None:
     """A training checkpoint has live weights, `net.`, and their average, `net_ema.`; a published one the average as `net.`."""
-    file = TorchFile(source)
-    averaged = any(key.startswith("net_ema.") for key in file.entries)
+    entries = read_original(source)
+    averaged = any(key.startswith("net_ema.") for key in entries)
     prefix, other = ("net_ema.", "net.") if averaged and not live else ("net.", "net_ema.")
     print(f"reading {prefix}*" + (f", passing over {other}*" if averaged else ""))
-    tensors = convert(file, cosmos_names(config), prefix, other, COSMOS_DROPPED)
+    tensors = convert(source, entries, cosmos_names(config), prefix, other, COSMOS_DROPPED)
     save_weights(tensors, folder, config.to_json(), stem="diffusion_pytorch_model")
 
 
 def convert_vae(source: Path, folder: Path, config: vae.VAEConfig) -> None:
-    tensors = convert(TorchFile(source), wan_names(config))
+    tensors = convert(source, read_original(source), wan_names(config))
     save_weights(tensors, folder, config.to_json(), stem="diffusion_pytorch_model")
 
 

@@ -1,25 +1,32 @@
 """What sampling takes of a GPU's memory, before anything is downloaded: with all parts on it, and with --offload.
 
     python sample.py --plan --mllm 7B --dit 2B --vae wan2.1 --height 704 --width 1280 --batch 1
-    python -m tools.fit                                      the table of docs/fit.md, in Markdown
+    python -m tools.fit                                            the table of docs/fit.md, in Markdown
 
-Parameters and KV caches are counted on the modules themselves, built on the meta device. Activations follow from shapes by the
-formulas below, which tests/tools/test_fit.py holds against PyTorch's own record of allocations. It is the worst case of the
-settings: all tokens written, all pictures painted, each looking at all before it. Nothing of it has been run on a GPU.
+Parameters and KV caches are counted on the modules. Activations are those of the real forward passes, which run on fake
+tensors as in plan.py; tests/tools/test_fit.py holds them against PyTorch's own record of allocations. PyTorch's operations are
+counted: those of kernels.py need less. It is the worst case of the settings: all tokens written, all pictures painted, each
+looking at all before it. Nothing of it has been run on a GPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from checkpoint import parse_dtype
+from connector import features
 from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
-from model import MLLM, ImageProcessor, KVCache, MLLMConfig, smart_resize
+from flops import count
+from flow import denoise, shift_schedule
+from ops import Segments
+from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from model import PRESETS as MLLMS
 from pipeline import BUNDLED, PACK, PARTS, SIDE, SIZE, Settings, override, read_manifest
-from tools.plan import GB, config_of, count
+from tools.plan import FAKE, GB, Tally, config_of, pretend, pretend_tensor
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
@@ -42,10 +49,10 @@ class Fit:
     """Bytes by part and moment. dtype: of the language model and the DiT; the VAE computes in fp32."""
 
     def __init__(self, mllm: MLLMConfig, dit: DiTConfig, vae: VAEConfig, load: Load, dtype: torch.dtype = torch.bfloat16):
-        with torch.device("meta"):
-            dit = replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size)
-            self.mllm, self.dit, self.vae = MLLM(mllm), DiT(dit), VAE(vae)
+        dit = replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size)
+        self.mllm, self.dit, self.vae = pretend(MLLM, mllm, dtype), pretend(DiT, dit, dtype), pretend(VAE, vae)
         self.dtype, self.e = dtype, dtype.itemsize
+        self.measured: dict[tuple, int] = {}  # what has been run, by all that it depends on
         self.ask(load)
 
     def ask(self, load: Load) -> "Fit":
@@ -53,8 +60,8 @@ class Fit:
         self.load, mllm = load, self.mllm.config
         p = ImageProcessor(mllm.vision.patch_size, merge_size=mllm.vision.spatial_merge_size)
         h, w = smart_resize(*load.size, p.patch_size * p.merge_size, p.min_pixels, p.max_pixels)
-        self.vision_patches = h * w // p.patch_size**2  # of one picture
-        self.picture = self.vision_patches // p.merge_size**2 + 2  # tokens
+        self.grid = (h // p.patch_size, w // p.patch_size)  # vision patches of one picture
+        self.picture = h * w // p.patch_size**2 // p.merge_size**2 + 2  # tokens
         s = load.settings
         self.prompt = PROMPT + load.given * self.picture
         self.capacity = min(mllm.max_position_embeddings, self.prompt + s.max_tokens + s.max_images * self.picture)
@@ -71,26 +78,34 @@ class Fit:
 
     def caches(self) -> int:
         """Keys and values of the decoder, and what the DiT reads of every token, of all answers at work."""
-        cache = KVCache(self.mllm.config, self.capacity, self.dtype, "meta", self.load.batch)
+        with torch.device("meta"):
+            cache = KVCache(self.mllm.config, self.capacity, self.dtype, "meta", self.load.batch)
         rows = self.load.batch * self.capacity * self.dit.config.text_embed_dim * self.e
         return cache.k.nbytes + cache.v.nbytes + 2 * rows
 
     def moments(self) -> dict[str, int]:
         """Activations while the language model reads, while a picture is painted, and while the VAE is at work."""
         s, size = self.load.settings, self.load.size
-        n = max(self.prompt, self.picture)
-        reading = reading_bytes(self.mllm.config, n, self.vision_patches * max(1, self.load.given), self.e)
         logits = self.load.batch * self.mllm.config.vocab_size * (self.e + 3 * 4)
-        pictures = [size] * (self.load.given + s.max_images)
-        each = len(pictures) * (size[0] // SIDE) * (size[1] // SIDE) if s.use_condition_images else size[0] * size[1] // SIDE**2
+        # a prompt is read as a whole, and so is a picture that has been painted
+        n, grids = max(self.prompt, self.picture), [self.grid] * max(1, self.load.given)
+        decoder = self.once(("decoder", n), reading_bytes, self.mllm, self.dit.crossattn_proj, n)
+        tower = self.once(("tower", *grids), tower_bytes, self.mllm, grids)
+        pictures = max(1, self.load.given + s.max_images) if s.use_condition_images else 1
         branches = 1 if s.scale == 1 else 2
-        patches = min(self.load.batch * each * branches, max(PACK, each * branches))
-        context = max(1, patches // (each * branches)) * branches * self.capacity
+        patches = pictures * branches * (size[0] // SIDE) * (size[1] // SIDE)
+        answers = min(self.load.batch, max(1, PACK // patches))
+        painting = size, answers, pictures, branches, self.capacity, s.steps
         return {
-            "reading": reading + logits,
-            "painting": painting_bytes(self.dit.config, patches, context, s.steps, self.e),
-            "VAE": vae_bytes(self.vae.config, *size),
+            "reading": max(decoder, tower) + logits,
+            "painting": self.once(("painting", *painting), painting_bytes, self.dit, *painting),
+            "VAE": self.once(("VAE", size), vae_bytes, self.vae, size),
         }
+
+    def once(self, key: tuple, measure: Callable[..., int], *args) -> int:
+        if key not in self.measured:
+            self.measured[key] = measure(*args)
+        return self.measured[key]
 
     def need(self, offload: bool) -> float:
         """GB at the highest moment."""
@@ -117,31 +132,70 @@ class Fit:
 
 
 # ------------------------------------------------------------------------------------------------------------- activations
-# Highest moments of the forward passes without gradients, with attention that keeps no scores and the fused steps of ops.py.
-# They are upper bounds: a few percent of small tensors are counted as if all were alive at once.
+# The highest moment of a forward pass without gradients, in bytes beside weights, caches and what it is given.
 
 
-def reading_bytes(c: MLLMConfig, n: int, patches: int, e: int) -> int:
-    """n tokens of a document: the states of all layers stay for the connector, a layer works on gate, up and their product."""
-    h, v = c.hidden_size, c.vision
-    pixels = v.in_channels * v.temporal_patch_size * v.patch_size**2
-    vision = patches * (pixels * (4 + e) + e * (3 * v.intermediate_size + 4 * v.hidden_size))
-    states = c.num_hidden_layers * n * h * e
-    connector = min(n, 512) * (c.num_hidden_layers * h * e + 3 * 4 * h)
-    return max(vision, states + n * e * (3 * c.intermediate_size + 8 * h), states + connector)
+def reading_bytes(mllm: MLLM, connector: nn.Module, n: int) -> int:
+    """n tokens of a document; the states of all layers stay for the connector, which reads them in slices."""
+    dtype = mllm.lm_head.weight.dtype
+    ids = [0] * n
+    positions, _ = mrope_positions(ids, [], mllm.config.image_token_id)
+    with FAKE:
+        cache = KVCache(mllm.config, n, dtype)
+    with Tally(mllm, connector, cache.k, cache.v) as tally, torch.no_grad():
+        hidden = mllm(torch.tensor(ids), positions, Segments([n]), cache=cache)
+        slices = zip(*(h.split(512) for h in hidden), strict=True)
+        torch.cat([connector(features(list(part)).to(dtype)) for part in slices])
+    return tally.top
 
 
-def painting_bytes(c: DiTConfig, n: int, context: int, steps: int, e: int) -> int:
-    """n patches of both branches reading `context` tokens: keys and values of all blocks, modulations of all steps, one block,
-    whose MLP is four times as wide twice over."""
-    d, patch = c.width, c.out_channels * c.patch_size[1] ** 2
-    kept = 2 * c.num_layers * context * d * e + (steps + 1) * (9 * c.num_layers + 2) * d * 4
-    return kept + n * (int(5 + 2 * c.mlp_ratio) * d * e + 2 * 4 * c.attention_head_dim + 8 * 4 * patch)
+def tower_bytes(mllm: MLLM, grids: list[tuple[int, int]]) -> int:
+    """Pictures of so many vision patches, all at once."""
+    v = mllm.config.vision
+    pixels = pretend_tensor(sum(h * w for h, w in grids), v.in_channels * v.temporal_patch_size * v.patch_size**2)
+    with Tally(mllm) as tally, torch.no_grad():
+        mllm.visual(pixels, grids)
+    return tally.top + pixels.nbytes
 
 
-def vae_bytes(c: VAEConfig, h: int, w: int) -> int:
-    """One picture: so many maps of the widest resolution, in fp32, alive at once in the encoder and in the decoder."""
-    return int(h * w * 4 * max(4.25 * c.base_dim, 5.25 * (c.decoder_base_dim or c.base_dim)))
+class Enough(Exception):
+    """All later steps are as the second, which is the first that remembers one."""
+
+
+def painting_bytes(
+    dit: DiT, size: tuple[int, int], answers: int, pictures: int, branches: int, context: int, steps: int
+) -> int:
+    """For each answer the last of so many pictures; every branch of guidance reads `context` tokens."""
+    c, dtype = dit.config, dit.proj_out.weight.dtype
+    latent = (size[0] // SIDE * c.patch_size[1], size[1] // SIDE * c.patch_size[1])
+    clean = [[pretend_tensor(c.out_channels, *latent) for _ in range(pictures - 1)] for _ in range(answers)]
+    contexts = [pretend_tensor(context, c.text_embed_dim, dtype=dtype) for _ in range(answers)]
+    negative = contexts if branches == 2 else None
+    calls = []
+
+    def count_calls(*_) -> None:
+        if len(calls) == 2:
+            raise Enough
+        calls.append(1)
+
+    hook = dit.register_forward_pre_hook(count_calls)
+    with Tally(dit, *contexts) as tally, torch.no_grad():
+        options = {"sigmas": shift_schedule(steps), "guidance": 2.0 if negative else 1.0}
+        try:
+            denoise(dit, clean, [latent] * answers, contexts, negative, list(range(answers)), **options)
+        except Enough:
+            pass
+    hook.remove()
+    return tally.top
+
+
+def vae_bytes(vae: VAE, size: tuple[int, int]) -> int:
+    """One picture into latents and back."""
+    c = vae.config
+    with Tally(vae) as tally, torch.no_grad():
+        vae.encode_latents(pretend_tensor(1, c.in_channels, *size))
+        vae.decode_latents(pretend_tensor(1, c.z_dim, size[0] // c.factor, size[1] // c.factor))
+    return tally.top
 
 
 def planned(ckpt: str | None, parts: dict, values: dict, batch: int, given: int, dtype: str) -> Fit:

@@ -2,14 +2,16 @@
 
     python train_stage1.py --plan --mllm 7B --world 8 --zero --checkpointing
     python train_stage2.py --plan --mllm 7B --dit 2B --vae wan2.1 --world 8 --zero --documents 1 --checkpointing
-    python -m tools.plan                                      the table of docs/plan.md and of the README, in Markdown
+    python -m tools.plan                                            the table of docs/plan.md and of the README, in Markdown
 
-Parameters are counted on the modules, built on the meta device. FLOPs and bytes follow from shapes by the formulas of flops.py
-and those below; tests/tools/test_plan.py holds them against PyTorch's FlopCounterMode, saved tensors and allocations. Times are
-computed too.
+The real modules run a real step on fake tensors: these have a shape, a type and a device, but no bytes. A mode of PyTorch's
+dispatcher sees every operation, adds up the FLOPs and notes when memory comes and goes, that of the backward pass, of
+recomputation and of autocast's copies, too. tests/tools/test_plan.py holds that against PyTorch's own record of the allocations
+of a miniature. Times are computed, by the formulas of flops.py, which the same test holds against what is counted here.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, make_dataclass, replace
@@ -17,19 +19,195 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import errors, hf_hub_download
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+import ops
 from checkpoint import HUB_NAME, InputError, is_run, looks_local, no_folder, part_folder, read_json
+from data import Document, pack_documents
 from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
-from flops import DEVICES, Batch, flops, peak_flops
-from model import MLLM, MLLMConfig
+from flops import DEVICES, Batch, count, flops, peak_flops
+from flow import FlowLoss, Samples
+from model import MLLM, MLLMConfig, mrope_positions
 from model import PRESETS as MLLMS
+from tokenizer import Rendered
+from training import LanguageLoss, encode_pictures, mllm_features
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
 GB = 1e9  # as on the data sheets: an H200 has 141
-BYTES = {"bf16": 2, "fp32": 4}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# ------------------------------------------------------------------------------------------------ running without memory
+
+# Indices stay real: what a step reads back from them, such as how many tokens are targets, must be known.
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Tally(TorchDispatchMode):
+    """FLOPs of what runs inside, and the bytes it holds, now and at the highest moment, beside those of `known` tensors.
+
+    live: bytes of now; gradients: of those that are finished, which are given to `take` and then no longer live; passing: live
+    at its highest moment; top: both together at theirs. Attention is a stand-in that keeps what fused attention keeps: no
+    scores.
+    """
+
+    def __init__(self, *known: nn.Module | Tensor):
+        super().__init__()
+        self.flops = self.live = self.gradients = self.passing = self.top = 0
+        self.sizes = weakref.WeakKeyDictionary()
+        for part in known:
+            for tensor in part.parameters() if isinstance(part, nn.Module) else [part]:
+                self.sizes[tensor.untyped_storage()] = 0
+
+    def __enter__(self) -> "Tally":
+        self.attention, ops._packed_attention = ops._packed_attention, self.attend
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        ops._packed_attention = self.attention
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # asked for so often that the way through the dispatcher would be most of the time
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        out = func(*args, **(kwargs or {}))
+        formula = FLOPS.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.hold(tensor.untyped_storage())
+        return out
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage from now on until nothing refers to it any more. Views have that of their base."""
+        if storage in self.sizes:
+            return
+        size = self.sizes[storage] = storage.nbytes()
+        self.live += size
+        self.passing = max(self.passing, self.live)
+        self.top = max(self.top, self.live + self.gradients)
+        weakref.finalize(storage, self.release, size)
+
+    def release(self, size: int) -> None:
+        self.live -= size
+
+    def take(self, parameter: Tensor) -> None:
+        self.gradients += parameter.grad.nbytes
+        parameter.grad = None
+
+    def attend(self, q, k, v, sq, sk, causal, scale, k_lengths) -> Tensor:
+        """In place of ops._packed_attention."""
+        pairs = 0
+        for lq, lk in zip(sq.lengths, sk.lengths, strict=True):
+            pairs += lq * lk - (lq * (lq - 1) // 2 if causal else 0)
+        return Attention.apply(q, k, v, self, 4 * q.shape[1] * q.shape[2] * pairs)
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, tally, flops):
+        ctx.tally, ctx.flops = tally, flops
+        tally.flops += flops
+        out = q.new_empty(q.shape)
+        # the logarithm of the sum of a query's weights, with which the backward pass finds them again
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        # the scores, which are multiplied once more, are no work of the model's
+        ctx.tally.flops += 2 * ctx.flops
+        return *(x.new_empty(x.shape) for x in ctx.saved_tensors[:3]), None, None
+
+
+# PyTorch's formulas do not know the product that adds into its result.
+FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+
+
+def pretend(kind: type, config, dtype: torch.dtype = torch.float32):
+    """A module of this size without its bytes."""
+    with torch.device("meta"):
+        module = kind(config).to(dtype)
+    with FAKE:
+        module.to_empty(device="cpu")
+    # each of two names got a tensor of its own
+    for name, source in getattr(module, "tied", {}).items():
+        module.get_submodule(name.rpartition(".")[0]).weight = module.get_parameter(source)
+    return module
+
+
+def pretend_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    with FAKE:
+        return torch.empty(shape, dtype=dtype)
+
+
+def pretend_document(c: MLLMConfig, text: int, grids: list[tuple[int, int]], supervised: int, sides=()) -> Document:
+    """So much text, then pictures of so many vision patches; sides: of those that the VAE encodes."""
+    v = c.vision
+    merged = [(h // v.spatial_merge_size, w // v.spatial_merge_size) for h, w in grids]
+    ids = [0] * text + [c.image_token_id] * sum(h * w for h, w in merged)
+    loss = [False] + [True] * supervised + [False] * (len(ids) - supervised - 1)
+    positions, _ = mrope_positions(ids, merged, c.image_token_id)
+    pixels = pretend_tensor(sum(h * w for h, w in grids), v.in_channels * v.temporal_patch_size * v.patch_size**2)
+    pictures = [pretend_tensor(3, side, side) for side in sides]
+    return Document(Rendered(ids, loss), positions, pixels if grids else None, list(grids), pictures)
+
+
+def run_step(
+    modules: dict[str, nn.Module],
+    documents: list[Document],
+    samples: list[tuple[int, int, int]] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = False,
+) -> None:
+    """Forward and backward pass of a micro-batch, as the script of the stage does it.
+
+    samples of stage 2: number of the document, pictures up to and with the target, tokens that are read.
+    """
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if "dit" not in modules:
+        modules["mllm"].set_checkpointing(checkpointing)
+        with autocast:
+            loss, _ = LanguageLoss(modules["mllm"])(pack_documents(documents))
+    else:
+        modules["dit"].gradient_checkpointing = checkpointing
+        with autocast:
+            drawn = draw_samples(documents, samples, modules["mllm"], modules["vae"])
+        with autocast:
+            error, _ = FlowLoss(modules["dit"], 1e-4)(drawn, torch.rand(len(samples)), torch.Generator())
+        loss = error.sum()
+    loss.backward()
+
+
+def draw_samples(documents: list[Document], samples: list[tuple[int, int, int]], mllm: MLLM, vae: VAE) -> Samples:
+    device = torch.device("cpu")
+    states, first = mllm_features(documents, mllm, device)
+    pictures = encode_pictures(documents, vae, device)
+    rows = [range(first[d], first[d] + context) for d, _, context in samples]
+    latents = [pictures[d][:seen] for d, seen, _ in samples]
+    return Samples(states, rows, latents, [seen - 1 for _, seen, _ in samples])
+
+
+def tally_step(modules: dict[str, nn.Module], documents: list[Document], *args, **options) -> Tally:
+    """run_step on fake modules."""
+    inputs = [x for d in documents for x in (d.pixels, *d.pictures) if x is not None]
+    with Tally(*modules.values(), *inputs) as tally:
+        parameters = modules.get("dit", modules["mllm"]).parameters()
+        hooks = [p.register_post_accumulate_grad_hook(tally.take) for p in parameters]
+        run_step(modules, documents, *args, **options)
+    for hook in hooks:
+        hook.remove()
+    return tally
+
+
+# -------------------------------------------------------------------------------------------------------------- the plan
 
 
 @dataclass
@@ -50,98 +228,6 @@ class PlanConfig:
     caption: int = 128  # tokens of a clip's dialogue; assumed
     epochs: float = 1.0  # passes over the data; assumed
     zero: bool = False  # AdamW's moments sharded over the GPUs (ZeroRedundancyOptimizer)
-    logit_chunk: int = 0  # supervised tokens whose logits exist at a time; 0: all of them
-
-
-# ----------------------------------------------------------------------------------------------------------------- memory
-# What autograd keeps, tensor by tensor, of the plain PyTorch operations with fused attention. e: bytes of the autocast type.
-# In bf16 each Linear keeps a cast of its own input unless that is bf16 already, and a cast of its weight.
-
-
-@dataclass
-class Segment:
-    """A stretch of the forward pass: bytes it leaves for the backward pass, and what it needs while it runs."""
-
-    saved: int
-    parameters: int = 0
-    cast: int = 0  # bytes of its weights' casts
-    input: int = 0  # bytes: all that checkpointing keeps
-    backward: int = 0  # bytes for the while of its backward pass
-    forward: int = 0  # and of its forward pass
-
-
-def layer_bytes(n: int, e: int, width: int, inner: int, heads: int, qkv: int, casts: int):
-    """(saved, stream, widest temporary) of a decoder layer or vision block on n tokens. qkv: numbers kept of q, k, v. casts:
-    linear layers behind the two norms, which keep one tensor of the stream's size and 1 / rms each."""
-    norms = 2 * (4 * width + 4)
-    linears = (2 if e == 4 else casts) * width * e
-    attention = (qkv + width) * e + 4 * heads  # with the result and its log-sum-exp
-    mlp = 4 * inner * e  # gate, silu(gate), up, their product
-    return n * (norms + linears + attention + mlp), n * 4 * width, n * (2 * inner * e + 4 * width)
-
-
-def block_bytes(c: DiTConfig, n: int, m: int, groups: int, e: int) -> tuple[int, int, int]:
-    """The same of a DiT block on n patches that read m context tokens; groups: chunks with a modulation of their own."""
-    d, heads = c.width, 4 * c.num_attention_heads
-    sub = 3 * (3 * 4 * d + 8 + d * e)  # input, its LayerNorm, what is gated, mean and 1 / std, modulated input of the linears
-    attended = 3 * (4 * d + heads) + (3 + 1) * d * e + 2 * d * e + 2 * heads  # norms of q, k, q; q k v, result; q, result
-    mlp = 2 * int(d * c.mlp_ratio) * e
-    context = 4 * d + heads + 2 * d * e
-    return n * (sub + attended + mlp) + m * context + groups * 4 * 9 * d, n * 4 * d, n * mlp // 2
-
-
-def peak(segments: list[Segment], checkpointing: bool, stay: bool = False) -> int:
-    """Most bytes alive in a step beside weights, EMA and moments: activations, casts of weights, gradients. Backwards
-    activations go and gradients come, so the top may lie anywhere. stay: the gradients are there from the start."""
-    live = 4 * sum(s.parameters for s in segments) * stay
-    live += sum((s.input if checkpointing and s.input else s.saved) + s.cast for s in segments)
-    top = live + segments[-1].forward
-    live -= sum(s.cast for s in segments if checkpointing and s.input)  # dropped with autocast; recomputation casts again
-    for s in reversed(segments):
-        live += s.saved - s.input + s.cast if checkpointing and s.input else 0
-        top = max(top, live + s.backward + (4 * s.parameters + s.cast) // 2)  # widest in the MLP, with half of the gradients
-        live += (0 if stay else 4 * s.parameters) - s.saved - s.cast
-    return max(top, live)
-
-
-def count(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
-def stage1_segments(mllm: MLLM, b: Batch, e: int, chunk: int = 0) -> list[Segment]:
-    c, v, h, cast = mllm.config, mllm.config.vision, mllm.config.hidden_size, e == 2
-    w, pixels = v.hidden_size, v.in_channels * v.temporal_patch_size * v.patch_size**2
-    out = [Segment(0, count(mllm.model.embed_tokens))]
-    if b.patches:
-        tables = 2 * 4 * w // v.num_heads  # cos and sin
-        out.append(Segment(b.patches * (2 * cast * pixels + tables), count(mllm.visual.patch_embed)))
-        saved, stream, wide = layer_bytes(b.patches, e, w, v.intermediate_size, v.num_heads, 5 * w, 3)
-        out += [Segment(saved, n := count(block), 2 * cast * n, stream, wide) for block in mllm.visual.blocks]
-        n = count(mllm.visual.merger)
-        out.append(Segment(b.patches * (4 * w + 4 + 3 * w * e), n, 2 * cast * n, 0, b.patches * 3 * w * e))
-    qkv = h + 2 * c.num_key_value_heads * c.head_dim  # rotated q | k and v; the vision tower's v holds on to all of q | k | v
-    saved, stream, wide = layer_bytes(b.tokens, e, h, c.intermediate_size, c.num_attention_heads, qkv, 5)
-    out += [Segment(saved, n := count(layer), 2 * cast * n, stream, wide) for layer in mllm.model.layers]
-    logits = 4 * c.vocab_size * min(b.supervised, chunk or b.supervised)
-    saved = b.tokens * (8 * h + 2 * 4 * c.head_dim) + b.supervised * h * (4 + 2 * cast) + (0 if chunk else logits)
-    head, own = count(mllm.lm_head), 0 if mllm.tied else count(mllm.lm_head)
-    return [*out, Segment(saved, own + h, 2 * cast * head, 0, 2 * logits + b.tokens * 4 * h, logits)]
-
-
-def stage2_segments(dit: DiT, b: Batch, e: int, features: int) -> list[Segment]:
-    """features: bytes of each number of the MLLM's states, which stay for the connector's gradient."""
-    c, d, cast, n = dit.config, dit.config.width, e == 2, count(dit.crossattn_proj)
-    connector = b.tokens * (c.crossattn_proj_in_channels * (features + e * (e != features)) + 2 * c.text_embed_dim * e)
-    out = [Segment(connector + b.context * c.text_embed_dim * e, n, 2 * cast * n)]
-    table, patch = b.images * 4 * 9 * d * c.num_layers, c.out_channels * c.patch_size[1] ** 2
-    embed = b.latents * (7 * 4 * patch + 2 * 4 * c.attention_head_dim)  # x_0, noise, mix, target and inputs; cos and sin
-    out.append(Segment(embed + table, count(dit.time_embed, dit.norm_out, dit.patch_embed), 0, 0, table))
-    saved, stream, wide = block_bytes(c, b.latents, b.context, b.images, e)
-    for block in dit.transformer_blocks:
-        n = count(block)
-        matrices = n - count(block.norm1, block.norm2, block.norm3)  # modulations are computed in fp32
-        out.append(Segment(saved, n, 2 * cast * matrices, stream, wide))
-    return [*out, Segment(b.latents * (3 * 4 * d + 3 * 4 * patch), count(dit.proj_out), 0, 0, b.latents * 2 * 4 * d)]
 
 
 def config_of(source: str, part: str, presets: dict, parse: Callable):
@@ -165,8 +251,25 @@ def config_of(source: str, part: str, presets: dict, parse: Callable):
         raise InputError(f"--{part} {source}: no config.json from the Hub ({type(e).__name__}): name a folder or preset") from e
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a GPU reads at a time: so many equal documents."""
+
+    documents: int
+    text: int  # tokens of each beside its pictures
+    pictures: int
+    grid: tuple[int, int]  # vision patches of a picture
+    tokens: int  # of a document, pictures included
+    side: int = 0  # pixels of a picture that the VAE encodes
+    seen: tuple[int, ...] = ()  # of each target of a document: pictures up to and with it
+
+    def read(self, seen: int) -> int:
+        """Tokens that a target reads which is the picture of this number."""
+        return self.tokens * seen // self.pictures
+
+
 class Plan:
-    """One stage with its models on the meta device. c: the stage's own flags and those of PlanConfig."""
+    """One stage with its models on fake tensors. c: the stage's own flags and those of PlanConfig."""
 
     def __init__(self, c):
         if c.dtype == "auto":  # what a GPU takes
@@ -176,16 +279,21 @@ class Plan:
         sizes = "world mfu gpu_memory link picture pictures epochs accumulate".split()
         if wrong := [name for name in sizes if getattr(c, name) <= 0]:
             raise InputError(f"--{wrong[0]} must be positive")
-        if c.gpu not in DEVICES or not {frozen, c.dtype} <= BYTES.keys():
+        if c.gpu not in DEVICES or not {frozen, c.dtype} <= DTYPES.keys():
             raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen-dtype are auto, bf16 or fp32")
-        self.e, self.frozen, mllm = BYTES[c.dtype], BYTES[frozen], config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
-        with torch.device("meta"):
-            self.mllm, self.dit, self.vae = MLLM(mllm), None, None
-            if self.stage == 2:
-                dit = config_of(c.dit, "dit", DITS, DiTConfig.from_json)
-                self.dit = DiT(replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size))
-                self.vae = VAE(config_of(c.vae, "vae", VAES, VAEConfig.from_json))
+        self.dtype, self.frozen = DTYPES[c.dtype], DTYPES[frozen]
+        mllm = config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
+        self.dit, self.vae = None, None
+        if self.stage == 1:
+            self.mllm = pretend(MLLM, mllm)
+        else:
+            dit = config_of(c.dit, "dit", DITS, DiTConfig.from_json)
+            vae = config_of(c.vae, "vae", VAES, VAEConfig.from_json)
+            self.mllm = pretend(MLLM, mllm, self.frozen).requires_grad_(False)
+            self.dit = pretend(DiT, replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size))
+            self.vae = pretend(VAE, vae).requires_grad_(False)
         self.trained = count(self.dit or self.mllm)
+        self.steps: dict[tuple, Tally] = {}  # shared by all `but`s, most of which ask for the same steps
 
     def but(self, **changes) -> "Plan":
         """The same models under other flags."""
@@ -193,44 +301,77 @@ class Plan:
         other.c = replace(self.c, **changes)
         return other
 
-    def batch(self, pair: bool = False, worst: bool = False) -> tuple[Batch, int]:
-        """A micro-batch of dialogues (or of as much in video pairs), and how many documents are in it. The targets of stage 2
-        spread evenly over the pictures of a document; worst: the last ones, which see most."""
-        c, m = self.c, self.mllm.config
+    def micro(self, pair: bool = False, worst: bool = False) -> MicroBatch:
+        """A micro-batch of dialogues, or of as much in video pairs. The targets of stage 2 spread evenly over the pictures of a
+        document; worst: the last ones, which see most."""
+        c, v = self.c, self.mllm.config.vision
         pictures, text = (2, c.caption) if pair else (c.pictures, c.text)
-        merged = max(1, round(c.picture / m.vision.patch_size / m.vision.spatial_merge_size))
-        grid, length = (merged * m.vision.spatial_merge_size,) * 2, text + pictures * merged**2
+        merged = max(1, round(c.picture / v.patch_size / v.spatial_merge_size))
+        grid = (merged * v.spatial_merge_size,) * 2
+        tokens = text + pictures * merged**2
         if self.stage == 1:
-            n = min(max(1, c.tokens // length), c.documents or c.tokens)
-            return Batch.of(m, [length] * n, [grid] * n * pictures, n * text // 2), n
-        side = max(1, round(c.picture / 16)) * 16
-        patches = (side // self.vae.config.factor // self.dit.config.patch_size[1]) ** 2
-        n, t = (c.documents * max(1, c.pictures // 2), 1) if pair else (c.documents, min(c.targets, pictures))
-        seen = [2] if pair else [pictures - k if worst else math.ceil((k + 0.5) * pictures / t) for k in range(t)]
-        samples = [([patches] * j, length * j // pictures) for j in seen] * n
-        return Batch.of(m, [length] * n, [grid] * n * pictures, 0, [(side, side)] * n * pictures, samples), n
+            documents = min(max(1, c.tokens // tokens), c.documents or c.tokens)
+            return MicroBatch(documents, text, pictures, grid, tokens)
+        unit = self.vae.config.factor * self.dit.config.patch_size[1]
+        side = max(1, round(c.picture / unit)) * unit
+        documents = c.documents or 1
+        if pair:
+            return MicroBatch(documents * max(1, c.pictures // 2), text, pictures, grid, tokens, side, (2,))
+        targets = range(min(c.targets, pictures))
+        if worst:
+            seen = [pictures - k for k in targets]
+        else:
+            seen = [math.ceil((k + 0.5) * pictures / len(targets)) for k in targets]
+        return MicroBatch(documents, text, pictures, grid, tokens, side, tuple(seen))
+
+    def batch(self, pair: bool = False, worst: bool = False) -> tuple[Batch, int]:
+        """The sizes of a micro-batch, and how many documents are in it."""
+        m = self.micro(pair, worst)
+        n, c = m.documents, self.mllm.config
+        lengths, grids = [m.tokens] * n, [m.grid] * n * m.pictures
+        if self.stage == 1:
+            return Batch.of(c, lengths, grids, n * (m.text // 2)), n
+        patches = (m.side // self.vae.config.factor // self.dit.config.patch_size[1]) ** 2
+        samples = [([patches] * seen, m.read(seen)) for seen in m.seen] * n
+        return Batch.of(c, lengths, grids, 0, [(m.side, m.side)] * n * m.pictures, samples), n
+
+    def step(self) -> Tally:
+        """What a step of the largest micro-batch does to memory, and its FLOPs, those of recomputation included."""
+        m = self.micro(worst=True)
+        key = m, self.c.checkpointing
+        if key not in self.steps:
+            sides = [m.side] * m.pictures if self.stage == 2 else []
+            grids = [m.grid] * m.pictures
+            documents = [pretend_document(self.mllm.config, m.text, grids, m.text // 2, sides) for _ in range(m.documents)]
+            samples = [(d, seen, m.read(seen)) for d in range(m.documents) for seen in m.seen]
+            modules = {"mllm": self.mllm, "dit": self.dit, "vae": self.vae}
+            modules = {name: module for name, module in modules.items() if module is not None}
+            self.steps[key] = tally_step(modules, documents, samples, self.dtype, self.c.checkpointing)
+        return self.steps[key]
 
     def flops(self, b: Batch) -> dict:
         return flops(self.stage, self.mllm.config, b, self.dit and self.dit.config, self.vae and self.vae.config)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of one GPU at the highest moment of a step, by what they are. Whole but for the moments under --zero."""
-        c, p, (b, _), frozen, held = self.c, self.trained, self.batch(worst=True), 0, 0
-        f = self.frozen if self.e == 2 else 4  # bytes of the states that the connector reads
-        stay = c.world > 1 or c.accumulate > 1  # DDP's buckets are the gradients and never go
-        if self.stage == 1:
-            segments = stage1_segments(self.mllm, b, self.e, c.logit_chunk)
-        else:
-            segments = stage2_segments(self.dit, b, self.e, f)
-            features = b.tokens * self.dit.config.crossattn_proj_in_channels * f
-            m, e = self.mllm.config, min(self.frozen, self.e)  # a layer beside the states, or these beside their features, or
-            layer, norm = b.tokens * (3 * m.intermediate_size * e + 8 * m.hidden_size), b.tokens * 12 * m.hidden_size
-            encode = sum(h * w for h, w in b.pictures) * self.vae.config.base_dim * 17  # the VAE's 4 1/4 fp32 maps: measured
-            frozen, held = features + max(layer, features + norm, encode) + 4 * p * stay, features * (c.accumulate - 1)
-        step = max(peak(segments, c.checkpointing, stay), frozen, 4 * p) + held
+    def states(self) -> dict[str, int]:
+        """Bytes of one GPU that are there all the time. Whole but for the moments under --zero."""
+        c, p = self.c, self.trained
         rows = {"weights": 4 * p, "gradients": 4 * p, "AdamW": 8 * p // (c.world if c.zero else 1), "EMA": 4 * p}
-        rows["frozen weights"] = self.frozen * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
-        return rows | {"activations, casts": step - 4 * p}
+        frozen = self.frozen.itemsize * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
+        return rows | {"frozen weights": frozen}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of one GPU at the highest moment of a step, by what they are."""
+        c, rows, step = self.c, self.states(), self.step()
+        waiting = 0
+        if self.dit:
+            # the states of all micro-batches are read before the first of them is learned from
+            m, width = self.micro(worst=True), self.dit.config.crossattn_proj_in_channels
+            size = self.frozen.itemsize if self.dtype == torch.bfloat16 else 4
+            waiting = (c.accumulate - 1) * m.documents * m.tokens * width * size
+        # DDP's buckets are the gradients and never go, nor do those of earlier micro-batches; else each comes in its turn
+        stay = c.world > 1 or c.accumulate > 1
+        rest = step.passing if stay else max(0, step.top - rows["gradients"])
+        return rows | {"activations, casts": rest + waiting}
 
     @property
     def total(self) -> float:  # GB of one GPU
@@ -285,11 +426,10 @@ class Plan:
         for name, flags in (("", {}), (" with checkpointing", {"checkpointing": True}), (" without", {"checkpointing": False})):
             plain, zero = self.but(**flags), self.but(zero=True, **flags)
             lines.append(f"  {'total' + name:<36}{plain.total:>9.2f}   with --zero {zero.total:>9.2f}")
-        if not self.dit:
-            whole, chunk = (12 * n * self.mllm.config.vocab_size / GB for n in (b.supervised, min(256, b.supervised)))
-            lines.append(f"  {'logits and their gradient, whole':<36}{whole:>9.2f}   256 at a time {chunk:>7.2f}")
         lines += ["", f"TFLOP of a micro-batch: {n} documents, {b.tokens:,} tokens, {b.latents:,} latent patches"]
         lines += [f"  {k:<36}{f / 1e12:>9.3f} forward {g / 1e12:>9.3f} backward" for k, (f, g) in self.flops(b).items()]
+        done = self.step().flops / 1e12
+        lines.append(f"  {'the largest, counted':<36}{done:>9.3f} in all, with what is computed twice")
         (step, steps, hours), clips = self.schedule(), f" and {c.pairs:,} video pairs" if self.dit else ""
         lines += ["", f"step {step:.2f} s at {c.mfu:.0%} of {peak_flops(c.gpu) / 1e12:.0f} TFLOP/s (--mfu: assumed)"]
         lines += [f"{c.dialogues:,} dialogues{clips}, {c.epochs:g} times: {steps:,} steps, in all"]
@@ -305,13 +445,13 @@ def example(flags: dict, **changes) -> Plan:
     return Plan(make_dataclass("Flags", [(k, type(v), v) for k, v in flags.items()], bases=(PlanConfig,))(**changes))
 
 
-def markdown() -> str:
+def markdown(*stages: Plan) -> str:
     """Both stages at 7B + 2B on 1, 8 and 64 H200s, GB on each by what they are: the table of docs/plan.md and of the README."""
     head = "stage", "H200s", "weights", "gradients", "AdamW", "EMA", "frozen", "rest", "GB of 141", "step", "days", "GPU-hours"
     rows = [head, ["---"] * len(head)]
-    for flags in (STAGE1, STAGE2):
+    for whole in stages or (example(STAGE1), example(STAGE2)):
         for world in (1, 8, 64):
-            plan = example(flags, world=world, zero=world > 1)
+            plan = whole.but(world=world, zero=world > 1)
             step, _, hours = plan.schedule()
             sizes = [*(f"{v / GB:.1f}" for v in plan.memory().values()), f"{plan.total:.0f}"]
             cost = [f"{step:.2f} s", f"{hours / 24:.2f}", f"{hours * world:,.0f}"]

@@ -18,6 +18,7 @@ from evaluate import report as ev
 from evaluate import exam
 from evaluate.exam import Case, Corpus, Report, Share, dialogues, draw_records, evaluate, redefine, wilson
 from model import MLLM, ImageProcessor, MLLMConfig, VisionConfig
+from pages.template import render as render_page
 from pipeline import DuoGen, Settings
 from sketchbook.checker import judge, spoilt
 from sketchbook.dialogues import KINDS, SUBJECTS
@@ -491,7 +492,7 @@ def test_every_table_says_what_its_columns_mean_and_which_rows_are_weakest(drawn
     single_rows = exam.single_requests(1)
     one = ev.single_table({"truth": exam.evaluate_single(Corpus(single_rows), single_rows, quiet=True)})
     for table in (summary, kinds, asked, one):
-        told, text, page = dict(table.notes), ev.markdown(table), Reader(ev.html_table(table)).text
+        told, text, page = dict(table.notes), ev.markdown(table), Reader(render_page("table.html", table=table)).text
         columns = table.head if table is not summary else [row[0] for row in table.rows]
         for name in columns:
             assert name in ("", "split", "kind", "asked", *told) or name in SPLIT_NAMES, (name, told)

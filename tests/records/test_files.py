@@ -243,6 +243,11 @@ def test_damaged_and_hostile_archives_are_one_line(tmp_path: Path):
         "negative": (header(b"0.json", b"\xff" * 12), "damaged at byte 0"),
         "no number": (header(b"0.json", b"12x"), "damaged at byte 0"),
         "endless name": (header(b"././@LongLink", b"7777777777", b"L"), "a name of 1,073,741,823 bytes"),
+        "endless chain": (header(b"././@LongLink", b"0", b"L") * 3000, "damaged at byte 0"),
+        "end of a chain": (header(b"././@LongLink", b"0", b"L"), "damaged at byte 0"),
+        "back": (header(b"0.json", b"\xff" * 10 + b"\xfe\x00", b"S") * 2, "damaged at byte 0"),
+        "back, extended": (header(b"x", b"13", b"x") + b"13 size=-512\n".ljust(512, b"\0") + header(b"a", b""), "damaged"),
+        "sparse without an end": (header(b"0.json", b"9", b"S")[:482] + b"\1" + bytes(29), "damaged at byte 0"),
         "empty": (b"", "no record in it"),
         "nothing": (bytes(10240), "no record in it"),
         "only pictures": (header(b"0.png", b"4") + b"abcd".ljust(512, b"\0"), "no record in it"),
@@ -265,6 +270,19 @@ def test_damaged_and_hostile_archives_are_one_line(tmp_path: Path):
             list(Stream(Files([path]), epochs=1))
         except InputError as e:
             assert "\n" not in str(e)
+
+
+@pytest.mark.parametrize("key", ["GNU.sparse.realsize", "GNU.sparse.name"])
+def test_sparse_files_are_no_members(tmp_path: Path, key: str):
+    """Their bytes in the archive are not those of the file."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
+        for name, extension in (("0.json", {}), ("0.png", {key: "1.json"} if key.endswith("name") else {key: "600"})):
+            entry = tarfile.TarInfo(name)
+            content = drawn("0.png") if name == "0.json" else picture()
+            entry.size, entry.pax_headers = len(content), extension
+            out.addfile(entry, io.BytesIO(content))
+    with pytest.raises(BadRecord, match="no such picture"):
+        Files([tmp_path / "a.tar"])[0]
 
 
 def test_sizes_are_limited(tmp_path: Path, monkeypatch):

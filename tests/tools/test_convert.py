@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import zipfile
@@ -20,7 +21,7 @@ import dit
 import vae
 from checkpoint import InputError
 from tools import convert
-from tools.convert import COSMOS_NAMES, TorchFile, cosmos_names, main, translate, wan_names
+from tools.convert import COSMOS_NAMES, cosmos_names, main, read_original, translate, wan_names
 
 ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -63,7 +64,7 @@ def cosmos(prefix: str = "net.", dtype=torch.bfloat16) -> OrderedDict:
     for block in range(2):
         for norm in ("self_attn.q_norm", "self_attn.k_norm", "cross_attn.q_norm"):
             state[f"{prefix}blocks.{block}.{norm}._extra_state"] = io.BytesIO(b"\x80\x02pickled inside")
-    state[f"{prefix}blocks.0.cross_attn.k_norm._extra_state"] = argparse.Namespace(recipe={"a": [1, 2]}, fp8=Listlike([1, 2]))
+    state[f"{prefix}blocks.0.cross_attn.k_norm._extra_state"] = torch.zeros(8, dtype=torch.uint8)
     state._metadata = OrderedDict(version=1)  # what nn.Module.state_dict leaves on the dictionary
     return state
 
@@ -134,14 +135,12 @@ def test_a_few_names_by_hand():
 # ------------------------------------------------------------------------------------------------------------ round trips
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_dit(tmp_path, capsys, protocol):
+def test_dit(tmp_path, capsys):
     state = cosmos()
-    torch.save(state, tmp_path / "model.pt", pickle_protocol=protocol)
+    torch.save(state, tmp_path / "model.pt")
     main(["dit", str(tmp_path / "model.pt"), str(tmp_path / "dit")])
     out = capsys.readouterr().out
-    assert "49/49 tensors" in out and "14 entries" in out and "not run: " in out
-    assert "BytesIO" in out and "argparse.Namespace" in out and "test_convert.Listlike" in out
+    assert "49/49 tensors" in out and "14 entries" in out
     tensors = read(tmp_path / "dit")
     for original, (name, _) in cosmos_names(TINY).items():
         assert tensors.pop(name).dtype == torch.bfloat16
@@ -192,35 +191,45 @@ def test_views_and_shared_storages(tmp_path):
 
 def test_tensors_are_views_of_the_file(tmp_path):
     torch.save({"a": torch.arange(6.0), "empty": torch.zeros(0, 3), "i": torch.tensor([True])}, tmp_path / "x.pt")
-    file = TorchFile(tmp_path / "x.pt")
-    a = file.read(file.entries["a"])
-    assert a.tolist() == [0, 1, 2, 3, 4, 5]
-    assert a.data_ptr() == file.read(file.entries["a"]).data_ptr()  # the map itself, twice
-    assert file.read(file.entries["empty"]).shape == (0, 3) and file.read(file.entries["i"]).item() is True
+    entries = read_original(tmp_path / "x.pt")
+    assert entries["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    mapped = [line.split()[0].split("-") for line in open("/proc/self/maps") if line.rstrip().endswith("/x.pt")]
+    assert any(int(start, 16) <= entries["a"].data_ptr() < int(end, 16) for start, end in mapped)
+    assert entries["empty"].shape == (0, 3) and entries["i"].item() is True
 
 
 # ---------------------------------------------------------------------------------------------------------- hostile files
 
 
-def test_code_in_a_pickle_never_runs(tmp_path, capsys):
+DROPPED = "net.blocks.0.self_attn.q_norm._extra_state"
+
+
+@pytest.mark.parametrize("key", [DROPPED, "net." + Q, "net.surprise", "surprise"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_code_in_a_pickle_never_runs(tmp_path, capsys, key, deep):
     trace = tmp_path / "trace"
-    state = cosmos()
-    state["net.blocks.0.self_attn.q_norm._extra_state"] = Evil(trace)
-    state["net.blocks.1.self_attn.q_norm._extra_state"] = [{"deep": Evil(trace)}]
-    torch.save(state, tmp_path / "model.pt")
-    main(["dit", str(tmp_path / "model.pt"), str(tmp_path / "dit")])
-    assert f"{os.system.__module__}.system" in capsys.readouterr().out and not trace.exists()
+    torch.save(cosmos() | {key: [{"deep": Evil(trace)}] if deep else Evil(trace)}, tmp_path / "model.pt")
+    err = run(capsys, "dit", tmp_path / "model.pt", tmp_path / "dit")
+    assert f"asks for {os.system.__module__}.system, which is no part of a tensor; nothing of it was run" in err
+    assert not trace.exists() and not (tmp_path / "dit").exists()
     torch.load(tmp_path / "model.pt", weights_only=False)  # the trap itself works
     assert trace.exists()
 
 
-@pytest.mark.parametrize("key", ["net." + Q, "net.surprise", "surprise"])
-def test_an_object_under_any_other_key_is_refused(tmp_path, capsys, key):
-    trace = tmp_path / "trace"
-    torch.save(cosmos() | {key: Evil(trace)}, tmp_path / "model.pt")
-    err = run(capsys, "dit", tmp_path / "model.pt", tmp_path / "dit")
-    assert f"key {key} " in err and f"{os.system.__module__}.system" in err
-    assert not trace.exists() and not (tmp_path / "dit").exists()
+def test_what_is_refused_even_under_a_key_that_is_dropped(tmp_path, capsys):
+    """Harmless objects of other classes, and a pickle protocol that torch.save does not write by itself."""
+    path, out = tmp_path / "x.pt", tmp_path / "dit"
+    torch.save(cosmos() | {DROPPED: [argparse.Namespace(a=1), Listlike([1, 2])]}, path)
+    assert "asks for argparse.Namespace, test_convert.Listlike, which" in run(capsys, "dit", path, out)
+    torch.save(cosmos(), path, pickle_protocol=4)
+    assert "no sound file of torch.save (Unsupported operand 149)" in run(capsys, "dit", path, out)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "wrapper"])
+def test_tensors_without_bytes_of_their_own_are_no_weights(tmp_path, capsys, kind):
+    tensor = torch.ones(32, 32).to_sparse() if kind == "sparse" else torch.ones(32, 32, device="meta")
+    torch.save(cosmos() | {"net." + Q: tensor if kind != "wrapper" else {"a": tensor}}, tmp_path / "x.pt")
+    assert f"key net.{Q} is a " in run(capsys, "dit", tmp_path / "x.pt", tmp_path / "dit")
 
 
 def with_pickle(path: Path, program: bytes) -> Path:
@@ -228,57 +237,75 @@ def with_pickle(path: Path, program: bytes) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", program)
         archive.writestr("x/data/0", b"\0" * 8)
+        archive.writestr("x/version", "3\n")
     return path
 
 
-STORAGE = b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI%d\ntQ"  # 2 floats, by pickle opcodes
+def text(value: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value
 
 
-def tensor(offset=0, shape=b"(I2\nt", stride=b"(I1\nt", numel=2) -> bytes:
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % numel + b"I%d\n" % offset + shape + stride + b"I00\nNtR"
+def number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def storage(kind: bytes = b"storage", numel: int = 2) -> bytes:
+    """2 floats, by pickle opcodes."""
+    return b"(" + text(kind) + b"ctorch\nFloatStorage\n" + text(b"0") + text(b"cpu") + number(numel) + b"tQ"
+
+
+ONE, TWO = b"(" + number(1) + b"t", b"(" + number(2) + b"t"
+
+
+def tensor(offset=0, shape=TWO, stride=ONE, **options) -> bytes:
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(**options) + number(offset) + shape + stride + b"\x89NtR"
 
 
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        (b"}Va\n" + tensor(offset=1) + b"s.", "beyond its storage"),
-        (b"}Va\n" + tensor(shape=b"(I-2\nt") + b"s.", "impossible shape"),
-        (b"}Va\n" + tensor(stride=b"(I1\nI1\nt") + b"s.", "impossible shape"),
-        (b"}Va\n" + tensor(shape=b"N") + b"s.", "unknown way"),
-        (b"}Va\n(Vmodule\nVos\ntQs.", "unknown way"),
-        (b"}Va\n(I1\nI2\nI3\ntR.", "data.pkl is damaged"),  # calls a string
-        (b"cos\nsystem\n(Vtrue\ntR.", "an object of os.system"),
-        (b"cbuiltins\neval\n.", "an object of builtins.eval"),
-        (b"}I1\nI2\ns.", "not a dictionary of named tensors"),
-        (b"(lp0\n.", "a list, not a dictionary"),
-        (b"\x80\x02}q\x00X\xff\xff\xff\x00ab.", "damaged"),
-        (b"", "damaged"),
-        (pickle.dumps({"a": 1})[:-1], "damaged"),
-        (b"ctorch\nFloatStorage\n}Va\nI1\nsb.", "damaged"),  # sets an attribute of torch.float32
-        (b"ccollections\nOrderedDict\n)R}(Vitems\nVtrap\nub.", "missing"),  # an `items` of its own: still an empty dictionary
+        (b"}" + text(b"a") + tensor(offset=1) + b"s.", "not resizable"),
+        (b"}" + text(b"a") + tensor(offset=-1) + b"s.", "invalid storage offset"),
+        (b"}" + text(b"a") + tensor(shape=b"(" + number(-2) + b"t") + b"s.", "no sound file"),
+        (b"}" + text(b"a") + tensor(stride=b"(" + number(1) * 2 + b"t") + b"s.", "unequal size length"),
+        (b"}" + text(b"a") + tensor(shape=b"N") + b"s.", "no sound file"),
+        (b"}" + text(b"a") + tensor(kind=b"module") + b"s.", "no sound file"),
+        (b"}" + text(b"a") + tensor(shape=b"(" + number(1 << 20) + b"t", numel=1 << 20) + b"s.", "not resizable"),
+        (b"}" + text(b"a") + b"(" + number(1) + b"tR.", "unrecognized function"),  # calls a string
+        (b"cos\nsystem\n(" + text(b"true") + b"tR.", "asks for os.system"),
+        (b"cbuiltins\neval\n.", "asks for builtins.eval"),
+        (b"c_io\nBytesIO\n.", "holds a type, not a dictionary"),
+        (b"}" + number(1) + number(2) + b"s.", "not a dictionary of named tensors"),
+        (b"].", "holds a list, not a dictionary"),
+        (b"\x80\x02}q\x00X\xff\xff\xff\x00ab.", "no sound file"),
+        (b"", "no sound file"),
+        (pickle.dumps({"a": 1}, 2)[:-1], "no sound file"),
+        (b"ctorch\nFloatStorage\n}" + text(b"a") + number(1) + b"sb.", "no sound file"),  # sets an attribute of a class
+        (b"ccollections\nOrderedDict\n)R}" + text(b"items") + text(b"trap") + b"sb.", "missing"),  # an `items` of its own
     ],
 )
 def test_malformed_pickles(tmp_path, capsys, program, message):
     err = run(capsys, "vae", with_pickle(tmp_path / "x.pth", program), tmp_path / "vae")
-    assert message in err, err
+    assert message in err and "will likely succeed" not in err, err  # torch's own advice is to run the file
 
 
-def test_damage_anywhere_is_one_line(tmp_path):
+@pytest.mark.parametrize("code", [False, True])
+def test_damage_anywhere_is_one_line(tmp_path, code):
     """Bytes flipped at random, most of them in the pickle: the file is read, or refused as a user's error, and nothing runs."""
     path, trace, rng = tmp_path / "x.pt", tmp_path / "trace", random.Random(0)
-    torch.save(cosmos() | {"net.blocks.0.self_attn.q_norm._extra_state": Evil(trace)}, path)
+    torch.save(cosmos() | {DROPPED: [Evil(trace)] if code else []}, path)
     data, refused = path.read_bytes(), 0
     with zipfile.ZipFile(path) as archive:
         program = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     start = data.index(program)
-    for _ in range(150):
+    for _ in range(100):
         broken = bytearray(data)
         for _ in range(3):
             at = start + rng.randrange(len(program)) if rng.random() < 0.7 else rng.randrange(len(data))
             broken[at] = rng.randrange(256)
         path.write_bytes(broken)
         try:
-            convert.convert(TorchFile(path), cosmos_names(TINY), "net.", None, convert.COSMOS_DROPPED)
+            convert.convert(path, read_original(path), cosmos_names(TINY), "net.", None, convert.COSMOS_DROPPED)
         except InputError as e:
             refused += 1
             assert "\n" not in str(e)
@@ -324,7 +351,7 @@ def test_wrong_files(tmp_path, capsys):
         data[:20]: "cut off or damaged",
         b"": "not in the zip format",
         b"version https://git-lfs.github.com/spec/v1\n": "not in the zip format",
-        data.replace(b"data/3", b"data/#"): "data/3 is missing",
+        data.replace(b"data/3", b"data/#"): "failed locating file data/3",
     }.items():
         bad.write_bytes(content)
         assert message in run(capsys, "dit", bad, out)
@@ -332,19 +359,12 @@ def test_wrong_files(tmp_path, capsys):
     assert "legacy" in run(capsys, "dit", bad, out)
     with zipfile.ZipFile(bad, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    assert "not one of torch.save" in run(capsys, "dit", bad, out)
+    assert "no sound file of torch.save" in run(capsys, "dit", bad, out)
     with zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", pickle.dumps({}) * 9)
     assert "compressed" in run(capsys, "dit", bad, out)
     assert "no such file" in run(capsys, "dit", tmp_path / "none.pt", out)
     assert not out.exists()
-
-
-def test_a_short_storage_is_refused(tmp_path):
-    with_pickle(tmp_path / "x.pt", b"}Va\n" + tensor(numel=3) + b"s.")
-    file = TorchFile(tmp_path / "x.pt")
-    with pytest.raises(InputError, match="has 8 bytes, 12 are announced"):
-        file.read(file.entries["a"])
 
 
 def test_command_line(tmp_path, capsys):
@@ -360,10 +380,9 @@ def test_command_line(tmp_path, capsys):
         assert stop.value.code == 2
 
 
-def test_nothing_but_tensors_is_allowed():
-    """The allow-list is the security of this script: whoever extends it must come past here."""
-    rest = dict(convert.ALLOWED)
-    assert rest.pop("collections.OrderedDict") is OrderedDict
-    assert rest.pop("torch._utils._rebuild_tensor_v2") is convert.rebuild_tensor
-    assert rest.pop("torch._utils._rebuild_parameter") is convert.rebuild_parameter
-    assert all(k.startswith("torch.") and k.endswith("Storage") and isinstance(v, torch.dtype) for k, v in rest.items())
+def test_nothing_but_tensors_and_buffers_is_allowed(tmp_path):
+    """What is added to torch's own list is the security of this script: whoever extends it must come past here."""
+    assert convert.SAFE == [io.BytesIO]
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pt")
+    read_original(tmp_path / "x.pt")
+    assert io.BytesIO not in torch.serialization.get_safe_globals()  # nothing of it stays behind

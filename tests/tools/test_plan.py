@@ -1,4 +1,4 @@
-"""The plan against PyTorch: FLOPs by FlopCounterMode, kept bytes by saved-tensor hooks, memory by recorded allocations."""
+"""The plan against PyTorch: FLOPs by FlopCounterMode on real modules, memory by its record of allocations."""
 
 import dataclasses
 import gc
@@ -10,73 +10,55 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 import flops
 import model
+import ops
 import vae
 from checkpoint import InputError
-from data import MLLMBatch
 from flops import Batch
-from flow import FlowLoss, Samples
-from ops import Segments
 from tools import plan
 from train_stage1 import Stage1Config
 from train_stage2 import Stage2Config
-from training import LanguageLoss, parse_config
+from training import parse_config
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = dataclasses.replace(model.PRESETS["tiny"], vocab_size=2048)
-BYTES = {"fp32": 4, "bf16": 2}
+PAINTER, CODER = dit.PRESETS["tiny"], vae.PRESETS["tiny"]
 
 
-def autocast(dtype):
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
+def tiny(stage: int, make) -> dict[str, nn.Module]:
+    modules = {"mllm": make(model.MLLM, TINY)}
+    if stage == 2:
+        modules["mllm"].requires_grad_(False)
+        modules |= {"dit": make(dit.DiT, PAINTER), "vae": make(vae.VAE, CODER).requires_grad_(False)}
+    return modules
 
 
-def stage1(documents, text, grid, checkpointing=False, dtype="fp32"):
-    """A stage-1 step of the miniature on equal documents of one picture: module, step, sizes."""
-    merged = (grid[0] // 2, grid[1] // 2)
-    ids = torch.cat((torch.randint(0, 900, (text - 5,)), torch.full((merged[0] * merged[1],), TINY.image_token_id)))
-    ids = torch.cat((ids, torch.randint(0, 900, (5,))))
-    positions, _ = model.mrope_positions(ids, [merged], TINY.image_token_id)
-    n, supervised = len(ids), len(ids) * documents // 3
-    labels = torch.full((n * documents,), -100)
-    labels[:supervised] = 7
-    pixels = torch.randn(documents * grid[0] * grid[1], 3 * 2 * 8 * 8)
-    cu = torch.arange(0, n * documents + 1, n, dtype=torch.int32)
-    batch = MLLMBatch(ids.repeat(documents), positions.repeat(1, documents), cu, pixels, [grid] * documents, labels)
-    mllm = model.MLLM.from_config(TINY)
-    mllm.set_checkpointing(checkpointing)
-    loss_of = LanguageLoss(mllm)
-
-    def step():
-        with autocast(dtype):
-            loss = loss_of(batch)[0] / supervised
-        loss.backward()
-
-    return mllm, step, Batch.of(TINY, [n] * documents, [grid] * documents, supervised)
+def real(kind: type, config) -> nn.Module:
+    return kind.from_config(config)
 
 
-def stage2(samples, images, side, context, checkpointing=False, dtype="fp32"):
-    """A stage-2 step of the miniature's connector and DiT."""
-    c = dit.PRESETS["tiny"]
-    painter = dit.DiT.from_config(c)
-    painter.gradient_checkpointing = checkpointing
-    loss_of = FlowLoss(painter, 1e-4)
+def batch_of(stage: int, documents: int, text: int, grid: tuple[int, int], pictures: int = 1, side: int = 32):
+    """Fake documents, of each the last picture as the target, and their sizes."""
+    supervised = text // 3
+    sides = [side] * pictures if stage == 2 else []
+    fake = [plan.pretend_document(TINY, text, [grid] * pictures, supervised, sides) for _ in range(documents)]
+    tokens = len(fake[0])
+    sizes = {"grids": [grid] * pictures * documents}
+    if stage == 1:
+        return fake, [], Batch.of(TINY, [tokens] * documents, supervised=supervised * documents, **sizes)
+    samples = [(d, pictures, tokens - 3) for d in range(documents)]
+    sizes["samples"] = [([(side // 16) ** 2] * pictures, tokens - 3)] * documents
+    return fake, samples, Batch.of(TINY, [tokens] * documents, pictures=[(side, side)] * pictures * documents, **sizes)
 
-    def step():
-        features = torch.randn(samples * context, c.crossattn_proj_in_channels)
-        rows = [range(i * context, (i + 1) * context) for i in range(samples)]
-        latents = [[torch.randn(16, 2 * side, 2 * side) for _ in range(images)] for _ in rows]
-        with autocast(dtype):
-            g = torch.Generator().manual_seed(0)
-            error, _ = loss_of(Samples(features, rows, latents, [images - 1] * samples), torch.rand(samples), g)
-        error.sum().backward()
 
-    return painter, step, Batch.of(TINY, [context] * samples, samples=[([side * side] * images, context)] * samples)
+def filled(document):
+    """The same document with bytes."""
+    pictures = [torch.rand(p.shape) for p in document.pictures]
+    return dataclasses.replace(document, pixels=torch.randn(document.pixels.shape), pictures=pictures)
 
 
 def attention_flops(q, k, causal: bool) -> int:
@@ -103,26 +85,47 @@ def counted(step) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("documents, text, grid", [(1, 30, (8, 8)), (3, 90, (8, 12)), (2, 150, (10, 6))])
-def test_flops_of_stage_1(documents, text, grid):
-    _, step, b = stage1(documents, text, grid)
-    assert counted(step) == pytest.approx(sum(map(sum, flops.flops(1, TINY, b).values())), rel=0.01)
-
-
-@pytest.mark.parametrize("samples, images, side, context", [(1, 1, 4, 20), (3, 4, 8, 50), (2, 2, 12, 200)])
-def test_flops_of_stage_2(samples, images, side, context):
-    _, step, b = stage2(samples, images, side, context)
-    parts = flops.flops(2, TINY, b, dit.PRESETS["tiny"], vae.PRESETS["tiny"])
-    assert counted(step) == pytest.approx(sum(parts["DiT"]) + sum(parts["connector"]), rel=0.01)
+@pytest.mark.parametrize(
+    "case",
+    [(1, 1, 30, (8, 8)), (1, 3, 90, (8, 12)), (1, 2, 150, (10, 6)), (2, 1, 20, (4, 4)), (2, 3, 50, (8, 4), 4, 96)],
+)
+def test_flops(case):
+    """Of a real step, of the same without its bytes, and by the formulas."""
+    fake, samples, b = batch_of(*case)
+    expected = sum(map(sum, flops.flops(case[0], TINY, b, PAINTER, CODER).values()))
+    modules, documents = tiny(case[0], real), [filled(d) for d in fake]
+    assert counted(lambda: plan.run_step(modules, documents, samples, torch.float32)) == pytest.approx(expected, rel=0.01)
+    for dtype in (torch.float32, torch.bfloat16):
+        tally = plan.tally_step(tiny(case[0], plan.pretend), fake, samples, dtype)
+        assert tally.flops == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["tiny", "wan2.1"])
 def test_flops_of_the_vae_encoder(name):
     c = vae.PRESETS[name]
-    with torch.device("meta"):
-        module, x = vae.VAE(c), torch.empty(1, 3, 96, 64)
-    with torch.no_grad():
-        assert counted(lambda: module.encode(x)) == pytest.approx(flops.encoder_flops(c, 96, 64), rel=0.01)
+    module, x = plan.pretend(vae.VAE, c), plan.pretend_tensor(1, 3, 96, 64)
+    with plan.Tally(module, x) as tally, torch.no_grad():
+        module.encode(x)
+    assert tally.flops == pytest.approx(flops.encoder_flops(c, 96, 64), rel=0.01)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_flops_at_full_size(stage, one, two):
+    p = one if stage == 1 else two
+    b, _ = p.batch(worst=True)
+    counted = p.but(checkpointing=False).step().flops
+    assert counted == pytest.approx(sum(map(sum, p.flops(b).values())), rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def one():
+    """Stage 1 with the 7B on one H200."""
+    return plan.example(plan.STAGE1)
+
+
+@pytest.fixture(scope="module")
+def two():
+    return plan.example(plan.STAGE2)
 
 
 def test_full_size_flops_are_those_of_the_literature():
@@ -133,53 +136,6 @@ def test_full_size_flops_are_those_of_the_literature():
         assert forward == pytest.approx(expected, rel=0.01)
     seven = model.PRESETS["7B"]
     assert flops.flops(1, seven, Batch.of(seven, [2048]))["decoder"][0] == pytest.approx(27.6e12, rel=0.01)
-
-
-def kept(module: nn.Module, dtype: str, *args) -> int:
-    """Bytes of the storages that autograd keeps, each once, without the parameters and the tensors of `args` that need none."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    seen = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype):
-        module(*args)
-    return sum(s.nbytes() for s in seen.values())
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_kept_bytes_of_every_kind_of_block(dtype):
-    n, m, e, cast = 48, 20, BYTES[dtype], dtype == "bf16"
-    c, v, d = TINY, TINY.vision, dit.PRESETS["tiny"]
-    cu = torch.tensor([0, n], dtype=torch.int32)
-
-    def matrices(module):
-        return sum(2 * cast * x.weight.numel() for x in module.modules() if isinstance(x, nn.Linear))
-
-    layer, tables = model.Layer(c, 0), [torch.randn(n, 1, c.head_dim) for _ in range(2)]
-    qkv = c.hidden_size + 2 * c.num_key_value_heads * c.head_dim
-    expected = plan.layer_bytes(n, e, c.hidden_size, c.intermediate_size, c.num_attention_heads, qkv, 5)[0]
-    expected += matrices(layer) + n * 2 * 4 * c.head_dim
-    x = torch.randn(n, c.hidden_size, requires_grad=True)
-    assert kept(layer, dtype, x, cu, *tables) == expected
-
-    block, width = model.VisionBlock(v), v.hidden_size
-    tables = [torch.randn(n, 1, width // v.num_heads) for _ in range(2)]
-    expected = plan.layer_bytes(n, e, width, v.intermediate_size, v.num_heads, 5 * width, 3)[0]
-    expected += matrices(block) + n * 2 * 4 * width // v.num_heads
-    assert kept(block, dtype, torch.randn(n, width, requires_grad=True), cu, *tables) == expected
-
-    block, rope = dit.Block(d), tuple(torch.randn(n, 1, d.attention_head_dim) for _ in range(2))
-    x, table = torch.randn(2, n // 2, d.width, requires_grad=True), torch.randn(2, 9 * d.width, requires_grad=True)
-    context = torch.randn(m, d.text_embed_dim, dtype=torch.bfloat16 if cast else None, requires_grad=True)
-    expected = plan.block_bytes(d, n, m, 2, e)[0] + matrices(block.attn1) + matrices(block.attn2) + matrices(block.ff)
-    expected += n * 2 * 4 * d.attention_head_dim + m * d.text_embed_dim * e
-    got = kept(block, dtype, x, table, torch.arange(2), rope, Segments([n]), context, None, Segments([m]))
-    assert got == pytest.approx(expected, rel=1e-3)  # but for indices and modulations of a few bytes
 
 
 def measured(module, step) -> int:
@@ -197,7 +153,7 @@ def measured(module, step) -> int:
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in module.parameters()], 0.1)
     events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 4 * plan.count(module)
+    live = top = 4 * flops.count(module)
     for _, size in sorted(events, key=lambda event: event[0]):
         live += size
         top = max(top, live)
@@ -205,63 +161,88 @@ def measured(module, step) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_memory_of_a_step(stage, dtype, checkpointing):
     """Weights, gradients, moments, EMA, activations and casts together, alive at one moment."""
-    n, side = (300, 10) if dtype == "bf16" else (600, 24)  # emulated bf16 is slow on most CPUs
-    options = {"checkpointing": checkpointing, "dtype": dtype}
-    if stage == 1:
-        module, step, b = stage1(1, n, (side, side), **options)
-        segments = plan.stage1_segments(module, b, BYTES[dtype])
-    else:
-        module, step, b = stage2(1, 3, side // 2, 100, **options)
-        segments = plan.stage2_segments(module, b, BYTES[dtype], 4)
-    states, rest, got = 16 * plan.count(module), plan.peak(segments, checkpointing), measured(module, step)
-    assert states + rest == pytest.approx(got, rel=0.1)  # weights, two moments and EMA are certain:
-    assert rest == pytest.approx(got - states, rel=0.15)  # what stands beside them must be right too
+    n, side = (300, 10) if dtype == torch.bfloat16 else (600, 24)  # emulated bf16 is slow on most CPUs
+    case = (1, 1, n, (side, side)) if stage == 1 else (2, 1, 100, (4, 4), 3, 8 * side)
+    fake, samples, _ = batch_of(*case)
+    modules, documents = tiny(stage, real), [filled(d) for d in fake]
+    trained = modules.get("dit", modules["mllm"])
+    got = measured(trained, lambda: plan.run_step(modules, documents, samples, dtype, checkpointing))
+    rest = plan.tally_step(tiny(stage, plan.pretend), fake, samples, dtype, checkpointing).top
+    states = 16 * flops.count(trained)
+    assert states + rest == pytest.approx(got, rel=0.05)  # weights, two moments and EMA are certain:
+    assert rest == pytest.approx(got - states, rel=0.08)  # what stands beside them must be right too
 
 
-def test_gradients_of_a_plan_are_those_of_its_parameters():
-    for flags in (plan.STAGE1, plan.STAGE2):
-        p = plan.example(flags)
-        b, _ = p.batch()
-        segments = plan.stage2_segments(p.dit, b, 2, 4) if p.dit else plan.stage1_segments(p.mllm, b, 2)
-        assert sum(s.parameters for s in segments) == p.trained
+def test_a_tally_counts_what_is_alive():
+    x = plan.pretend_tensor(1000)
+    attend = ops._packed_attention
+    with plan.Tally(x) as tally:
+        y = x * 2  # 4,000 bytes
+        view = y.view(10, 100)
+        del y
+        assert (tally.live, tally.top) == (4000, 4000)  # its view keeps it
+        z = view.bfloat16()
+        del view
+        assert (tally.live, tally.top) == (2000, 6000)
+        z.add_(1)
+        x.mul_(2)
+        assert (tally.live, tally.top) == (2000, 6000)
+    del z
+    assert tally.live == 0 and ops._packed_attention is attend
 
 
-def test_what_does_not_fit_is_said_with_its_remedy():
+def test_gradients_stay_or_come_in_their_turn():
+    """All of them are there at the end, and nothing else."""
+    fake, _, _ = batch_of(1, 1, 60, (8, 8))
+    modules = tiny(1, plan.pretend)
+    tally = plan.tally_step(modules, fake)
+    p = 4 * flops.count(modules["mllm"])
+    assert tally.gradients == p and tally.live == pytest.approx(0, abs=1e5)
+    assert max(p, tally.passing) <= tally.top < tally.passing + p
+
+
+def test_what_does_not_fit_is_said_with_its_remedy(one, two):
     """fp32 AdamW for all of the 7B is 133 GB of weights and states, without gradients and EMA: one H200 cannot train it."""
-    one = plan.example(plan.STAGE1)
     sizes = one.memory()
     assert (sizes["weights"] + sizes["gradients"] + sizes["AdamW"]) / 1e9 == pytest.approx(133, abs=0.5)
     assert "does not fit" in one.advice() and "--zero --world" in one.advice()
     world = int(one.advice().split()[-1])
-    totals = [plan.example(plan.STAGE1, zero=True, world=n).total for n in (world // 2, world)]
+    totals = [one.but(zero=True, world=n).total for n in (world // 2, world)]
     assert totals[0] > 141 > totals[1]
-    assert "not at all under DDP" in plan.example(plan.STAGE1, mllm="32B", world=64, zero=True).advice()
-    assert plan.example(plan.STAGE1, mllm="3B").advice().startswith("fits")
-    held = {d: plan.example(plan.STAGE2, frozen_dtype=d).memory()["frozen weights"] for d in ("fp32", "bf16", "auto")}
-    assert held["auto"] == held["bf16"] == held["fp32"] - 2 * plan.count(one.mllm)  # the VAE stays fp32
-    wide = plan.example(plan.STAGE2, documents=4)
-    assert "does not fit" in wide.advice() and wide.advice().endswith("--checkpointing")
-    assert plan.example(plan.STAGE2, documents=4, checkpointing=True).advice().startswith("fits")
+    assert "not at all under DDP, which keeps 100 GB" in one.but(gpu_memory=90).advice()
+    whole = plan.example(plan.STAGE1, mllm="32B", world=64, zero=True).states()
+    assert (whole["weights"] + whole["gradients"] + whole["EMA"]) / 1e9 == pytest.approx(401, abs=0.5)
+    assert plan.example(plan.STAGE1, mllm="3B").advice() == "fits: 77.6 of 141 GB"
+    held = {d: plan.example(plan.STAGE2, frozen_dtype=d).states()["frozen weights"] for d in ("fp32", "bf16", "auto")}
+    assert held["auto"] == held["bf16"] == held["fp32"] - 2 * flops.count(one.mllm)  # the VAE stays fp32
+    small = two.but(gpu_memory=70)
+    assert "does not fit" in small.advice() and small.advice().endswith("--checkpointing")
+    assert small.but(checkpointing=True).advice().startswith("fits")
 
 
-def test_more_gpus_and_checkpointing_cost_what_they_must():
-    plain, again = (plan.example(plan.STAGE2, checkpointing=on) for on in (False, True))
-    b, _ = plain.batch()
-    parts = plain.flops(b)
-    extra = again.seconds(b) - plain.seconds(b)
+def test_weights_that_are_tied_are_counted_once():
+    three = plan.pretend(model.MLLM, model.PRESETS["3B"])
+    assert three.lm_head.weight is three.model.embed_tokens.weight and flops.count(three) == 3_754_622_976
+
+
+def test_more_gpus_and_checkpointing_cost_what_they_must(one, two):
+    again = two.but(checkpointing=True)
+    b, _ = two.batch()
+    parts = two.flops(b)
+    extra = again.seconds(b) - two.seconds(b)
     assert extra == pytest.approx(parts["DiT"][0] / 989e12 / 0.38)
-    hours = {world: plan.example(plan.STAGE1, world=world, zero=True).schedule()[2] for world in (8, 64)}
+    hours = {world: one.but(world=world, zero=True).schedule()[2] for world in (8, 64)}
     assert hours[8] == pytest.approx(8 * hours[64], rel=0.02)
 
 
 @pytest.mark.parametrize("cls, words", [(Stage1Config, "logits"), (Stage2Config, "VAE encoder")])
 def test_plan_flag_of_the_scripts(cls, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model_flag = ["--mllm", "3B"] if cls is Stage1Config else ["--mllm=7B", "--dit=2B", "--vae=wan2.1", "--documents=1"]
+    model_flag = ["--mllm", "tiny"] if cls is Stage1Config else ["--mllm=tiny", "--dit=tiny", "--vae=tiny", "--documents=1"]
     with pytest.raises(SystemExit) as done:
         parse_config(cls, ["--plan", "--world", "8", *model_flag])
     out = capsys.readouterr().out
@@ -313,9 +294,9 @@ def test_mfu_is_known_for_known_devices_only():
     assert flops.peak_flops("cpu") is None
 
 
-def test_tables_in_the_documents_are_the_plan():
+def test_tables_in_the_documents_are_the_plan(one, two):
     """`python -m tools.plan` makes them; the README repeats that of docs/plan.md."""
-    rows = plan.markdown().splitlines()
+    rows = plan.markdown(one, two).splitlines()
     assert [line for line in (ROOT / "docs/plan.md").read_text().splitlines() if line.startswith("|")] == rows
     quoted = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ") and line.count("|") == 13]
     assert quoted in ([], rows)
