@@ -19,6 +19,7 @@ SCRIPT = """
 import itertools, os, sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}]
+import flow
 import training
 import train_{stage} as script
 owner, name = {moment}
