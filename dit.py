@@ -446,7 +446,8 @@ class DiT(nn.Module):
     def fuse_for_inference(self) -> "DiT":
         """Projections that read the same input become one product where no gradient is asked for. Repeat it after `.to`."""
         for block in self.transformer_blocks:
-            own, context = block.attn1, block.attn2
+            own = block.attn1
+            context = block.attn2
             join(own.to_q, own.to_k, own.to_v)
             join(context.to_k, context.to_v)
         return self

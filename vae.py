@@ -423,6 +423,7 @@ class VAE(nn.Module):
 
 def published_shapes(config: VAEConfig) -> tuple[dict[str, tuple], dict[str, tuple]]:
     """Shapes in a diffusers file: of the tensors this network has, and of the time_conv tensors a still image never meets."""
+    # Names and shapes here, from a model without memory.
     with torch.device("meta"):
         vae = VAE(config)
     shapes = {}
