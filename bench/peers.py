@@ -1,8 +1,8 @@
-"""What the models are held against: the fused steps as others write them, transformers, diffusers.
+"""What the models are held against: transformers and diffusers.
 
-transformers and diffusers are imported in the functions that need them: without them those rows say so. Their models share the
-weights of ours. Where a peer would pad, it gets padded tensors from the start, and what its own loop would add (512 padded text
-tokens, the bookkeeping of `generate`) is left out: what remains is the same task.
+They are imported in the functions that need them: without them those rows say so. Their models share the weights of ours.
+Where a peer would pad, it gets padded tensors from the start, and what its own loop would add (512 padded text tokens, the
+bookkeeping of `generate`) is left out: what remains is the same task.
 """
 
 from __future__ import annotations
@@ -20,37 +20,6 @@ from torch import Tensor, nn
 from connector import features
 from dit import patchify, unpatchify
 from flow import sample_flow, shift_schedule
-
-# -------------------------------------------------------------------------------------------- fused steps, as others write them
-
-
-def _up(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def add_rms_norm(x, delta, weight):
-    x = x + delta
-    f = _up(x)
-    return x, weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def norm_rope(x, weight, cos, sin):
-    f = _up(x)
-    n = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6) * _up(weight)
-    a, b = n.chunk(2, -1)
-    return (n * cos + torch.cat((b, a), -1) * sin).to(x.dtype)  # the sign of the rotation is in sin
-
-
-def gate_add_modulate(x, gate, y, shift, scale):
-    x = x + gate.to(x.dtype) * y.view_as(x)
-    h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return x, (h * scale.to(x.dtype) + shift.to(x.dtype)).flatten(0, 1)
-
-
-def swiglu(x):
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
 
 # -------------------------------------------------------------------------------------------------------------- the libraries
 
