@@ -51,7 +51,10 @@ def dense_cases(b: Bench) -> list[Case]:
     if b.size == "cpu":
         return []
     if b.size == "smoke":
-        return [same("dense", 2, 24, 2, 2, 32, backward=True), same("dense causal", 2, 24, 4, 2, 32, causal=True)]
+        return [
+            same("dense", 2, 24, 2, 2, 32, backward=True),
+            same("dense causal", 2, 24, 4, 2, 32, causal=True),
+        ]
     return [
         same("dense", 4, 4096, 16, 16, 128, backward=True),
         same("dense causal", 4, 4096, 28, 4, 128, causal=True, backward=True),
@@ -66,7 +69,8 @@ def length_cases(b: Bench) -> list[Case]:
     if b.size != "gpu":
         return []
     full = [same("dense", 16384 // n, n, 16, 16, 128) for n in (16384, 8192, 2048, 1024, 512)]
-    return full + [same("dense causal", 16384 // n, n, 28, 4, 128, causal=True) for n in (16384, 8192, 2048, 1024)]
+    causal = [same("dense causal", 16384 // n, n, 28, 4, 128, causal=True) for n in (16384, 8192, 2048, 1024)]
+    return full + causal
 
 
 # --------------------------------------------------------------------------------------------------------------------- rows
@@ -89,7 +93,8 @@ class Inputs:
         self.kv = (0, case.kv_heads - 1)
 
     def reference(self) -> list[Tensor]:
-        return reference_attention(self.case, self.q, self.k, self.v, self.do if self.case.backward else None, self.kv)
+        do = self.do if self.case.backward else None
+        return reference_attention(self.case, self.q, self.k, self.v, do, self.kv)
 
     def mine(self, **options) -> tuple[Layout, Callable]:
         def call(q, k, v):
@@ -97,29 +102,38 @@ class Inputs:
 
         return PACKED, call
 
+    def laid_out(self, layout: Layout) -> list[Tensor]:
+        q = layout.into(self.q, self.case.lq)
+        k = layout.into(self.k, self.case.lk)
+        v = layout.into(self.v, self.case.lk)
+        return [q, k, v]
+
+    def of_queries(self, layout: Layout, x: Tensor) -> Tensor:
+        """Of a peer's o or dq: packed, and the heads that are compared."""
+        return layout.back(x, self.case.lq)[:, query_heads(self.case, self.kv)]
+
+    def of_keys(self, layout: Layout, x: Tensor) -> Tensor:
+        return layout.back(x, self.case.lk)[:, list(self.kv)]
+
     def forward(self, peer: Callable) -> Way:
         """peer() -> (layout, call(q, k, v))."""
         layout, call = peer()
-        case = self.case
-        inputs = layout.into(self.q, case.lq), layout.into(self.k, case.lk), layout.into(self.v, case.lk)
 
-        def results(o):
-            return layout.back(o, case.lq)[:, query_heads(case, self.kv)]
+        def results(o: Tensor) -> Tensor:
+            return self.of_queries(layout, o)
 
-        return Way(partial(call, *inputs), results)
+        return Way(partial(call, *self.laid_out(layout)), results)
 
     def backward(self, peer: Callable) -> Way:
+        """The backward pass alone: the forward pass has been, and its graph is kept."""
         layout, call = peer()
-        case = self.case
-        inputs = layout.into(self.q, case.lq), layout.into(self.k, case.lk), layout.into(self.v, case.lk)
-        inputs = [x.detach().requires_grad_() for x in inputs]
+        inputs = [x.detach().requires_grad_() for x in self.laid_out(layout)]
         o = call(*inputs)
-        do = layout.into(self.do, case.lq)
+        do = layout.into(self.do, self.case.lq)
 
-        def results(grads):
+        def results(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             dq, dk, dv = grads
-            dq = layout.back(dq, case.lq)[:, query_heads(case, self.kv)]
-            return dq, layout.back(dk, case.lk)[:, list(self.kv)], layout.back(dv, case.lk)[:, list(self.kv)]
+            return self.of_queries(layout, dq), self.of_keys(layout, dk), self.of_keys(layout, dv)
 
         return Way(partial(torch.autograd.grad, o, inputs, do, retain_graph=True), results)
 
@@ -248,7 +262,10 @@ def check_one(b: Bench, dtype: torch.dtype, dim: int, causal: bool, repeats: int
     lengths = [1, 17, 64, 129, 300, 257, 900] if b.cuda else [1, 9, 20]
     case = Case("", lengths, lengths, 4, 2, dim, causal)
     segments = Segments(lengths, b.device)
-    q, k, v, do = (b.randn(sum(lengths), h, dim, seed=s).to(dtype).requires_grad_() for s, h in enumerate((4, 2, 2, 4)))
+    q = b.randn(sum(lengths), 4, dim, seed=0).to(dtype).requires_grad_()
+    k = b.randn(sum(lengths), 2, dim, seed=1).to(dtype).requires_grad_()
+    v = b.randn(sum(lengths), 2, dim, seed=2).to(dtype).requires_grad_()
+    do = b.randn(sum(lengths), 4, dim, seed=3).to(dtype)
     expected = [x.detach() for x in reference_attention(case, q, k, v, do, (0, 1))]
     # Decoding's query is the last of its sequence: it reads all keys.
     last = torch.tensor(segments.bounds[1:], device=b.device) - 1
