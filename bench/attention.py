@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.attention_peers import PACKED, Case, Layout, Peers, query_heads, reference_attention
 from bench.measure import SKIPPED, Bench, Row, Way, distance, reason, tensors
-from bench.torch_attention import PACKED, Layout, Peers
 from ops import Segments, attention
 
 # -------------------------------------------------------------------------------------------------------------------- cases
-
-
-class Case(NamedTuple):
-    """lq, lk: lengths of the sequences on both sides."""
-
-    what: str
-    lq: list[int]
-    lk: list[int]
-    heads: int
-    kv_heads: int
-    dim: int
-    causal: bool = False
-    backward: bool = False
-    flex: bool = False
-
-    @property
-    def shape(self) -> str:
-        n = len(self.lq)
-        lengths = f"{n} x {self.lq[0]}" if len(set(self.lq)) == 1 else f"{n} of {min(self.lq)}-{max(self.lq)}, {sum(self.lq)}"
-        if self.lq != self.lk:
-            lengths += f" on {self.lk[0]}"
-        return f"{lengths}; {self.heads}:{self.kv_heads} heads of {self.dim}"
-
-    @property
-    def flops(self) -> float:
-        """Four per unmasked pair, head and channel."""
-        pairs = 0.0
-        for a, b in zip(self.lq, self.lk, strict=True):
-            pairs += a * (b - a) + a * (a + 1) / 2 if self.causal else a * b
-        return 4 * self.dim * self.heads * pairs
 
 
 def same(what: str, n: int, length: int, heads: int, kv_heads: int, dim: int, **options) -> Case:
@@ -83,7 +51,10 @@ def dense_cases(b: Bench) -> list[Case]:
     if b.size == "cpu":
         return []
     if b.size == "smoke":
-        return [same("dense", 2, 24, 2, 2, 32, backward=True), same("dense causal", 2, 24, 4, 2, 32, causal=True)]
+        return [
+            same("dense", 2, 24, 2, 2, 32, backward=True),
+            same("dense causal", 2, 24, 4, 2, 32, causal=True),
+        ]
     return [
         same("dense", 4, 4096, 16, 16, 128, backward=True),
         same("dense causal", 4, 4096, 28, 4, 128, causal=True, backward=True),
@@ -98,54 +69,8 @@ def length_cases(b: Bench) -> list[Case]:
     if b.size != "gpu":
         return []
     full = [same("dense", 16384 // n, n, 16, 16, 128) for n in (16384, 8192, 2048, 1024, 512)]
-    return full + [same("dense causal", 16384 // n, n, 28, 4, 128, causal=True) for n in (16384, 8192, 2048, 1024)]
-
-
-# ---------------------------------------------------------------------------------------------------------------- reference
-
-
-def reference_attention(case: Case, q, k, v, do=None, kv: tuple[int, ...] = (0,)) -> list[Tensor]:
-    """o, and with do also dq, dk, dv, in float64, for the query heads of these KV heads. One head and sequence at a time."""
-    group = case.heads // case.kv_heads
-    scale = case.dim**-0.5
-    heads = query_heads(case, kv)
-
-    def zeros(x: Tensor, n: int) -> Tensor:
-        return torch.zeros(len(x), n, case.dim, dtype=torch.float64, device=q.device)
-
-    o, dq = zeros(q, len(heads)), zeros(q, len(heads))
-    dk, dv = zeros(k, len(kv)), zeros(k, len(kv))
-    a = b = 0
-    for lq, lk in zip(case.lq, case.lk, strict=True):
-        rows = slice(a, a + lq)
-        cols = slice(b, b + lk)
-        a += lq
-        b += lk
-        for i, head in enumerate(heads):
-            x = q[rows, head].double()
-            y = k[cols, head // group].double()
-            z = v[cols, head // group].double()
-            scores = x @ y.T * scale
-            if case.causal:
-                seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
-                scores.masked_fill_(~seen, -math.inf)
-            p = scores.softmax(1)
-            o[rows, i] = p @ z
-            if do is None:
-                continue
-            # The textbook's backward pass: dv = p^T do, ds = p (do v^T - rowsum(do o)), dq = ds k, dk = ds^T q.
-            g = do[rows, head].double()
-            dv[cols, i // group] += p.T @ g
-            ds = p.mul_(g @ z.T - (g * o[rows, i]).sum(1, keepdim=True)).mul_(scale)
-            dq[rows, i] = ds @ y
-            dk[cols, i // group] += ds.T @ x
-    return [o] if do is None else [o, dq, dk, dv]
-
-
-def query_heads(case: Case, kv: tuple[int, ...]) -> list[int]:
-    """Those that read these KV heads."""
-    group = case.heads // case.kv_heads
-    return [h * group + r for h in kv for r in range(group)]
+    causal = [same("dense causal", 16384 // n, n, 28, 4, 128, causal=True) for n in (16384, 8192, 2048, 1024)]
+    return full + causal
 
 
 # --------------------------------------------------------------------------------------------------------------------- rows
@@ -168,7 +93,8 @@ class Inputs:
         self.kv = (0, case.kv_heads - 1)
 
     def reference(self) -> list[Tensor]:
-        return reference_attention(self.case, self.q, self.k, self.v, self.do if self.case.backward else None, self.kv)
+        do = self.do if self.case.backward else None
+        return reference_attention(self.case, self.q, self.k, self.v, do, self.kv)
 
     def mine(self, **options) -> tuple[Layout, Callable]:
         def call(q, k, v):
@@ -176,52 +102,68 @@ class Inputs:
 
         return PACKED, call
 
+    def laid_out(self, layout: Layout) -> list[Tensor]:
+        q = layout.into(self.q, self.case.lq)
+        k = layout.into(self.k, self.case.lk)
+        v = layout.into(self.v, self.case.lk)
+        return [q, k, v]
+
+    def of_queries(self, layout: Layout, x: Tensor) -> Tensor:
+        """Of a peer's o or dq: packed, and the heads that are compared."""
+        return layout.back(x, self.case.lq)[:, query_heads(self.case, self.kv)]
+
+    def of_keys(self, layout: Layout, x: Tensor) -> Tensor:
+        return layout.back(x, self.case.lk)[:, list(self.kv)]
+
     def forward(self, peer: Callable) -> Way:
         """peer() -> (layout, call(q, k, v))."""
         layout, call = peer()
-        case = self.case
-        inputs = layout.into(self.q, case.lq), layout.into(self.k, case.lk), layout.into(self.v, case.lk)
 
-        def results(o):
-            return layout.back(o, case.lq)[:, query_heads(case, self.kv)]
+        def results(o: Tensor) -> Tensor:
+            return self.of_queries(layout, o)
 
-        return Way(partial(call, *inputs), results)
+        return Way(partial(call, *self.laid_out(layout)), results)
 
     def backward(self, peer: Callable) -> Way:
+        """The backward pass alone: the forward pass has been, and its graph is kept."""
         layout, call = peer()
-        case = self.case
-        inputs = layout.into(self.q, case.lq), layout.into(self.k, case.lk), layout.into(self.v, case.lk)
-        inputs = [x.detach().requires_grad_() for x in inputs]
+        inputs = [x.detach().requires_grad_() for x in self.laid_out(layout)]
         o = call(*inputs)
-        do = layout.into(self.do, case.lq)
+        do = layout.into(self.do, self.case.lq)
 
-        def results(grads):
+        def results(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             dq, dk, dv = grads
-            dq = layout.back(dq, case.lq)[:, query_heads(case, self.kv)]
-            return dq, layout.back(dk, case.lk)[:, list(self.kv)], layout.back(dv, case.lk)[:, list(self.kv)]
+            return self.of_queries(layout, dq), self.of_keys(layout, dk), self.of_keys(layout, dv)
 
         return Way(partial(torch.autograd.grad, o, inputs, do, retain_graph=True), results)
 
 
-def case_rows(b: Bench, case: Case, only: str = "") -> None:
-    """Forward, and where the case says so backward. only: the one peer to race, instead of all but that one."""
+def case_rows(b: Bench, case: Case, apart: bool = False) -> None:
+    """Forward, and where the case says so backward. apart: with cuDNN's varlen alone, instead of all others."""
     if b.late:
         return b.skip(case.what, case.shape)
     x = Inputs(b, case)
     peers = Peers(case, x.sq, x.sk, b.device)
-    builders = {only: peers.cudnn_varlen} if only else peers.named()
+    builders = {"cuDNN varlen": peers.cudnn_varlen} if apart else peers.named()
 
     def row(what: str, direction: Callable, expected, limit: float, flops: float, **options) -> None:
-        ours = partial(direction, partial(x.mine, **options))
-        others = {name: partial(direction, builder) for name, builder in builders.items()}
-        backward = direction == x.backward
-        b.measure(Row(what, case.shape, ours, others, limit, expected, gradients=backward, flops=flops, kernels=True))
+        b.measure(Row(
+            what=what,
+            shape=case.shape,
+            ours=partial(direction, partial(x.mine, **options)),
+            peers={name: partial(direction, builder) for name, builder in builders.items()},
+            limit=limit,
+            reference=expected,
+            gradients=direction == x.backward,
+            flops=flops,
+            kernels=True,
+        ))  # fmt: skip
 
     o, *grads = x.reference()
     row(case.what, x.forward, o, b.limit(6e-3, 5e-6), case.flops)
     if case.backward:
         row(f"backward, {case.what}", x.backward, grads, b.limit(1e-2, 5e-6), 2.5 * case.flops)
-    if case.backward and b.cuda and not only:
+    if case.backward and b.cuda and not apart:
         what = f"backward in one pass, {case.what}"
         row(what, x.backward, grads, 1e-2, 2.5 * case.flops, deterministic=False)
 
@@ -246,7 +188,7 @@ def cudnn_varlen(b: Bench) -> None:
     if not b.cuda:
         return
     for case in packed_cases(b) + dense_cases(b):
-        case_rows(b, case, "cuDNN varlen")
+        case_rows(b, case, apart=True)
 
 
 def decode_attention(b: Bench) -> None:
@@ -260,10 +202,14 @@ def decode_attention(b: Bench) -> None:
         in_use = torch.full((batch,), length, dtype=torch.int32, device=b.device)
         peers = Peers(case, x.sq, x.sk, b.device).named()
         b.measure(Row(
-            case.what, f"{batch} x {length} keys; {heads}:{kv_heads} heads of {dim}",
-            partial(x.forward, partial(x.mine, k_lengths=in_use)),
-            {name: partial(x.forward, peer) for name, peer in peers.items()},
-            limit=b.limit(6e-3, 5e-6), reference=x.reference(), moved=2 * x.k.nbytes + 2 * x.q.nbytes, kernels=True,
+            what=case.what,
+            shape=f"{batch} x {length} keys; {heads}:{kv_heads} heads of {dim}",
+            ours=partial(x.forward, partial(x.mine, k_lengths=in_use)),
+            peers={name: partial(x.forward, peer) for name, peer in peers.items()},
+            limit=b.limit(6e-3, 5e-6),
+            reference=x.reference(),
+            moved=2 * x.k.nbytes + 2 * x.q.nbytes,
+            kernels=True,
         ))  # fmt: skip
 
 
@@ -316,7 +262,10 @@ def check_one(b: Bench, dtype: torch.dtype, dim: int, causal: bool, repeats: int
     lengths = [1, 17, 64, 129, 300, 257, 900] if b.cuda else [1, 9, 20]
     case = Case("", lengths, lengths, 4, 2, dim, causal)
     segments = Segments(lengths, b.device)
-    q, k, v, do = (b.randn(sum(lengths), h, dim, seed=s).to(dtype).requires_grad_() for s, h in enumerate((4, 2, 2, 4)))
+    q = b.randn(sum(lengths), 4, dim, seed=0).to(dtype).requires_grad_()
+    k = b.randn(sum(lengths), 2, dim, seed=1).to(dtype).requires_grad_()
+    v = b.randn(sum(lengths), 2, dim, seed=2).to(dtype).requires_grad_()
+    do = b.randn(sum(lengths), 4, dim, seed=3).to(dtype)
     expected = [x.detach() for x in reference_attention(case, q, k, v, do, (0, 1))]
     # Decoding's query is the last of its sequence: it reads all keys.
     last = torch.tensor(segments.bounds[1:], device=b.device) - 1

@@ -6,10 +6,12 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import platform
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +24,24 @@ from bench.measure import COLUMNS, SKIPPED, Bench, aligned, append, lines, read,
 JOBS = attention.GROUPS | steps.GROUPS | system.GROUPS
 # In order of what matters: what comes last is skipped first. The peer that has killed its process comes last of all.
 ORDER = (
-    "ceilings", "guided", "decode", "packed", "stage2", "stage1", "vision", "linear-cross-entropy", "decode-attention", "dense",
-    "fused", "document", "vae", "check", "lengths", "check-fp16", "cudnn-varlen",
-)  # fmt: skip
+    "ceilings",
+    "guided",
+    "decode",
+    "packed",
+    "stage2",
+    "stage1",
+    "vision",
+    "linear-cross-entropy",
+    "decode-attention",
+    "dense",
+    "fused",
+    "document",
+    "vae",
+    "check",
+    "lengths",
+    "check-fp16",
+    "cudnn-varlen",
+)
 DOCS = Path(__file__).parent.parent / "docs" / "bench"
 MINUTES = 9.0  # on a GPU
 GRACE = 60  # seconds that a row may need beyond the deadline
@@ -41,12 +58,19 @@ PRELOAD = [
 
 
 def run_group(job: Callable, device: str, size: str, file: Path, name: str, deadline: float) -> None:
-    """The process of a group."""
+    """The process of a group. It ends with its parent, however that ends; Ctrl-C is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     b = Bench(device, size, file, name, deadline)
     try:
         job(b)
     except Exception as e:
         b.write(b.record(name, "") | {"failed": reason(e)})
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_apart(job: Callable, device: str, size: str, file: Path, name: str, deadline: float = math.inf) -> None:
@@ -64,6 +88,11 @@ def run_apart(job: Callable, device: str, size: str, file: Path, name: str, dead
         why = f"the process died of {ending(process.exitcode)}"
     else:
         return
+    write_failed(file, name, why)
+
+
+def write_failed(file: Path, name: str, why: str) -> None:
+    """A row in place of those that a group did not come to."""
     record = {"group": name, "what": name, "shape": "", "peers": {}, "failed": why}
     append(file, record)
     print(aligned(lines(record)[0]), flush=True)
@@ -79,14 +108,16 @@ def ending(exitcode: int) -> str:
 def run(groups: list[str], device: str, size: str, file: Path, minutes: float) -> int:
     """How many rows failed."""
     began = time.time()
-    deadline = began + 60 * minutes - GRACE
+    # No row begins in the last minute, which is for the one that runs.
+    deadline = began + 60 * minutes - min(GRACE, 30 * minutes)
     begin(file, environment(torch.device(device)), groups)
     print(aligned(COLUMNS), flush=True)
     for name in groups:
         if time.time() > deadline:
-            append(file, {"group": name, "what": name, "shape": "", "peers": {}, "failed": SKIPPED})
-            continue
-        run_apart(JOBS[name], device, size, file, name, deadline)
+            write_failed(file, name, SKIPPED)
+        else:
+            run_apart(JOBS[name], device, size, file, name, deadline)
+    sort(file)
     rows = [row for row in read(file)[1:] if row["group"] in groups]
     wrong = [row for row in rows if row.get("failed", SKIPPED) != SKIPPED]
     print(f"{len(rows)} rows in {time.time() - began:.0f} s, {len(wrong)} failed: {file}")
@@ -102,7 +133,25 @@ def begin(file: Path, machine: dict, groups: list[str]) -> None:
         if before | {"clocks": None} == machine | {"clocks": None}:
             kept = [row for row in rows if row["group"] not in groups]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in [machine, *kept]))
+    rewrite(file, [machine, *kept])
+
+
+def sort(file: Path) -> None:
+    """Rows of a group that was run by itself go where they belong."""
+    machine, *rows = read(file)
+    rows.sort(key=place)
+    rewrite(file, [machine, *rows])
+
+
+def place(row: dict) -> int:
+    return ORDER.index(row["group"]) if row["group"] in ORDER else len(ORDER)
+
+
+def rewrite(file: Path, records: list[dict]) -> None:
+    """At no time is there half a file."""
+    new = file.with_name(file.name + ".new")
+    new.write_text("".join(json.dumps(record) + "\n" for record in records))
+    new.replace(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the machine

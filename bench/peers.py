@@ -1,8 +1,8 @@
-"""What the models are held against: the fused steps as others write them, transformers, diffusers.
+"""What the models are held against: transformers and diffusers.
 
-transformers and diffusers are imported in the functions that need them: without them those rows say so. Their models share the
-weights of ours. Where a peer would pad, it gets padded tensors from the start, and what its own loop would add (512 padded text
-tokens, the bookkeeping of `generate`) is left out: what remains is the same task.
+They are imported in the functions that need them: without them those rows say so. Their models share the weights of ours.
+Where a peer would pad, it gets padded tensors from the start, and what its own loop would add (512 padded text tokens, the
+bookkeeping of `generate`) is left out: what remains is the same task.
 """
 
 from __future__ import annotations
@@ -20,37 +20,6 @@ from torch import Tensor, nn
 from connector import features
 from dit import patchify, unpatchify
 from flow import sample_flow, shift_schedule
-
-# -------------------------------------------------------------------------------------------- fused steps, as others write them
-
-
-def _up(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def add_rms_norm(x, delta, weight):
-    x = x + delta
-    f = _up(x)
-    return x, weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def norm_rope(x, weight, cos, sin):
-    f = _up(x)
-    n = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6) * _up(weight)
-    a, b = n.chunk(2, -1)
-    return (n * cos + torch.cat((b, a), -1) * sin).to(x.dtype)  # the sign of the rotation is in sin
-
-
-def gate_add_modulate(x, gate, y, shift, scale):
-    x = x + gate.to(x.dtype) * y.view_as(x)
-    h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return x, (h * scale.to(x.dtype) + shift.to(x.dtype)).flatten(0, 1)
-
-
-def swiglu(x):
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
 
 # -------------------------------------------------------------------------------------------------------------- the libraries
 
@@ -71,14 +40,17 @@ def transformers_mllm(mllm: nn.Module):
     """transformers' model on the weights of ours, which are stored once."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    def name(n: str) -> str:
-        part, _, rest = n.partition(".")
-        return {"visual": "model.visual", "model": "model.language_model"}.get(part, part) + "." + rest
+    folders = {"visual": "model.visual", "model": "model.language_model"}
+
+    def their_name(name: str) -> str:
+        part, _, rest = name.partition(".")
+        return f"{folders.get(part, part)}.{rest}"
 
     weight = mllm.model.norm.weight
+    config = Qwen2_5_VLConfig(**mllm.config.to_json())
     with torch.device(weight.device):
-        theirs = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**mllm.config.to_json()), dtype=weight.dtype)
-    theirs.load_state_dict({name(n): t for n, t in mllm.state_dict().items()}, assign=True)
+        theirs = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=weight.dtype)
+    theirs.load_state_dict({their_name(name): t for name, t in mllm.state_dict().items()}, assign=True)
     return theirs.eval().requires_grad_(weight.requires_grad)
 
 
@@ -131,7 +103,8 @@ def _wait(device: torch.device) -> float:
 
 def tokens(step: Callable[[int], Tensor], places: range, device: torch.device) -> tuple[Tensor, float]:
     """Logits of every place, each token chosen as greedy decoding does, though the given one is read: (logits, s per token)."""
-    out, began = [], _wait(device)
+    out = []
+    began = _wait(device)
     for i in places:
         logits = step(i)
         int(logits.argmax())  # the host must know the token before it can go on
@@ -162,7 +135,8 @@ class Stamps:
     """Called after every step: `step` is the seconds of one, without the first, which also prepares the picture."""
 
     def __init__(self, device: torch.device):
-        self.device, self.times = device, []
+        self.device = device
+        self.times = []
 
     def __call__(self, *_) -> None:
         self.times.append(_wait(self.device))
@@ -175,6 +149,7 @@ class Stamps:
 def velocity(theirs, x: list[Tensor], times: list[float], states: Tensor) -> Tensor:
     """One call of diffusers' DiT on one sample: pictures (C, h, w), the last one noisy -> its velocity (C, h, w)."""
     dtype = states.dtype
+    # It has one size for all pictures: that of the noisy one.
     frames = torch.stack([F.interpolate(z[None], x[-1].shape[1:])[0] for z in x], 1)[None]                 # (1, C, T, h, w)
     given = torch.zeros_like(frames[:, :1])
     given[:, :, :-1] = 1
@@ -190,16 +165,19 @@ def guided(theirs, given, sizes, states, seeds, sigmas: Tensor, scale: float, co
     device = states[0][0].device
 
     def run():
-        out, seconds = [], 0.0
+        out = []
+        seconds = 0.0
         for s, seed in enumerate(seeds):
-            x = torch.randn(16, *sizes[s], generator=torch.Generator().manual_seed(seed)).to(device)
-            stamps, branches = Stamps(device), (states[1][s], states[0][s])
 
-            def step(x, t, s=s, branches=branches):
+            def step(x, t, s=s):
+                pictures = [*given[s], x]
                 times = [condition_time] * len(given[s]) + [t]
-                negative, positive = (velocity(theirs, [*given[s], x], times, h) for h in branches)
+                negative = velocity(theirs, pictures, times, states[1][s])
+                positive = velocity(theirs, pictures, times, states[0][s])
                 return torch.lerp(negative, positive, scale)
 
+            x = torch.randn(16, *sizes[s], generator=torch.Generator().manual_seed(seed)).to(device)
+            stamps = Stamps(device)
             out.append(sample_flow(step, x, sigmas, "euler", stamps))
             seconds += stamps.step
         return out, seconds
@@ -301,8 +279,10 @@ def document(duo, prompt: str, settings) -> Callable:
             return torch.randn(shape, generator=generator).to(device)
 
         def step(x: Tensor, t: float) -> Tensor:
+            seen = [*latents, x]
             times = [settings.condition_time] * len(latents) + [t]
-            negative, positive = (velocity(dit, [*latents, x], times, h) for h in (states[:chunk], states))
+            negative = velocity(dit, seen, times, states[:chunk])
+            positive = velocity(dit, seen, times, states)
             return torch.lerp(negative, positive, settings.scale)
 
         sigmas = shift_schedule(settings.steps, settings.shift)
@@ -324,9 +304,13 @@ def document(duo, prompt: str, settings) -> Callable:
             extra = {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor([[1, *grid]], device=device)}
         where, taken = mrope_positions(unread, grids, tokenizer.image_pad)
         out = mllm(
-            input_ids=torch.tensor([unread], device=device), position_ids=(where + position)[:, None].to(device),
-            past_key_values=cache, use_cache=True, output_hidden_states=True, **extra,
-        )  # fmt: skip
+            input_ids=torch.tensor([unread], device=device),
+            position_ids=(where + position)[:, None].to(device),
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=True,
+            **extra,
+        )
         return out.logits[0, -1], features([h[0] for h in out.hidden_states[1:]]), taken
 
     def run() -> tuple[Tensor, ...]:

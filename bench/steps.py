@@ -23,6 +23,37 @@ from model import MLLM
 from flops import count
 from training import LanguageLoss
 
+# -------------------------------------------------------------------------------------------- fused steps, as others write them
+
+
+def _up(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def add_rms_norm(x, delta, weight):
+    x = x + delta
+    f = _up(x)
+    return x, weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def norm_rope(x, weight, cos, sin):
+    f = _up(x)
+    n = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6) * _up(weight)
+    a, b = n.chunk(2, -1)
+    return (n * cos + torch.cat((b, a), -1) * sin).to(x.dtype)  # the sign of the rotation is in sin
+
+
+def gate_add_modulate(x, gate, y, shift, scale):
+    x = x + gate.to(x.dtype) * y.view_as(x)
+    h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x, (h * scale.to(x.dtype) + shift.to(x.dtype)).flatten(0, 1)
+
+
+def swiglu(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 # -------------------------------------------------------------------------------------------------------------- fused steps
 
 
@@ -33,21 +64,21 @@ def fused(b: Bench) -> None:
     # The residual stream in four samples, each with its own tables.
     stream = x.view(4, -1, w)
     gate, shift, scale = (b.randn(4, 1, w, seed=s).float() for s in (6, 7, 8))
-    fused_step(b, "gate, add, modulate", ops.gate_add_modulate, theirs.gate_add_modulate,
-               (stream, gate, y, shift, scale), moved=4 * x.nbytes)  # fmt: skip
+    args = stream, gate, y, shift, scale
+    fused_step(b, "gate, add, modulate", ops.gate_add_modulate, gate_add_modulate, args, moved=4 * x.nbytes)
     if b.size == "cpu":
         return
 
     def add(x, delta, weight):
         return ops.add_rms_norm(x, delta, weight, 1e-6)
 
-    fused_step(b, "add, RMSNorm", add, theirs.add_rms_norm, (x, y, gain), moved=4 * x.nbytes)
+    fused_step(b, "add, RMSNorm", add, add_rms_norm, (x, y, gain), moved=4 * x.nbytes)
 
     def turn(qkv, gain, cos, sin):
         return ops.norm_rope(qkv[:, :w].unflatten(1, (w // d, d)), gain, 1e-6, cos, sin)
 
     def turn_eager(qkv, gain, cos, sin):
-        return theirs.norm_rope(qkv[:, :w].unflatten(1, (w // d, d)), gain, cos, sin)
+        return norm_rope(qkv[:, :w].unflatten(1, (w // d, d)), gain, cos, sin)
 
     # The angles are given, not learned: only the first two arguments have gradients.
     angles = torch.rand(n, 1, d // 2, device=b.device) * 6
@@ -57,7 +88,7 @@ def fused(b: Bench) -> None:
     fused_step(b, "norm of heads, rotation", turn, turn_eager, args, moved=2 * x.nbytes, learned=2)
 
     wide = b.randn(n // 4, 2 * f, seed=9)
-    fused_step(b, "SwiGLU", ops.swiglu, theirs.swiglu, (wide,), moved=wide.nbytes * 3 // 2)
+    fused_step(b, "SwiGLU", ops.swiglu, swiglu, (wide,), moved=wide.nbytes * 3 // 2)
 
 
 def fused_step(
@@ -68,6 +99,7 @@ def fused_step(
         return b.skip(name, "")
     shape = " x ".join(map(str, args[0].shape))
     doubles = [t.double() for t in args]
+    # What the gradients of the results are: something other than ones.
     weights = [b.randn(*o.shape, seed=20 + i) for i, o in enumerate(tensors(eager(*args)))]
 
     def compiled():
@@ -84,7 +116,8 @@ def fused_step(
 
         def call():
             out = function(*leaves)
-            out = out if isinstance(out, tuple) else (out,)
+            if not isinstance(out, tuple):
+                out = (out,)
             given = [g.to(o.dtype).view_as(o) for g, o in zip(weights, out, strict=True)]
             return torch.autograd.grad(out, leaves[:learned], given)
 
@@ -99,13 +132,26 @@ def fused_step(
     ways = {"eager": plain}
     if b.cuda:
         ways["torch.compile"] = compiled
-    others = {name: partial(forward, way) for name, way in ways.items()}
-    b.measure(Row(name, shape, partial(forward, mine), others, b.limit(6e-3, 5e-6), eager(*doubles), moved=moved))
+    b.measure(Row(
+        what=name,
+        shape=shape,
+        ours=partial(forward, mine),
+        peers={peer: partial(forward, way) for peer, way in ways.items()},
+        limit=b.limit(6e-3, 5e-6),
+        reference=eager(*doubles),
+        moved=moved,
+    ))  # fmt: skip
     if b.size == "cpu":
         return
-    others = {name: partial(backward, way) for name, way in ways.items()}
-    expected = backward(plain, doubles).call()
-    b.measure(Row(f"and backward: {name}", shape, partial(backward, mine), others, b.limit(1e-2, 1e-5), expected, True))
+    b.measure(Row(
+        what=f"and backward: {name}",
+        shape=shape,
+        ours=partial(backward, mine),
+        peers={peer: partial(backward, way) for peer, way in ways.items()},
+        limit=b.limit(1e-2, 1e-5),
+        reference=backward(plain, doubles).call(),
+        gradients=True,
+    ))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- loss over the vocabulary
@@ -140,9 +186,15 @@ def cross_entropy(b: Bench) -> None:
     expected = None
     if b.size != "gpu":  # 10 GB of float64 logits are no reference there: the unfused loss is
         expected = loss_and_gradients(unfused_double, hidden, weight, labels)
-    shape = f"{t} tokens x {h} on {v}"
-    others = {"unfused": partial(way, unfused)}
-    b.measure(Row("training: linear + cross-entropy", shape, partial(way, fused), others, b.limit(1e-2, 1e-5), expected, True))
+    b.measure(Row(
+        what="training: linear + cross-entropy",
+        shape=f"{t} tokens x {h} on {v}",
+        ours=partial(way, fused),
+        peers={"unfused": partial(way, unfused)},
+        limit=b.limit(1e-2, 1e-5),
+        reference=expected,
+        gradients=True,
+    ))  # fmt: skip
 
     # Memory needs one call and no reference: on a CPU there is time for more tokens.
     longer = b.pick(gpu=1, cpu=4, smoke=1)
@@ -172,7 +224,14 @@ def stage1(b: Bench) -> None:
     loss_of = LanguageLoss(mllm)
     ids, segments, where = packed(b, c, lengths)
     labels = torch.cat([F.pad(x[1:], (0, 1), value=-100) for x in ids])
-    batch = SimpleNamespace(ids=torch.cat(ids), positions=where, cu_seqlens=segments, pixels=None, grids=None, labels=labels)
+    batch = SimpleNamespace(
+        ids=torch.cat(ids),
+        positions=where,
+        cu_seqlens=segments,
+        pixels=None,
+        grids=None,
+        labels=labels,
+    )
     targets = (labels >= 0).sum()
     watched = mllm.model.layers[0].mlp.down_proj.weight
 
@@ -187,10 +246,15 @@ def stage1(b: Bench) -> None:
 
     # Two per weight and token, three times as much with the backward pass; attention three and a half times.
     linear = 6 * count(mllm.model.layers, mllm.lm_head) * sum(lengths)
-    flops = linear + 3.5 * reading_flops(c, lengths)
-    shape = f"{size_of(mllm)}, {c.num_hidden_layers} layers, {len(lengths)} documents, {sum(lengths)} tokens"
-    others = {"transformers, padded": peer}
-    b.measure(Row("training step, stage 1", shape, ours, others, b.limit(1e-1, 1e-3), gradients=True, flops=flops))
+    b.measure(Row(
+        what="training step, stage 1",
+        shape=f"{size_of(mllm)}, {c.num_hidden_layers} layers, {len(lengths)} documents, {sum(lengths)} tokens",
+        ours=ours,
+        peers={"transformers, padded": peer},
+        limit=b.limit(1e-1, 1e-3),
+        gradients=True,
+        flops=linear + 3.5 * reading_flops(c, lengths),
+    ))  # fmt: skip
 
 
 def reading_flops(c, lengths: list[int]) -> float:
@@ -212,6 +276,7 @@ def stage2(b: Bench) -> None:
     c = mllm.config
     dit = build(b, DiT, replace(dit_config(b), crossattn_proj_in_channels=c.num_hidden_layers * c.hidden_size), torch.float32)
     ids, segments, where = packed(b, c, reads)
+    # A document each: its pictures but the last are clean, and the DiT reads the hidden states of its own rows.
     latents = [[latent(b, *size, 9 * s + k) for k, size in enumerate(pictures)] for s, pictures in enumerate(sizes)]
     clean = [len(pictures) - 1 for pictures in latents]
     t = torch.linspace(0.3, 0.9, len(latents))
@@ -230,10 +295,16 @@ def stage2(b: Bench) -> None:
     def peer() -> Way:
         return Way(theirs.flow_step(mllm, dit, ids, latents, clean, t, CONDITION_TIME, 5))
 
-    flops = learning_flops(dit, latents, reads) + 2 * count(mllm.model.layers) * sum(reads) + reading_flops(c, reads)
-    shape = f"{size_of(mllm)} reads, {size_of(dit)} learns, {len(sizes)} samples"
-    others = {"both, sample by sample": peer}
-    b.measure(Row("training step, stage 2", shape, ours, others, b.limit(1e-1, 1e-3), gradients=True, flops=flops))
+    reading = 2 * count(mllm.model.layers) * sum(reads) + reading_flops(c, reads)
+    b.measure(Row(
+        what="training step, stage 2",
+        shape=f"{size_of(mllm)} reads, {size_of(dit)} learns, {len(sizes)} samples",
+        ours=ours,
+        peers={"both, sample by sample": peer},
+        limit=b.limit(1e-1, 1e-3),
+        gradients=True,
+        flops=reading + learning_flops(dit, latents, reads),
+    ))  # fmt: skip
 
 
 def learning_flops(dit, latents: list[list[Tensor]], reads: list[int]) -> float:
@@ -242,10 +313,13 @@ def learning_flops(dit, latents: list[list[Tensor]], reads: list[int]) -> float:
     heads, d = c.num_attention_heads, c.attention_head_dim
     patches = [sum(z.shape[1] * z.shape[2] // 4 for z in pictures) for pictures in latents]
     block = dit.transformer_blocks[0]
+    # Keys and values of the text are made anew in every layer, what goes into them once.
     per_text = count(block.attn2.to_k, block.attn2.to_v) * c.num_layers + count(dit.crossattn_proj)
     per_patch = count(block.attn1, block.attn2.to_q, block.attn2.to_out, block.ff) * c.num_layers
-    attention = Case("", patches, patches, heads, heads, d).flops + Case("", patches, reads, heads, heads, d).flops
-    return 6 * (per_text * sum(reads) + per_patch * sum(patches)) + 3.5 * attention * c.num_layers
+    among = Case("", patches, patches, heads, heads, d).flops
+    across = Case("", patches, reads, heads, heads, d).flops
+    linear = per_text * sum(reads) + per_patch * sum(patches)
+    return 6 * linear + 3.5 * (among + across) * c.num_layers
 
 
 GROUPS = {"fused": fused, "linear-cross-entropy": cross_entropy, "stage1": stage1, "stage2": stage2}

@@ -136,15 +136,22 @@ def decode(b: Bench) -> None:
     def peer(ids: Tensor, prompt: int) -> Way:
         return Way(theirs.decode(library(), ids, prompt, new))
 
-    moved = sum(p.nbytes for p in (*mllm.model.layers.parameters(), *mllm.lm_head.parameters()))
+    # A token reads every weight once, but of the embeddings one row.
+    moved = sum(p.nbytes for module in (mllm.model.layers, mllm.lm_head) for p in module.parameters())
     for prompt in prompts:
         (ids,), _, where = packed(b, c, [prompt + new])
         peers = {"transformers": partial(peer, ids, prompt)}
         if b.cuda:
             peers["ours, as a CUDA graph"] = partial(ours, ids, where, prompt, graph=True)
-        shape = f"{size_of(mllm)}, {prompt} tokens before"
-        own = partial(ours, ids, where, prompt)
-        b.measure(Row("decode token", shape, own, peers, b.limit(1e-1, 1e-4), own_clock=True, moved=moved))
+        b.measure(Row(
+            what="decode token",
+            shape=f"{size_of(mllm)}, {prompt} tokens before",
+            ours=partial(ours, ids, where, prompt),
+            peers=peers,
+            limit=b.limit(1e-1, 1e-4),
+            own_clock=True,
+            moved=moved,
+        ))  # fmt: skip
 
 
 def guided_samples(b: Bench) -> dict[str, list[list[tuple[int, int]]]]:
@@ -181,7 +188,9 @@ def guided(b: Bench) -> None:
         return Way(theirs.guided(library(), given, sizes, states, seeds, sigmas, 3.0, CONDITION_TIME))
 
     for name, samples in guided_samples(b).items():
-        latents = [[latent(b, *size, 10 * s + k) for k, size in enumerate(sizes)] for s, sizes in enumerate(samples)]
+        latents = []
+        for s, pictures in enumerate(samples):
+            latents.append([latent(b, *size, 10 * s + k) for k, size in enumerate(pictures)])
         given = [pictures[:-1] for pictures in latents]
         sizes = [tuple(pictures[-1].shape[1:]) for pictures in latents]
         seeds = list(range(len(samples)))
@@ -194,7 +203,14 @@ def guided(b: Bench) -> None:
         peers = {"diffusers": partial(peer, given, sizes, states, seeds)}
         if b.cuda:
             peers["ours, as a CUDA graph"] = partial(ours, args, graphs=True)
-        row = Row("guided DiT step", f"{size_of(dit)}, {name}", partial(ours, args), peers, b.limit(1e-1, 1e-4), own_clock=True)
+        row = Row(
+            what="guided DiT step",
+            shape=f"{size_of(dit)}, {name}",
+            ours=partial(ours, args),
+            peers=peers,
+            limit=b.limit(1e-1, 1e-4),
+            own_clock=True,
+        )
         if not all(len(set(pictures)) == 1 for pictures in samples):
             row.what += " (peer resizes)"
             row.note = "the peer knows one size per sample: it reads the other pictures at the target's, results differ"
@@ -220,9 +236,13 @@ def vision(b: Bench) -> None:
 
     for grid in grids:
         pixels = b.randn(sum(h * w for h, w in grid), c.in_channels * c.temporal_patch_size * c.patch_size**2)
-        shape = f"{size_of(mllm.visual)}, patches " + ", ".join(f"{h}x{w}" for h, w in grid)
-        peers = {"transformers": partial(peer, pixels, grid)}
-        b.measure(Row("vision tower", shape, partial(ours, pixels, grid), peers, b.limit(1e-1, 1e-4)))
+        b.measure(Row(
+            what="vision tower",
+            shape=f"{size_of(mllm.visual)}, patches " + ", ".join(f"{h}x{w}" for h, w in grid),
+            ours=partial(ours, pixels, grid),
+            peers={"transformers": partial(peer, pixels, grid)},
+            limit=b.limit(1e-1, 1e-4),
+        ))  # fmt: skip
 
 
 def autoencoder(b: Bench) -> None:
@@ -241,8 +261,13 @@ def autoencoder(b: Bench) -> None:
 
     for size in b.pick(gpu=(480, 1024), cpu=(128,), smoke=(32,)):
         x = b.randn(1, 3, size, size).float().clamp(-1, 1)
-        shape = f"{size_of(vae)}, {size} px, fp32"
-        b.measure(Row("VAE, there and back", shape, partial(ours, x), {"diffusers": partial(peer, x)}, b.limit(1e-2, 1e-4)))
+        b.measure(Row(
+            what="VAE, there and back",
+            shape=f"{size_of(vae)}, {size} px, fp32",
+            ours=partial(ours, x),
+            peers={"diffusers": partial(peer, x)},
+            limit=b.limit(1e-2, 1e-4),
+        ))  # fmt: skip
 
 
 def document(b: Bench) -> None:
@@ -263,8 +288,13 @@ def document(b: Bench) -> None:
     def peer() -> Way:
         return Way(theirs.document(duo, prompt, settings))
 
-    shape = f"{settings.steps} steps a picture, fp32"
-    b.measure(Row("a document of the miniature", shape, ours, {"transformers + diffusers": peer}, limit=5e-3))
+    b.measure(Row(
+        what="a document of the miniature",
+        shape=f"{settings.steps} steps a picture, fp32",
+        ours=ours,
+        peers={"transformers + diffusers": peer},
+        limit=5e-3,  # of the pixels, from 0 to 255
+    ))  # fmt: skip
 
 
 GROUPS: dict[str, Callable[[Bench], None]] = {

@@ -131,6 +131,12 @@ def hangs(b: measure.Bench) -> None:
     time.sleep(600)
 
 
+def lasts(b: measure.Bench) -> None:
+    """Tells who it is, and does not end."""
+    b.write(b.record("pid", str(os.getpid())))
+    time.sleep(600)
+
+
 def stands(b: measure.Bench) -> None:
     b.measure(Row("one", "8", giving(torch.ones(8)), {}, limit=0))
 
@@ -156,6 +162,41 @@ def test_a_group_that_hangs_is_stopped(tmp_path, monkeypatch):
     assert row["group"] == "hangs" and row["failed"].startswith("stopped")
 
 
+def test_a_group_ends_with_its_run_however_that_ends(tmp_path):
+    file = tmp_path / "bench.jsonl"
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_bench
+from bench import groups
+groups.run_apart(test_bench.lasts, "cpu", "smoke", Path({str(file)!r}), "lasts")
+"""
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    wait_for(file.exists)
+    wait_for(file.read_text)
+    pid = int(records(file)[0]["shape"])
+    run.kill()
+    run.wait()
+    wait_for(lambda: not alive(pid))
+    assert records(file)[0]["what"] == "pid"  # what was known is kept
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_what_no_time_is_left_for_is_said_to_be_skipped_and_is_no_failure(tmp_path, monkeypatch):
     file = tmp_path / "bench.jsonl"
     assert groups.run(["guided", "vae"], "cpu", "smoke", file, 0) == 0
@@ -173,6 +214,10 @@ def test_a_group_by_itself_leaves_the_rows_of_others(tmp_path):
     file.write_text("".join(json.dumps(r) + "\n" for r in [machine, *old]))
     groups.begin(file, machine, ["vae"])
     assert records(file) == [machine, old[1]]
+    measure.append(file, old[0])
+    measure.append(file, {"group": "guided", "what": "c"})
+    groups.sort(file)
+    assert [row["what"] for row in records(file)[1:]] == ["c", "b", "a"]
     groups.begin(file, machine | {"torch": "another"}, ["vae"])  # rows of two versions are not of one table
     assert records(file) == [machine | {"torch": "another"}]
 

@@ -1,4 +1,4 @@
-"""PyTorch's attention in all its forms, as peers of ours: what each wants its tensors to look like, and how it is called.
+"""What attention is held against: the textbook's in float64, and all forms of PyTorch's: how each wants its tensors laid out.
 
 Where a form would pad, it gets padded tensors from the start: only the call itself is timed.
 """
@@ -6,6 +6,7 @@ Where a form would pad, it gets padded tensors from the start: only the call its
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,88 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ops import Segments
+
+# ------------------------------------------------------------------------------------------------------------------- a case
+
+
+class Case(NamedTuple):
+    """lq, lk: lengths of the sequences on both sides."""
+
+    what: str
+    lq: list[int]
+    lk: list[int]
+    heads: int
+    kv_heads: int
+    dim: int
+    causal: bool = False
+    backward: bool = False
+    flex: bool = False
+
+    @property
+    def shape(self) -> str:
+        n = len(self.lq)
+        lengths = f"{n} x {self.lq[0]}" if len(set(self.lq)) == 1 else f"{n} of {min(self.lq)}-{max(self.lq)}, {sum(self.lq)}"
+        if self.lq != self.lk:
+            lengths += f" on {self.lk[0]}"
+        return f"{lengths}; {self.heads}:{self.kv_heads} heads of {self.dim}"
+
+    @property
+    def flops(self) -> float:
+        """Four per unmasked pair, head and channel."""
+        pairs = 0.0
+        for a, b in zip(self.lq, self.lk, strict=True):
+            pairs += a * (b - a) + a * (a + 1) / 2 if self.causal else a * b
+        return 4 * self.dim * self.heads * pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------- reference
+
+
+def reference_attention(case: Case, q, k, v, do=None, kv: tuple[int, ...] = (0,)) -> list[Tensor]:
+    """o, and with do also dq, dk, dv, in float64, for the query heads of these KV heads. One head and sequence at a time."""
+    group = case.heads // case.kv_heads
+    scale = case.dim**-0.5
+    heads = query_heads(case, kv)
+
+    def zeros(x: Tensor, n: int) -> Tensor:
+        return torch.zeros(len(x), n, case.dim, dtype=torch.float64, device=q.device)
+
+    o = zeros(q, len(heads))
+    dq = zeros(q, len(heads))
+    dk = zeros(k, len(kv))
+    dv = zeros(k, len(kv))
+    a = b = 0
+    for lq, lk in zip(case.lq, case.lk, strict=True):
+        rows = slice(a, a + lq)
+        cols = slice(b, b + lk)
+        a += lq
+        b += lk
+        for i, head in enumerate(heads):
+            x = q[rows, head].double()
+            y = k[cols, head // group].double()
+            z = v[cols, head // group].double()
+            scores = x @ y.T * scale
+            if case.causal:
+                seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+                scores.masked_fill_(~seen, -math.inf)
+            p = scores.softmax(1)
+            o[rows, i] = p @ z
+            if do is None:
+                continue
+            # The textbook's backward pass: dv = p^T do, ds = p (do v^T - rowsum(do o)), dq = ds k, dk = ds^T q.
+            g = do[rows, head].double()
+            dv[cols, i // group] += p.T @ g
+            ds = p.mul_(g @ z.T - (g * o[rows, i]).sum(1, keepdim=True)).mul_(scale)
+            dq[rows, i] = ds @ y
+            dk[cols, i // group] += ds.T @ x
+    return [o] if do is None else [o, dq, dk, dv]
+
+
+def query_heads(case: Case, kv: tuple[int, ...]) -> list[int]:
+    """Those that read these KV heads."""
+    group = case.heads // case.kv_heads
+    return [h * group + r for h in kv for r in range(group)]
+
 
 # ------------------------------------------------------------------------------------------------------------------ layouts
 
@@ -68,9 +151,9 @@ ONE = Layout(_as_one, _from_one)  # the pack as one sequence
 
 @dataclass
 class Peers:
-    """Builders for one case (attention.Case): each returns (layout, call(q, k, v)), or raises where the peer does not exist."""
+    """Builders for one case: each returns (layout, call(q, k, v)), or raises where the peer does not exist."""
 
-    case: NamedTuple
+    case: Case
     sq: Segments
     sk: Segments
     device: torch.device
