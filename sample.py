@@ -239,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
+    # Flags first: their mistakes are told before a file is read.
     args, values = parse(argv)
     if args.name is not None:
         check_name(args.name, "--name")
@@ -255,6 +256,8 @@ def run(argv: list[str]) -> int:
     dtype = parse_dtype(args.dtype, device)
     set_backend(args.attention, device)
     check_device(device, args.offload, args.graphs)
+
+    # Then what is asked, all of it, before any model is loaded. A line that cannot be answered costs no other its answer.
     jobs = read_jobs(args, values)
     for problem in jobs:
         if isinstance(problem, InputError):
@@ -262,12 +265,15 @@ def run(argv: list[str]) -> int:
     if not any(isinstance(job, Job) for job in jobs):
         return 2
     out = make_out(Path(args.out))
+
+    # The models.
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
         options = {name: getattr(args, name) for name in ("mllm", "dit", "vae", "revision", "offload", "graphs")}
         duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
+    # Only the models know what the checkpoint's defaults are and which prompt is too long.
     answers = {}
     for n, job in enumerate(jobs):
         if isinstance(job, Job):
@@ -280,6 +286,8 @@ def run(argv: list[str]) -> int:
         return 2
     if args.prompts is None:
         return one(duo, answers[0], out, jobs[0].name, about)
+
+    # Many: into a folder of their own, where what is there already is kept.
     title = "prompts" if args.prompts == "-" else Path(args.prompts).name
     wanted = {n: asked_for(answer, jobs[n].name, about["dtype"]) for n, answer in answers.items()}
     folder = run_folder(out, args.name or slug(Path(title).stem), {*wanted.values()}, args.fresh)
