@@ -16,9 +16,9 @@ export PROMPT
 sample: .venv/runtime
 	@$(PY) sample.py $${PROMPT:+--prompt="$$PROMPT"}
 
-# One thread computes in most tests: two files at a time. A file's tests stay together and share what it builds once.
+# One thread computes in most tests: two files at a time, in the order of tests/conftest.py. A file's tests share what it builds.
 test: .venv/dev .venv-aot/triton
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(PY) -m ruff check .
