@@ -35,7 +35,7 @@ from training import language_statistics, model_flops, parse_config, print_train
 @dataclass
 class Stage1Config(TrainConfig):
     # ---- data
-    data: str = "sketchbook"  # or JSONL files and shards, to be mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
+    data: str = "sketchbook"  # the sketchbook, or JSONL files and shards, mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
     tokens: int = 4096  # budget of a micro-batch of one rank; lower it where memory does not suffice
     patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens

@@ -38,7 +38,7 @@ from vae import VAE, to_image
 @dataclass
 class Stage2Config(TrainConfig):
     # ---- data
-    data: str = "sketchbook"  # or JSONL files and shards, to be mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
+    data: str = "sketchbook"  # the sketchbook, or JSONL files and shards, mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
     kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
     documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
     tokens: int = 0  # budget of the MLLM in a micro-batch; 0: no limit
