@@ -265,9 +265,15 @@ def check_bounds(config: typing.Any, where: str, bounds: dict[str, tuple[float, 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
     """File -> the tensors it holds. Where there is an index of shards, it and they must agree."""
-    entries = [e for s in STEMS for e in (folder / f"{s}.safetensors", folder / f"{s}.safetensors.index.json") if e.is_file()]
+    # One file, or one index of shards; both beside each other would be two savings mixed.
+    entries = []
+    for stem in STEMS:
+        candidates = (folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json")
+        entries += [file for file in candidates if file.is_file()]
     if len(entries) > 1:
         raise InputError(f"{folder}: holds both {entries[0].name} and {entries[1].name}: remove the one that is out of date")
+
+    # None: what lies there instead tells what to do about it.
     if not entries:
         pickled = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if (folder / STAGING).exists():
@@ -281,7 +287,10 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         raise InputError(f"{folder}: no {' or '.join(f'{s}.safetensors' for s in STEMS)} here, nor an index of shards")
     if entries[0].suffix != ".json":
         return {entries[0]: list(_open(entries[0]).keys())}
-    index, files = read_json(entries[0]).get("weight_map"), {}
+
+    # An index must name just what its shards hold: a shard of another saving would else go unnoticed.
+    files = {}
+    index = read_json(entries[0]).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(f, str) and f == Path(f).name for f in index.values()):
         raise InputError(f"{entries[0]}: no weight_map from tensors to files beside it: download or copy it again")
     for name, file in index.items():
@@ -319,8 +328,54 @@ def load_weights(
     tensor) may reshape what was read. `module.tied` maps parameters that share another's storage to that other's name. All
     names are checked before the first weight is read. dtype is for floating-point tensors; integer buffers keep their own.
     """
-    folder, label = Path(folder), label or type(module).__name__
-    expected, tied = module.state_dict(keep_vars=True), getattr(module, "tied", {})
+    folder = Path(folder)
+    label = label or type(module).__name__
+    expected = module.state_dict(keep_vars=True)
+    tied = getattr(module, "tied", {})
+    found = _find_tensors(expected, tied, folder, rename, label)
+
+    # NaN and infinities survive in a sum, which takes one pass over memory; it is read only when all is loaded, so that no GPU
+    # is waited for. Whether a sum that is not finite has merely overflowed (in fp16 it may) is then looked up.
+    sums: dict[str, Tensor] = {}
+    for target, (file, name) in found.items():
+        # Opened anew for each tensor: the pages of a mapped file count as ours until it is closed. And copied in any case, so
+        # that the module does not hang on a file that someone may overwrite.
+        with _open(file) as f:
+            tensor = f.get_tensor(name)
+        if adapt:
+            tensor = adapt(target, tensor)
+        want = expected[target]
+        if tensor.shape != want.shape:
+            raise InputError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(want.shape)}")
+        if tensor.is_floating_point() != want.is_floating_point():
+            raise InputError(f"{file}: tensor {name} is {tensor.dtype}: quantised weights are not read, use the original ones")
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        if tensor.is_floating_point():
+            sums[target] = tensor.sum()
+        _assign(module, target, tensor)
+    finite = torch.stack([*sums.values()]).isfinite().tolist() if sums else []
+    for target, sound in zip(sums, finite, strict=True):
+        if not sound and not _tensor(module, target).isfinite().all():
+            file, name = found[target]
+            remedy = "try --dtype bf16 or fp32, or download or copy it again" if dtype == torch.float16 else "use another copy"
+            raise InputError(f"{file}: tensor {name} of {label} holds NaN or infinity in {str(dtype)[6:]}: {remedy}")
+
+    # Parameters that share storage: a file may hold both, but then the same twice.
+    for name, other in tied.items():
+        if name in found and not torch.equal(module.get_parameter(name), module.get_parameter(other)):
+            raise InputError(f"{folder}: {name} is not {other}, yet config.json ties them: is it of the same model?")
+        _assign(module, name, module.get_parameter(other))
+
+    own = expected.keys() - tied.keys()
+    total = sum(expected[name].numel() for name in own)
+    print(f"{label}: {len(found.keys() & own)}/{len(own)} tensors, {total:,} parameters from {folder}")
+    return module
+
+
+def _find_tensors(
+    expected: dict[str, Tensor], tied: dict[str, str], folder: Path, rename: Callable[[str], str | None] | None, label: str
+) -> dict[str, tuple[Path, str]]:
+    """Parameter -> (file, name there), of all that are expected; InputError where names are missing, left over or double."""
     found: dict[str, tuple[Path, str]] = {}
     extra: list[str] = []
     for file, names in weight_files(folder).items():
@@ -333,40 +388,14 @@ def load_weights(
             elif target is not None:
                 extra.append(name)
     missing = sorted(expected.keys() - found.keys() - tied.keys())
-    if missing or extra:
-        parts = [f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}"] if missing else []
-        parts += [f"{len(extra)} have no place in it, the first is {extra[0]}"] if extra else []
-        raise InputError(f"{folder}: does not fit {label}: {'; '.join(parts)}: is its config.json of the same model?")
-    # NaN and infinities survive in a sum, which takes one pass over memory; it is read only when all is loaded, so that no GPU
-    # is waited for. Whether a sum that is not finite has merely overflowed (in fp16 it may) is then looked up.
-    sums: dict[str, Tensor] = {}
-    for target, (file, name) in found.items():
-        # Opened anew for each tensor: the pages of a mapped file count as ours until it is closed. And copied in any case, so
-        # that the module does not hang on a file that someone may overwrite.
-        with _open(file) as f:
-            tensor = f.get_tensor(name)
-        tensor, want = adapt(target, tensor) if adapt else tensor, expected[target]
-        if tensor.shape != want.shape:
-            raise InputError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(want.shape)}")
-        if tensor.is_floating_point() != want.is_floating_point():
-            raise InputError(f"{file}: tensor {name} is {tensor.dtype}: quantised weights are not read, use the original ones")
-        tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-        if tensor.is_floating_point():
-            sums[target] = tensor.sum()
-        _assign(module, target, tensor)
-    for target, sound in zip(sums, torch.stack([*sums.values()]).isfinite().tolist() if sums else [], strict=True):
-        if not sound and not _tensor(module, target).isfinite().all():
-            file, name = found[target]
-            remedy = "try --dtype bf16 or fp32, or download or copy it again" if dtype == torch.float16 else "use another copy"
-            raise InputError(f"{file}: tensor {name} of {label} holds NaN or infinity in {str(dtype)[6:]}: {remedy}")
-    for name, other in tied.items():
-        if name in found and not torch.equal(module.get_parameter(name), module.get_parameter(other)):
-            raise InputError(f"{folder}: {name} is not {other}, yet config.json ties them: is it of the same model?")
-        _assign(module, name, module.get_parameter(other))
-    own = expected.keys() - tied.keys()
-    total = sum(expected[name].numel() for name in own)
-    print(f"{label}: {len(found.keys() & own)}/{len(own)} tensors, {total:,} parameters from {folder}")
-    return module
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
+    if extra:
+        problems.append(f"{len(extra)} have no place in it, the first is {extra[0]}")
+    if problems:
+        raise InputError(f"{folder}: does not fit {label}: {'; '.join(problems)}: is its config.json of the same model?")
+    return found
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
@@ -398,7 +427,10 @@ def save_weights(
     All is written into a folder aside first. Then the old files go, the one that makes the folder loadable before the others,
     and the new ones come, that one last: wherever this stops, old and new are never mixed.
     """
-    folder, total = Path(folder), sum(t.nbytes for t in tensors.values())
+    folder = Path(folder)
+    total = sum(t.nbytes for t in tensors.values())
+
+    # Shards are filled in order; a tensor is never cut.
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
@@ -407,11 +439,16 @@ def save_weights(
     files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
     index = {name: file for file, shard in files.items() for name in shard}
     texts = {"config.json": config} if config is not None else {}
+
+    # The order in which they take their places: last the one without which the folder is no checkpoint.
     if len(shards) == 1:
-        files, order = {f"{stem}.safetensors": shards[0]}, [*texts, f"{stem}.safetensors"]
+        files = {f"{stem}.safetensors": shards[0]}
+        order = [*texts, f"{stem}.safetensors"]
     else:
         texts[f"{stem}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
         order = [*files, *texts]
+
+    # All of it aside, and to the disk.
     staging = folder / STAGING
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -426,6 +463,8 @@ def save_weights(
     except (OSError, SafetensorError) as e:
         shutil.rmtree(staging, ignore_errors=True)
         raise InputError(f"{folder}: cannot be written ({e}): it takes {total / 1e9:.1f} GB and the right to write") from e
+
+    # Out with the old, index first: shards without one are no checkpoint either. In with the new.
     old = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for file in sorted((f for f in folder.iterdir() if old.fullmatch(f.name)), key=lambda f: "-of-" in f.name):
         file.unlink()
