@@ -34,6 +34,7 @@ from torch import Tensor, nn
 STEMS = ("model", "diffusion_pytorch_model")  # transformers' and diffusers' file names
 HUB_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<folder>[^@]+))?(?:@(?P<revision>.+))?")
 SUMS = "SHA256SUMS"  # of a checkpoint of a run
+BUNDLED = str(Path(__file__).parent / "checkpoints" / "tiny")  # the miniature, which lies beside this file
 STAGING = ".saving"  # where a save is written before it takes its place
 JSON_BYTES = 2**28  # the largest file that can be meant: the tokenizer of a 7B model has 11 MB
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -70,6 +71,19 @@ def parse_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
     if name not in DTYPES:
         raise InputError(f"dtype {name}: unknown, choose auto, bf16, fp32 or fp16")
     return DTYPES[name]
+
+
+def make_out(out: Path) -> None:
+    """The folder for results; an InputError now and not after the work if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.mkdir()
+        probe.rmdir()
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out {out}: cannot be written (a file is in the way): choose another folder") from None
+    except (OSError, ValueError) as e:  # the latter if there is a NUL in it
+        raise InputError(f"--out {out}: cannot be written ({getattr(e, 'strerror', e)}): choose another folder") from None
 
 
 def resolve(source: str | Path, subfolder: str | None = None, revision: str | None = None, *, base: Path | None = None) -> Path:

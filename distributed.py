@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import InputError, pick_device
+from checkpoint import InputError, make_out, pick_device
 
 LATE_LOCK = 100.0  # seconds until a lock that a lost host held is free again: a server of NFS takes 90 to see it
 
@@ -64,22 +64,19 @@ class Ranks:
         """Make the run's folder ours. What is wrong with it is told before anything is loaded, by one rank."""
         problem = self.first(self._claim(Path(out)) if self.main else "")
         if problem and self.main:
-            raise InputError(f"--out {out}: {problem}")
+            raise InputError(problem)
         if problem:
             sys.exit(2)
 
     def _claim(self, out: Path) -> str:
         """What keeps this process from writing there; empty if nothing does."""
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            probe = out / f".probe-{os.getpid()}"
-            probe.mkdir()
-            probe.rmdir()
+            make_out(out)
             self.lock = open(out / "lock", "a+")
-        except (FileExistsError, NotADirectoryError):
-            return "cannot be written (a file is in the way): choose another folder"
+        except InputError as e:
+            return str(e)
         except OSError as e:
-            return f"cannot be written ({e.strerror}): choose another folder"
+            return f"--out {out}: cannot be written ({e.strerror}): choose another folder"
 
         # After a restart by torchrun the lock may still be that of a rank on a host that was lost.
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -93,7 +90,7 @@ class Ranks:
         if held:
             self.lock.seek(0)
             holder = self.lock.read().strip() or "another training"
-            return f"{holder} is training there: wait for its end, or choose another folder"
+            return f"--out {out}: {holder} is training there: wait for its end, or choose another folder"
 
         # Who comes second reads here whom to wait for.
         self.lock.truncate(0)

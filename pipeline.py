@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint import InputError, config_from_json, is_run, part_folder, parts_in, read_json, resolve, write_json
+from checkpoint import BUNDLED, InputError, config_from_json, is_run, part_folder, parts_in, read_json, resolve, write_json
 from connector import features
 from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, SAMPLERS, denoise, karras_schedule, shift_schedule
@@ -50,7 +50,6 @@ from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
 from vae import VAE, VAEConfig, to_image, to_tensor
 
 FORMAT = 1  # of duogen.json
-BUNDLED = "checkpoints/tiny"
 PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
 SIZE = 704, 1280  # (H, W) of a picture where neither dialogue nor checkpoint says anything
 SIDE = 16  # a picture's sides are multiples of it: 8 pixels a latent, 2 latents a patch
@@ -894,7 +893,7 @@ def check_device(device: str | torch.device, offload: bool, graphs: bool) -> Non
 def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:
     """The folder of a checkpoint; None is the bundled one, which lies beside this file."""
     if ckpt is None:
-        ckpt = Path(__file__).parent / BUNDLED
+        ckpt = Path(BUNDLED)
         if not ckpt.is_dir():
             raise InputError(f"{BUNDLED}: the bundled checkpoint is missing: train it with `make tiny`, or name one (--ckpt)")
     if revision and Path(ckpt).exists():

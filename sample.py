@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import os
 import re
 import sys
 import time
@@ -46,7 +45,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from checkpoint import InputError, abandon_stdout, parse_dtype, pick_device
+from checkpoint import InputError, abandon_stdout, make_out, parse_dtype, pick_device
 from flags import Parser, add_flags
 from ops import set_backend
 from pages.answer import asked_for, card, overview, prompt_of, run_folder, save, saved, saving, write_text
@@ -264,7 +263,8 @@ def run(argv: list[str]) -> int:
             report(problem)
     if not any(isinstance(job, Job) for job in jobs):
         return 2
-    out = make_out(Path(args.out))
+    out = Path(args.out)
+    make_out(out)
 
     # The models.
     began = time.perf_counter()
@@ -413,18 +413,6 @@ def unique(names: list[str]) -> list[str]:
     for name in names:
         taken.append(next(n for k in count(1) for n in [name if k == 1 else f"{name}-{k}"] if n not in taken))
     return taken
-
-
-def make_out(out: Path) -> Path:
-    """The folder for results; an InputError now and not after the work if nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.mkdir()
-        probe.rmdir()
-    except (OSError, ValueError) as e:  # the latter if there is a NUL in it
-        raise InputError(f"--out {out}: cannot be written ({getattr(e, 'strerror', e)}): choose another folder") from None
-    return out
 
 
 def show(duo: DuoGen, answer: Answer) -> None:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import InputError, part_folder
+from checkpoint import BUNDLED, InputError, part_folder
 from data import Document, fill, loader, pack_documents
 from distributed import Ranks
 from model import MLLM, ImageProcessor, mrope_positions
 from records.stream import Quarantine, open_source
 from tokenizer import Rendered, Tokenizer
-from training import BUNDLED, LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
+from training import LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
 from training import language_statistics, model_flops, parse_config, print_trained, run_script
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import InputError, part_folder
+from checkpoint import BUNDLED, InputError, part_folder
 from data import Document, fill, loader
 from distributed import Ranks
 from dit import DiT
@@ -29,7 +29,7 @@ from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, tra
 from model import MLLM, ImageProcessor
 from records.stream import Quarantine, open_source
 from tokenizer import Tokenizer
-from training import BUNDLED, Run, TrainConfig, add_statistics, asked_and_told, autocast, check_step0, compile_blocks
+from training import Run, TrainConfig, add_statistics, asked_and_told, autocast, check_step0, compile_blocks
 from training import encode_pictures, flow_statistics, generator, mllm_features, model_flops, parse_config, pick_frozen_dtype
 from training import print_trained, run_script, sheet
 from vae import VAE, to_image

@@ -70,9 +70,6 @@ from tokenizer import Rendered, Tokenizer
 from vae import VAE
 
 
-BUNDLED = str(Path(__file__).parent / "checkpoints" / "tiny")  # the miniature, which a first training goes on from
-
-
 @dataclass
 class TrainConfig:
     """Settings of every run; each script adds its own. The comments are what --help says, under these titles."""

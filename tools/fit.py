@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import parse_dtype
+from checkpoint import BUNDLED, parse_dtype
 from connector import features
 from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
@@ -25,7 +25,7 @@ from flow import denoise, shift_schedule
 from ops import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from model import PRESETS as MLLMS
-from pipeline import BUNDLED, PACK, PARTS, SIDE, SIZE, Settings, override, read_manifest
+from pipeline import PACK, PARTS, SIDE, SIZE, Settings, override, read_manifest
 from tools.plan import FAKE, GB, Tally, config_of, pretend, pretend_tensor
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
@@ -202,7 +202,7 @@ def planned(ckpt: str | None, parts: dict, values: dict, batch: int, given: int,
     """For the flags of sample.py. Only config.json of each part is read, and for a preset (7B, 2B, wan2.1) not even that."""
     sampling = {}
     if ckpt is not None or not all(parts.values()):
-        base = Path(ckpt) if ckpt else Path(__file__).parent.parent / BUNDLED
+        base = Path(ckpt) if ckpt else Path(BUNDLED)
         parts = {p: source or (str(base / p) if base.exists() else f"{ckpt}/{p}") for p, source in parts.items()}
         if (base / "duogen.json").exists():
             sampling = read_manifest(base / "duogen.json")["sampling"]
