@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, t
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,5 +203,15 @@ class Answer:
             self.shown += 1
 
 
+def main(argv: list[str]) -> None:
+    """Train; with --plan only say what that would cost."""
+    if "--plan" in argv:
+        from tools.plan import planned  # here, for a training needs nothing of it
+
+        print(planned(Stage1Config, argv, __doc__).report())
+    else:
+        train(parse_config(Stage1Config, argv, __doc__, plan=True))
+
+
 if __name__ == "__main__":
-    run_script(lambda: train(parse_config(Stage1Config, doc=__doc__)))
+    run_script(lambda: main(sys.argv[1:]))

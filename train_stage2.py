@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, t
 
     interrupt.quiet()
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,5 +204,15 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
     sheet(rows, ["picture before", "painted", "true one"], run.sample_file("png"))
 
 
+def main(argv: list[str]) -> None:
+    """Train; with --plan only say what that would cost."""
+    if "--plan" in argv:
+        from tools.plan import planned  # here, for a training needs nothing of it
+
+        print(planned(Stage2Config, argv, __doc__).report())
+    else:
+        train(parse_config(Stage2Config, argv, __doc__, plan=True))
+
+
 if __name__ == "__main__":
-    run_script(lambda: train(parse_config(Stage2Config, doc=__doc__)))
+    run_script(lambda: main(sys.argv[1:]))

@@ -134,20 +134,17 @@ LIMITS = (
 )
 
 
-def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
-    """The settings that a command line gives to a script; see flags.py. With --plan, print what they would cost, and end."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
-    add_flags(parser, cls)
-    argv = sys.argv[1:] if argv is None else argv
-    if "--plan" in argv:
-        from tools.plan import Plan, PlanConfig
+def parse_config(cls: type, argv: list[str] | None = None, doc: str = "", plan: bool = False):
+    """The settings that a command line gives to a script; see flags.py.
 
-        planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
-        print(Plan(parse_config(planned, [a for a in argv if a != "--plan"], doc)).report())
-        sys.exit()
-    values = vars(parser.parse_flags(argv))
-    del values["plan"]
+    plan: the script knows --plan, and so says its --help. Nothing here obeys it: the script looks for it beforehand.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if plan:
+        parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
+    add_flags(parser, cls)
+    values = vars(parser.parse_flags(sys.argv[1:] if argv is None else argv))
+    values.pop("plan", None)
     return cls(**values)
 
 

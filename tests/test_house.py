@@ -21,8 +21,8 @@ LAYERS = """
 """
 LAYER = {name: n for n, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 INNER = {"records", "pages"}  # folders that the root uses; the other folders use the root
-# What a command imports only when it is asked for: `--plan`.
-ON_DEMAND = {("sample", "tools.fit"), ("training", "tools.plan")}
+# What a script imports only when it is asked for: `--plan`.
+ON_DEMAND = {("sample", "tools.fit"), ("train_stage1", "tools.plan"), ("train_stage2", "tools.plan")}
 
 
 def modules() -> dict[str, Path]:

@@ -35,7 +35,7 @@ from flow import FlowLoss, Samples
 from model import MLLM, MLLMConfig, mrope_positions
 from model import PRESETS as MLLMS
 from tokenizer import Rendered
-from training import LanguageLoss, encode_pictures, mllm_features
+from training import LanguageLoss, encode_pictures, mllm_features, parse_config
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
@@ -434,6 +434,12 @@ class Plan:
         lines += ["", f"step {step:.2f} s at {c.mfu:.0%} of {peak_flops(c.gpu) / 1e12:.0f} TFLOP/s (--mfu: assumed)"]
         lines += [f"{c.dialogues:,} dialogues{clips}, {c.epochs:g} times: {steps:,} steps, in all"]
         return "\n".join([*lines, f"{hours:,.1f} hours, {hours / 24:.1f} days, {hours * c.world:,.0f} GPU-hours"])
+
+
+def planned(cls: type, argv: list[str], doc: str = "") -> Plan:
+    """The plan of a training script: its settings, a dataclass, and the command line, with the flags of PlanConfig on top."""
+    both = make_dataclass("Planned", [], bases=(PlanConfig, cls))
+    return Plan(parse_config(both, [arg for arg in argv if arg != "--plan"], doc, plan=True))
 
 
 STAGE1 = {"mllm": "7B", "tokens": 4096, "documents": 0, "accumulate": 1, "dtype": "bf16", "checkpointing": True}
