@@ -161,6 +161,7 @@ class Read:
 class Paint:
     """A picture is due. Whoever drives `Answer.write` sends it in reply."""
 
+    answer: "Answer"
     number: int  # of the picture in the answer, from 0
     size: tuple[int, int]  # (H, W) in pixels
     seed: int  # of its noise
@@ -168,7 +169,6 @@ class Paint:
     unseen: list[Tensor]  # earlier pictures (3, H, W) that are yet to be encoded
     positive: Tensor  # (n, text_dim) connector rows of all tokens before BOV
     negative: Tensor | None  # (m, text_dim), m < n; None where guidance is off
-    settings: Settings
     seconds: float = 0.0  # what the painting took; a batch's time is shared evenly
 
 
@@ -197,13 +197,13 @@ Reply = int | Image.Image | None  # to a Read, to a Paint, to the others
 
 
 class Answer:
-    """One answer: the loop that makes it (`write`), and then what it is."""
+    """One answer: the loop that makes it (`write`), and then what it is. messages: as `read_dialogue` gives them."""
 
-    def __init__(self, duo: "DuoGen", messages: str | list[dict], settings: Settings, index: int = 0):
+    def __init__(self, duo: "Writer", messages: list[dict], settings: Settings, index: int = 0):
         self.duo = duo
         self.settings = settings
         self.index = index
-        self.messages = read_dialogue(messages)
+        self.messages = messages
         self.images = [part["image"] for m in self.messages for part in m["content"] if part["type"] == "image"]
         self.parts: list[str | Picture] = []
         self.stop = "interrupted"  # until it ends otherwise
@@ -293,7 +293,7 @@ class Answer:
                 kept = self._chunk if s.negative == "chunk" else 0
                 negative = None if s.scale == 1 else rows[:kept]                       # (m, text_dim)
                 shown = (latents, unseen) if s.use_condition_images else ([], [])
-                paint = Paint(painted, self.size, derive(s.seed, self.index, painted), *shown, rows, negative, s)
+                paint = Paint(self, painted, self.size, derive(s.seed, self.index, painted), *shown, rows, negative)
                 image = yield paint
                 self.paint_seconds += paint.seconds
                 context = len(rows), 0 if negative is None else len(negative)
@@ -426,15 +426,14 @@ def point(views: list, flat: Tensor) -> None:
         t.data = torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
 
 
-# ----------------------------------------------------------------------------------------------------------------- system
+# ----------------------------------------------------------------------------------------------------------------- writer
 
 
-class DuoGen:
-    """The parts of the system, checked to fit together.
+class Writer:
+    """The language model at work on answers: what it reads, which token follows, and who waits for what.
 
-    defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
-    from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
-    graphs: steps are recorded as CUDA graphs (ops.Graph).
+    Painting is left to those who know how: `DuoGen`, or a training that shows the true pictures. size: (H, W) of a picture
+    where the dialogue has none.
     """
 
     def __init__(
@@ -442,120 +441,41 @@ class DuoGen:
         mllm: MLLM,
         tokenizer: Tokenizer,
         processor: ImageProcessor,
-        dit: DiT,
-        vae: VAE,
-        defaults: Settings | None = None,
         size: tuple[int, int] = SIZE,
-        sources: dict[str, str] | None = None,
-        offload: torch.device | None = None,
+        defaults: Settings | None = None,
+        device: torch.device | None = None,
         graphs: bool = False,
     ):
-        check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
-        self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
-        self.mllm.fuse_for_inference(), self.dit.fuse_for_inference()
-        self.tokenizer, self.processor = tokenizer, processor
-        self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
-        self.device, self.offload = offload or mllm.model.embed_tokens.weight.device, None
+        self.mllm = mllm
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.size = size
+        self.defaults = defaults or Settings()
+        self.device = device or mllm.model.embed_tokens.weight.device
         self.graphs = graphs
-        if offload:
-            connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
-            decoder = [mllm.model, mllm.lm_head, connector]
-            painter = [m for m in dit.children() if m is not connector]
-            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
         self.context = mllm.config.max_position_embeddings
-        largest = max(sum(p.numel() for p in part.parameters()) for part in (mllm, dit, vae))
-        self.crew = Crew(largest, self.device.type)
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
         allowed[tokenizer.writable] = True
         self.allowed = allowed.to(self.device)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        ckpt: str | Path | None = None,
-        *,
-        mllm: str | Path | None = None,
-        dit: str | Path | None = None,
-        vae: str | Path | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        offload: bool = False,
-        graphs: bool = False,
-    ) -> "DuoGen":
-        """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
+    # ---- what a painter adds
 
-        mllm, dit, vae: take this part from elsewhere: its folder, a folder with a subfolder of the part's name, a training run
-        (its newest sound checkpoint) or one of its checkpoints, or a Hub name as in the module's docstring. With all three
-        given and no ckpt, the sampling defaults are those of Cosmos.
-        dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
-        offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
-        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
-        """
-        check_device(device, offload, graphs)
-        named = {"mllm": mllm, "dit": dit, "vae": vae}
+    def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+        """The pictures that are due, one for each request."""
+        raise NotImplementedError
 
-        # Where each part comes from: whoever names it has the last word, the checkpoint speaks for the others.
-        base, sources, sampling = None, dict(named), {}
-        if ckpt is not None or not all(named.values()):
-            base = find_checkpoint(ckpt, revision)
-            manifest = read_manifest(base / "duogen.json")
-            sampling = manifest["sampling"]
-            sources = {part: named[part] or manifest["parts"].get(part) for part in PARTS}
-            for part, source in sources.items():
-                if source is None:
-                    raise InputError(f"{base / 'duogen.json'}: names no {part}: give one with {part}=...")
-        elif revision:
-            raise InputError(f"revision {revision}: it is a checkpoint's, and there is none: write NAME@{revision} for a part")
+    def connect(self, hidden: list[Tensor]) -> Tensor:
+        """Hidden states, L tensors (N, H) -> what a painter is to know of these tokens, (N, any width): here nothing."""
+        return hidden[-1][:, :0]
 
-        # All that is small is read and held together first: a misfit is told before gigabytes are read.
-        folders, configs = {}, {}
-        for part, kind in PARTS.items():
-            folders[part] = part_folder(sources[part], part, base=None if named[part] else base)
-            configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
-        tokenizer = Tokenizer.from_pretrained(folders["mllm"])
-        processor = ImageProcessor.from_pretrained(folders["mllm"])
-        check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])
-        height = sampling.pop("height", None) or SIZE[0]
-        width = sampling.pop("width", None) or SIZE[1]
-        defaults = override(Settings(), sampling, "sampling of duogen.json")
+    def at_work(self, *parts: str) -> None:
+        """These parts are needed next, and no others: "decoder" (with the connector), "vision", "dit", "vae"."""
 
-        # The weights, straight to where they will wait or work.
-        home = "cpu" if offload else device
-        origins = {part: origin(folder) for part, folder in folders.items()}
-        if base is not None:
-            origins["ckpt"] = origin(base)
-        return cls(
-            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
-            tokenizer,
-            processor,
-            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
-            VAE.from_pretrained(folders["vae"], device=home),
-            defaults,
-            (height, width),
-            origins,
-            torch.device(device) if offload else None,
-            graphs,
-        )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint folder; duogen.json, without which it is none, comes last."""
-        folder = Path(folder)
-        for part in (self.mllm, self.tokenizer, self.processor):
-            part.save_pretrained(folder / "mllm")
-        self.dit.save_pretrained(folder / "dit")
-        self.vae.save_pretrained(folder / "vae")
-        write_manifest(folder, self.defaults, self.size)
-
-    def settings(self, **values) -> Settings:
-        """The checkpoint's defaults, with some values changed."""
-        return override(self.defaults, values, "settings")
-
-    # ------------------------------------------------------------------------------------------------------- the drivers
+    # ---- the drivers
 
     def answer(self, messages: str | list[dict], settings: Settings | None = None, index: int = 0) -> Answer:
         """An answer that is yet to be written. index: number of the document among those with the same seed."""
-        return Answer(self, messages, settings or self.defaults, index)
+        return Answer(self, read_dialogue(messages), settings or self.defaults, index)
 
     def stream(self, answer: Answer, progress: Callable[[int, int], None] | None = None) -> Iterator[Event]:
         """Write one answer, painting what it asks for. progress(done, steps) is called while a picture is painted."""
@@ -642,12 +562,7 @@ class DuoGen:
             for answer, reply in zip(waiting, replies, strict=True):
                 go_on(answer, active[answer][0], reply)
 
-    # --------------------------------------------------------------------------------------------------------- the parts
-
-    def at_work(self, *parts: str) -> None:
-        """These parts are needed next, and no others: "decoder" (with the connector), "vision", "dit", "vae"."""
-        if self.offload:
-            self.offload.bring(*parts)
+    # ---- one pass of the model
 
     def cache(self, capacity: int, documents: int = 1) -> KVCache:
         return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device, documents)
@@ -661,45 +576,12 @@ class DuoGen:
 
         return Graph(step) if self.graphs else step
 
-    def connect(self, hidden: list[Tensor]) -> Tensor:
-        """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
-
-        Per token, hence in slices: the features of a long prompt would take 200 KB a token at full size.
-        """
-        dtype = self.dit.crossattn_proj[0].weight.dtype
-        slices = zip(*(h.split(512) for h in hidden), strict=True)
-        return torch.cat([self.dit.crossattn_proj(features(list(part)).to(dtype)) for part in slices])
-
-    @torch.no_grad()
-    def encode(self, pictures: list[Tensor]) -> list[Tensor]:
-        """Pictures (3, H, W) in [-1, 1] -> normalised latents (C, H/8, W/8), each encoded alone."""
-        return [self.vae.encode_latents(x[None].to(self.device))[0] for x in pictures]
-
-    def choose(self, logits: Tensor, settings: Settings, generator: torch.Generator) -> int:
-        """The next token from logits (vocab,): the likeliest, or drawn among the likeliest (nucleus; arXiv 1904.09751)."""
-        logits = logits.float().masked_fill(~self.allowed, -torch.inf)
-        # NaN and infinity show in what the host reads anyway: the largest logit, whose index a float holds, and the mass.
-        if settings.temperature == 0:
-            best, token = torch.stack([x.float() for x in logits.max(0)]).tolist()
-            if not math.isfinite(best):
-                raise not_finite("the language model's logits", self.mllm)
-            return int(token)
-        p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
-        mass = p.cumsum(0)
-        keep = max(1, int((mass - p < settings.top_p).sum()))  # the smallest set that has the share top_p
-        total = mass[keep - 1].cpu()
-        if not total.isfinite():
-            raise not_finite("the language model's logits", self.mllm)
-        u = torch.rand((), generator=generator) * total  # one number from the CPU: every device draws the same
-        return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
-
     @torch.no_grad()
     def read(self, requests: list[Read]) -> list[int]:
         """Append what is to be read to each document -> the token that follows it.
 
         Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
         """
-        self.crew.adapt()
         self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
         tokens = {}
         step = [r for r in requests if len(r.ids) == 1]
@@ -743,6 +625,171 @@ class DuoGen:
         rows, logits = batch[0].answer.step(ids.to(self.device), positions.to(self.device))
         return rows[places], logits[places]  # copies: a graph writes its next result to the same place
 
+    def choose(self, logits: Tensor, settings: Settings, generator: torch.Generator) -> int:
+        """The next token from logits (vocab,): the likeliest, or drawn among the likeliest (nucleus; arXiv 1904.09751)."""
+        logits = logits.float().masked_fill(~self.allowed, -torch.inf)
+        # NaN and infinity show in what the host reads anyway: the largest logit, whose index a float holds, and the mass.
+        if settings.temperature == 0:
+            best, token = torch.stack([x.float() for x in logits.max(0)]).tolist()
+            if not math.isfinite(best):
+                raise not_finite("the language model's logits", self.mllm)
+            return int(token)
+        p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
+        mass = p.cumsum(0)
+        keep = max(1, int((mass - p < settings.top_p).sum()))  # the smallest set that has the share top_p
+        total = mass[keep - 1].cpu()
+        if not total.isfinite():
+            raise not_finite("the language model's logits", self.mllm)
+        u = torch.rand((), generator=generator) * total  # one number from the CPU: every device draws the same
+        return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
+
+
+# ----------------------------------------------------------------------------------------------------------------- system
+
+
+class DuoGen(Writer):
+    """The parts of the system, checked to fit together: a writer that paints.
+
+    defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
+    from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
+    graphs: steps are recorded as CUDA graphs (ops.Graph).
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+        dit: DiT,
+        vae: VAE,
+        defaults: Settings | None = None,
+        size: tuple[int, int] = SIZE,
+        sources: dict[str, str] | None = None,
+        offload: torch.device | None = None,
+        graphs: bool = False,
+    ):
+        check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
+        super().__init__(mllm, tokenizer, processor, size, defaults, offload, graphs)
+        for part in (mllm, dit, vae):
+            part.eval().requires_grad_(False)
+        mllm.fuse_for_inference()
+        dit.fuse_for_inference()
+        self.dit = dit
+        self.vae = vae
+        self.sources = sources or {}
+        self.offload = None
+        if offload:
+            connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
+            decoder = [mllm.model, mllm.lm_head, connector]
+            painter = [m for m in dit.children() if m is not connector]
+            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
+        largest = max(sum(p.numel() for p in part.parameters()) for part in (mllm, dit, vae))
+        self.crew = Crew(largest, self.device.type)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        ckpt: str | Path | None = None,
+        *,
+        mllm: str | Path | None = None,
+        dit: str | Path | None = None,
+        vae: str | Path | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
+        graphs: bool = False,
+    ) -> "DuoGen":
+        """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
+
+        mllm, dit, vae: take this part from elsewhere: its folder, a folder with a subfolder of the part's name, a training run
+        (its newest sound checkpoint) or one of its checkpoints, or a Hub name as in the module's docstring. With all three
+        given and no ckpt, the sampling defaults are those of Cosmos.
+        dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
+        offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
+        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
+        """
+        check_device(device, offload, graphs)
+        named = {"mllm": mllm, "dit": dit, "vae": vae}
+
+        # Where each part comes from: whoever names it has the last word, the checkpoint speaks for the others.
+        base, sources, sampling = None, dict(named), {}
+        if ckpt is not None or not all(named.values()):
+            base = find_checkpoint(ckpt, revision)
+            manifest = read_manifest(base / "duogen.json")
+            sampling = manifest["sampling"]
+            sources = {part: named[part] or manifest["parts"].get(part) for part in PARTS}
+            for part, source in sources.items():
+                if source is None:
+                    raise InputError(f"{base / 'duogen.json'}: names no {part}: give one with {part}=...")
+        elif revision:
+            raise InputError(f"revision {revision}: it is a checkpoint's, and there is none: write NAME@{revision} for a part")
+
+        # All that is small is read and held together first: a misfit is told before gigabytes are read.
+        folders, configs = {}, {}
+        for part, kind in PARTS.items():
+            folders[part] = part_folder(sources[part], part, base=None if named[part] else base)
+            configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
+        tokenizer = Tokenizer.from_pretrained(folders["mllm"])
+        processor = ImageProcessor.from_pretrained(folders["mllm"])
+        check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])
+        height = sampling.pop("height", None) or SIZE[0]
+        width = sampling.pop("width", None) or SIZE[1]
+        defaults = override(Settings(), sampling, "sampling of duogen.json")
+
+        # The weights, straight to where they will wait or work.
+        home = "cpu" if offload else device
+        origins = {part: origin(folder) for part, folder in folders.items()}
+        if base is not None:
+            origins["ckpt"] = origin(base)
+        return cls(
+            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
+            tokenizer,
+            processor,
+            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
+            VAE.from_pretrained(folders["vae"], device=home),
+            defaults,
+            (height, width),
+            origins,
+            torch.device(device) if offload else None,
+            graphs,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder; duogen.json, without which it is none, comes last."""
+        folder = Path(folder)
+        for part in (self.mllm, self.tokenizer, self.processor):
+            part.save_pretrained(folder / "mllm")
+        self.dit.save_pretrained(folder / "dit")
+        self.vae.save_pretrained(folder / "vae")
+        write_manifest(folder, self.defaults, self.size)
+
+    def settings(self, **values) -> Settings:
+        """The checkpoint's defaults, with some values changed."""
+        return override(self.defaults, values, "settings")
+
+    def at_work(self, *parts: str) -> None:
+        if self.offload:
+            self.offload.bring(*parts)
+
+    def connect(self, hidden: list[Tensor]) -> Tensor:
+        """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
+
+        Per token, hence in slices: the features of a long prompt would take 200 KB a token at full size.
+        """
+        dtype = self.dit.crossattn_proj[0].weight.dtype
+        slices = zip(*(h.split(512) for h in hidden), strict=True)
+        return torch.cat([self.dit.crossattn_proj(features(list(part)).to(dtype)) for part in slices])
+
+    @torch.no_grad()
+    def encode(self, pictures: list[Tensor]) -> list[Tensor]:
+        """Pictures (3, H, W) in [-1, 1] -> normalised latents (C, H/8, W/8), each encoded alone."""
+        return [self.vae.encode_latents(x[None].to(self.device))[0] for x in pictures]
+
+    def read(self, requests: list[Read]) -> list[int]:
+        self.crew.adapt()
+        return super().read(requests)
+
     @torch.no_grad()
     def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
         """The pictures of all requests, in packed batches: one for all with the same settings that fit into PACK patches.
@@ -775,7 +822,7 @@ class DuoGen:
 
     def _denoise(self, batch: list[Paint], progress: Callable[[int, int], None] | None) -> list[Tensor]:
         """The latents (C, h, w) of requests that share their settings, painted as one pack."""
-        s = batch[0].settings
+        s = batch[0].answer.settings
         factor = self.vae.config.factor
 
         def step_done(done: int, steps: int) -> None:
@@ -822,7 +869,7 @@ def batches_of(requests: list[Paint]) -> list[list[Paint]]:
     for r in requests:
         patches = math.prod(r.size) // SIDE**2 + sum(z[0].numel() // 4 for z in r.conditions)
         patches *= 1 if r.negative is None else 2
-        alike = r.settings.painting
+        alike = r.answer.settings.painting
         if room.get(alike, 0) < patches:
             batches.setdefault(alike, []).append([])
             room[alike] = PACK

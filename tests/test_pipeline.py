@@ -187,7 +187,7 @@ def test_kinds_of_negative_branch(duo, negative, length):
     duo.say(TWO)
     answer = duo.answer(question(), duo.settings(negative=negative))
     first = next(e for e in drive(duo, answer) if isinstance(e, Paint))
-    assert (first.negative is None) == (length is None) and (first.settings.scale == 1) == (length is None)
+    assert (first.negative is None) == (length is None) and (first.answer.settings.scale == 1) == (length is None)
     assert length is None or len(first.negative) == answer.pictures[0].context[1] == length
     assert answer.pictures[0].image.size == (48, 32)
 

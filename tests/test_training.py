@@ -449,6 +449,24 @@ def test_sheets_of_samples(stage, parts, tmp_path, monkeypatch):
         assert not any(r["asked"].startswith(("user", "system")) for r in told["rows"])
 
 
+def test_a_sheet_shows_the_true_pictures_whatever_their_sizes_and_whoever_begins(parts, monkeypatch):
+    """A model that asks for a picture at once, and then always: it gets those of the record, and the next one ends it."""
+    one, two = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (32, 48), "blue")
+    text, *pictures = {"type": "text", "text": "Look:"}, *({"type": "image", "image": image} for image in (one, two))
+    asked = [{"role": "user", "content": [text, pictures[1]]}]
+    told = [{"role": "assistant", "content": [text, *pictures]}]
+    tokenizer, processor = Tokenizer.from_pretrained(parts / "mllm"), ImageProcessor.from_pretrained(parts / "mllm")
+    writer = train_stage1.Reteller(MLLM.from_pretrained(parts / "mllm"), tokenizer, processor)
+    monkeypatch.setattr(writer, "choose", lambda *_: tokenizer.vision_start)
+    answers = [train_stage1.Retold(writer, messages, 5) for messages in (asked + told, told)]
+    writer.write_many(answers)
+    assert [[picture.image for picture in a.pictures] for a in answers] == [[one, two]] * 2
+    assert [a.told() for a in answers] == [(question, " ".join(["[picture]"] * 3)) for question in ("Look: [picture]", "")]
+    long = train_stage1.Retold(writer, asked + told, 2)
+    writer.write_many([long])
+    assert long.told()[1] == "[picture] [picture] [no end yet]"
+
+
 CODE = ("a.py", "pages/b.py", "pages/page.html", "pages/style.css", "pages/words.json")
 
 
