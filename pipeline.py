@@ -52,7 +52,6 @@ from vae import VAE, VAEConfig, to_image, to_tensor
 FORMAT = 1  # of duogen.json
 PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
 SIZE = 704, 1280  # (H, W) of a picture where neither dialogue nor checkpoint says anything
-SIDE = 16  # a picture's sides are multiples of it: 8 pixels a latent, 2 latents a patch
 PACK = 65536  # patches painted in one batch at most; an activation of the 2B network is then 0.5 GB in bf16
 STOPS = {
     "end": "the model ended its answer",
@@ -104,8 +103,8 @@ class Settings:
         need(0.01 <= self.shift <= 100, "shift", "from 0.01 to 100")
         for name in ("height", "width"):
             side = getattr(self, name)
-            need(side is None or (SIDE <= side <= 8192 and side % SIDE == 0), name, f"a multiple of {SIDE} from {SIDE} to 8192")
-        need(self.max_area is None or self.max_area >= SIDE**2, "max_area", f"at least {SIDE**2} pixels")
+            need(side is None or 1 <= side <= 8192, name, "from 1 to 8192")
+        need(self.max_area is None or self.max_area >= 1, "max_area", "at least 1 pixel")
         need(0 <= self.max_images <= 1000, "max_images", "from 0 to 1000")
         need(1 <= self.max_tokens <= 10**6, "max_tokens", "from 1 to 1000000")
         need(self.temperature == 0 or 0.01 <= self.temperature <= 100, "temperature", "0, or from 0.01 to 100")
@@ -223,8 +222,9 @@ class Answer:
         self._chunk = rendered.images[-1].end + 1 if rendered.images else rendered.system_end
 
         # A picture is as large as the one before it, unless the settings say otherwise.
-        height, width = to_tensor(self.images[-1], SIDE, settings.max_area).shape[1:] if self.images else duo.size
+        height, width = to_tensor(self.images[-1], duo.patch, settings.max_area).shape[1:] if self.images else duo.size
         self.size = settings.height or height, settings.width or width
+        check_size(self.size, duo.patch)
         if self.prompt_tokens >= duo.context:
             raise InputError(f"the prompt has {self.prompt_tokens:,} tokens, the limit is {duo.context - 1:,}: shorten it")
 
@@ -257,7 +257,7 @@ class Answer:
         self.rows = []  # the connector's output for all that was read
         self.position = 0
         # What the DiT has not been shown yet, and the latents of what it has.
-        unseen = [to_tensor(image, SIDE, s.max_area) for image in self.images]
+        unseen = [to_tensor(image, duo.patch, s.max_area) for image in self.images]
         latents = []
         # What the language model has not read yet: the prompt with its pictures, later a token or a picture at a time.
         unread = self._ids
@@ -304,7 +304,7 @@ class Answer:
                 # again. Its own latent, fresh from the sampler, would be another distribution than the encoded pictures of the
                 # training, and an answer that is continued from its saved pages would differ from one continued at once.
                 latents = paint.conditions
-                unseen = [to_tensor(image, SIDE, s.max_area)]
+                unseen = [to_tensor(image, duo.patch, s.max_area)]
                 # The language model looks at it, too: BOV, the picture and its end are read next.
                 pixels, grid = duo.processor(image)
                 grids = [grid]
@@ -454,6 +454,7 @@ class Writer:
         self.device = device or mllm.model.embed_tokens.weight.device
         self.graphs = graphs
         self.context = mllm.config.max_position_embeddings
+        self.patch = 1  # a picture's sides are multiples of it; a painter has its own
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
         allowed[tokenizer.writable] = True
         self.allowed = allowed.to(self.device)
@@ -676,6 +677,8 @@ class DuoGen(Writer):
         dit.fuse_for_inference()
         self.dit = dit
         self.vae = vae
+        self.patch = pixels_per_patch(vae.config, dit.config)
+        check_size(size, self.patch)
         self.sources = sources or {}
         self.offload = None
         if offload:
@@ -699,6 +702,7 @@ class DuoGen(Writer):
         device: str | torch.device = "cpu",
         offload: bool = False,
         graphs: bool = False,
+        asked: dict | None = None,
     ) -> "DuoGen":
         """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
 
@@ -708,6 +712,7 @@ class DuoGen(Writer):
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
         offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
         graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
+        asked: settings that will be asked for: a size that these parts cannot paint is an InputError before weights are read.
         """
         check_device(device, offload, graphs)
         named = {"mllm": mllm, "dit": dit, "vae": vae}
@@ -735,6 +740,9 @@ class DuoGen(Writer):
         check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])
         height = sampling.pop("height", None) or SIZE[0]
         width = sampling.pop("width", None) or SIZE[1]
+        patch = pixels_per_patch(configs["vae"], configs["dit"])
+        for values in ({"height": height, "width": width}, asked or {}):
+            check_size((values.get("height"), values.get("width")), patch)
         defaults = override(Settings(), sampling, "sampling of duogen.json")
 
         # The weights, straight to where they will wait or work.
@@ -805,7 +813,7 @@ class DuoGen(Writer):
 
         self.at_work("dit")
         latents = {}
-        for batch in batches_of(requests):
+        for batch in batches_of(requests, self.patch, self.vae.config.factor):
             began = time.perf_counter()
             for r, z in zip(batch, self._denoise(batch, progress), strict=True):
                 latents[id(r)] = z
@@ -862,12 +870,16 @@ class DuoGen(Writer):
         return image
 
 
-def batches_of(requests: list[Paint]) -> list[list[Paint]]:
-    """Requests with the same settings together, as many as fit into PACK patches; one that is larger stands alone."""
+def batches_of(requests: list[Paint], patch: int, factor: int) -> list[list[Paint]]:
+    """Requests with the same settings together, as many as fit into PACK patches; one that is larger stands alone.
+
+    patch, factor: pixels along a side of a patch and of a latent.
+    """
+    latents_per_patch = (patch // factor) ** 2
     batches: dict[tuple, list[list[Paint]]] = {}
     room: dict[tuple, int] = {}  # patches that the newest batch of these settings can still take
     for r in requests:
-        patches = math.prod(r.size) // SIDE**2 + sum(z[0].numel() // 4 for z in r.conditions)
+        patches = math.prod(r.size) // patch**2 + sum(z[0].numel() // latents_per_patch for z in r.conditions)
         patches *= 1 if r.negative is None else 2
         alike = r.answer.settings.painting
         if room.get(alike, 0) < patches:
@@ -901,6 +913,18 @@ def until_waiting(writer: Generator[Event, Reply, None], reply: Reply) -> Read |
 # ------------------------------------------------------------------------------------------------------------- checkpoint
 
 
+def pixels_per_patch(vae: VAEConfig, dit: DiTConfig) -> int:
+    """Pixels along a side of what the DiT reads as one patch: 16 where a latent is 8 pixels and a patch 2 latents."""
+    return vae.factor * dit.patch_size[1]
+
+
+def check_size(size: tuple[int | None, int | None], patch: int) -> None:
+    """InputError for a height or width, in pixels, that is no whole number of patches. None: not given."""
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side is not None and side % patch:
+            raise InputError(f"{name} {side}: must be a multiple of {patch}, the pixels along a patch of this DiT and VAE")
+
+
 def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, dit: DiTConfig, vae: VAEConfig) -> None:
     """InputError, with both numbers, where two parts do not belong together."""
     layers, width = mllm.num_hidden_layers, mllm.hidden_size
@@ -914,8 +938,6 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
             f"the DiT paints latents of {dit.out_channels} channels (and reads {dit.in_channels}, with the mask), the VAE has "
             f"{vae.z_dim}: take the VAE that the DiT was trained with"
         )
-    if vae.factor * dit.patch_size[1] != SIDE:
-        raise InputError(f"a patch of the DiT is {vae.factor * dit.patch_size[1]} pixels with this VAE, it must be {SIDE}")
     vision = mllm.vision
     seen = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     cut = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)

@@ -270,7 +270,7 @@ def run(argv: list[str]) -> int:
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
         options = {name: getattr(args, name) for name in ("mllm", "dit", "vae", "revision", "offload", "graphs")}
-        duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
+        duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device, asked=values)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
     # Only the models know what the checkpoint's defaults are and which prompt is too long.

@@ -28,6 +28,7 @@ from distributed import Ranks
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
+from pipeline import pixels_per_patch
 from records.stream import Quarantine, open_source
 from tokenizer import Tokenizer
 from training import Run, TrainConfig, add_statistics, asked_and_told, autocast, check_step0, compile_blocks
@@ -44,7 +45,7 @@ class Stage2Config(TrainConfig):
     documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
     tokens: int = 0  # budget of the MLLM in a micro-batch; 0: no limit
     patches: int = 0  # budget of its vision tower in a micro-batch; 0: no limit
-    latents: int = 0  # budget of the DiT: patches of 16 x 16 pixels, once for each target that sees them; 0: no limit
+    latents: int = 0  # budget of the DiT: its patches, once for each target that sees them; 0: no limit
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     targets: int = 2  # pictures trained per document, at most
     drop: float = 0.15  # share of samples that lose their last chunk of text: guidance needs what is learnt there
@@ -120,6 +121,7 @@ def train(c: Stage2Config) -> None:
         targets_only=True,
         lookahead=c.lookahead,
         position=run.position,
+        patch=pixels_per_patch(vae.config, dit.config),
         quarantine=Quarantine(file=run.folder / "quarantine.jsonl"),
         seed=c.seed,
         rank=ranks.rank,
@@ -182,7 +184,8 @@ def train(c: Stage2Config) -> None:
 @torch.no_grad()
 def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int) -> None:
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
-    wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
+    patch = pixels_per_patch(vae.config, dit.config)
+    wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, patch=patch, targets_only=True)
     documents, _ = next(wanted)
     states, first = mllm_features(documents, mllm, run.ranks.device)
     with run.averaged():

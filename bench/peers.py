@@ -258,7 +258,7 @@ def document(duo, prompt: str, settings) -> Callable:
     from transformers import DynamicCache
 
     from model import mrope_positions
-    from pipeline import SIDE, derive, read_dialogue
+    from pipeline import derive, read_dialogue
     from tokenizer import render
     from vae import to_image, to_tensor
 
@@ -291,7 +291,7 @@ def document(duo, prompt: str, settings) -> Callable:
 
     def encode(image) -> Tensor:
         """As the DiT reads it beside the next picture."""
-        shown = to_tensor(image, SIDE, settings.max_area).to(device)
+        shown = to_tensor(image, duo.patch, settings.max_area).to(device)
         return (vae.encode(shown[None, :, None]).latent_dist.mode()[0, :, 0] - mean) / std
 
     def read(unread: list[int], picture, position: int, cache):

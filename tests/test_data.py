@@ -640,6 +640,9 @@ def test_a_document_of_the_example(folder: Path, tokenizer, processor):
     assert (document.positions[:, span.start : span.end] - t).tolist() == [[0] * 8, [0] * 4 + [1] * 4, [0, 1, 2, 3] * 2]
     assert document.positions[:, span.end].tolist() == [t + 4] * 3
     assert tokenize(EXAMPLE, tokenizer, processor, folder=folder, pictures=False).pictures == []
+    coarse = tokenize(EXAMPLE, tokenizer, processor, folder=folder, patch=32)
+    assert all(side % 32 == 0 for picture in coarse.pictures for side in picture.shape[1:])
+    assert coarse.latents_of(1) == sum(picture[0].numel() for picture in coarse.pictures[:2]) // 32**2
     small = tokenize(EXAMPLE, tokenizer, processor, folder=folder, max_area=32 * 16)
     assert [tuple(p.shape) for p in small.pictures] == [(3, 16, 32), (3, 32, 16)]  # of 48 x 32 the nearest multiples of 16
 

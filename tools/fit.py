@@ -25,7 +25,7 @@ from flow import denoise, shift_schedule
 from ops import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
 from model import PRESETS as MLLMS
-from pipeline import PACK, PARTS, SIDE, SIZE, Settings, override, read_manifest
+from pipeline import PACK, PARTS, SIZE, Settings, check_size, override, pixels_per_patch, read_manifest
 from tools.plan import FAKE, GB, Tally, config_of, pretend, pretend_tensor
 from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
@@ -93,9 +93,10 @@ class Fit:
         tower = self.once(("tower", *grids), tower_bytes, self.mllm, grids)
         pictures = max(1, self.load.given + s.max_images) if s.use_condition_images else 1
         branches = 1 if s.scale == 1 else 2
-        patches = pictures * branches * (size[0] // SIDE) * (size[1] // SIDE)
+        factor, patch = self.vae.config.factor, pixels_per_patch(self.vae.config, self.dit.config)
+        patches = pictures * branches * (size[0] // patch) * (size[1] // patch)
         answers = min(self.load.batch, max(1, PACK // patches))
-        painting = size, answers, pictures, branches, self.capacity, s.steps
+        painting = (size[0] // factor, size[1] // factor), answers, pictures, branches, self.capacity, s.steps
         return {
             "reading": max(decoder, tower) + logits,
             "painting": self.once(("painting", *painting), painting_bytes, self.dit, *painting),
@@ -163,11 +164,10 @@ class Enough(Exception):
 
 
 def painting_bytes(
-    dit: DiT, size: tuple[int, int], answers: int, pictures: int, branches: int, context: int, steps: int
+    dit: DiT, latent: tuple[int, int], answers: int, pictures: int, branches: int, context: int, steps: int
 ) -> int:
-    """For each answer the last of so many pictures; every branch of guidance reads `context` tokens."""
+    """For each answer the last of so many pictures of `latent` (h, w); every branch of guidance reads `context` tokens."""
     c, dtype = dit.config, dit.proj_out.weight.dtype
-    latent = (size[0] // SIDE * c.patch_size[1], size[1] // SIDE * c.patch_size[1])
     clean = [[pretend_tensor(c.out_channels, *latent) for _ in range(pictures - 1)] for _ in range(answers)]
     contexts = [pretend_tensor(context, c.text_embed_dim, dtype=dtype) for _ in range(answers)]
     negative = contexts if branches == 2 else None
@@ -209,7 +209,9 @@ def planned(ckpt: str | None, parts: dict, values: dict, batch: int, given: int,
     presets = {"mllm": MLLMS, "dit": DITS, "vae": VAES}
     configs = [config_of(parts[p], p, presets[p], kind.from_json) for p, kind in PARTS.items()]
     s = override(Settings(), sampling | values, "settings")
-    load = Load(s, (s.height or SIZE[0], s.width or SIZE[1]), batch, given)
+    size = s.height or SIZE[0], s.width or SIZE[1]
+    check_size(size, pixels_per_patch(configs[2], configs[1]))
+    load = Load(s, size, batch, given)
     return Fit(*configs, load, parse_dtype("bf16" if dtype == "auto" else dtype))
 
 

@@ -34,6 +34,7 @@ from flops import DEVICES, Batch, count, flops, peak_flops
 from flow import FlowLoss, Samples
 from model import MLLM, MLLMConfig, mrope_positions
 from model import PRESETS as MLLMS
+from pipeline import pixels_per_patch
 from tokenizer import Rendered
 from training import LanguageLoss, encode_pictures, mllm_features, parse_config
 from vae import PRESETS as VAES
@@ -312,7 +313,7 @@ class Plan:
         if self.stage == 1:
             documents = min(max(1, c.tokens // tokens), c.documents or c.tokens)
             return MicroBatch(documents, text, pictures, grid, tokens)
-        unit = self.vae.config.factor * self.dit.config.patch_size[1]
+        unit = pixels_per_patch(self.vae.config, self.dit.config)
         side = max(1, round(c.picture / unit)) * unit
         documents = c.documents or 1
         if pair:
@@ -331,7 +332,7 @@ class Plan:
         lengths, grids = [m.tokens] * n, [m.grid] * n * m.pictures
         if self.stage == 1:
             return Batch.of(c, lengths, grids, n * (m.text // 2)), n
-        patches = (m.side // self.vae.config.factor // self.dit.config.patch_size[1]) ** 2
+        patches = (m.side // pixels_per_patch(self.vae.config, self.dit.config)) ** 2
         samples = [([patches] * seen, m.read(seen)) for seen in m.seen] * n
         return Batch.of(c, lengths, grids, 0, [(m.side, m.side)] * n * m.pictures, samples), n
 
