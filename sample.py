@@ -51,8 +51,8 @@ from ops import set_backend
 from pages.answer import asked_for, card, overview, prompt_of, run_folder, save, saved, saving, write_text
 from pages.template import printable
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
-from records.validate import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate
-from records.validate import parse as parse_line
+from records.validate import BLANK, Problem, load_image, normalise, parse_line, picture_path, picture_problems, read_records
+from records.validate import validate
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
 BATCH = 8

@@ -64,7 +64,7 @@ from flops import Batch, flops, peak_flops
 from flow import Samples
 from model import MLLM
 from ops import attention, linear_cross_entropy, set_backend
-from pages import run as runpage
+from pages.run import write_page
 from threads import Crew
 from tokenizer import Rendered, Tokenizer
 from vae import VAE
@@ -446,7 +446,7 @@ class Run:
         """Rewrite the run's page."""
         self.shown = time.monotonic()
         if self.ranks.main:
-            runpage.write(self.folder, self.about())
+            write_page(self.folder, self.about())
 
     def about(self) -> dict:
         """What a checkpoint was made by."""

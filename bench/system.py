@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import model
 from bench import peers as theirs
 from bench.measure import Bench, Row, Way
 from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, denoise, shift_schedule
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
-from model import PRESETS as MLLMS
 from ops import Graph, Segments
 from flops import count
 from vae import VAE, VAEConfig
@@ -46,9 +46,9 @@ def build(b: Bench, kind, config, dtype: torch.dtype | None = None) -> nn.Module
 
 def mllm_config(b: Bench, layers: int | None = None) -> MLLMConfig:
     if b.size == "gpu":
-        return replace(MLLMS["7B"], num_hidden_layers=layers or 28)
+        return replace(model.PRESETS["7B"], num_hidden_layers=layers or 28)
     if b.size == "smoke":
-        return MLLMS["tiny"]
+        return model.PRESETS["tiny"]
     vision = VisionConfig(640, 1024, depth=4, num_heads=8, intermediate_size=1708, fullatt_block_indexes=(1, 3))
     names = ("image", "video", "vision_start", "vision_end", "vision", "eos", "pad")
     ids = {f"{name}_token_id": 8191 - i for i, name in enumerate(names)}

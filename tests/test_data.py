@@ -26,10 +26,9 @@ from checkpoint import InputError
 from data import Document, batches, loader, main, pack_documents, tokenize
 from model import MLLM, PRESETS, ImageProcessor
 from records import formats
-from records import validate as records
 from records.files import Files
 from records.stream import Quarantine, Stream, open_source
-from records.validate import Problem, load_image, read_records, validate
+from records.validate import BadRecord, Problem, load_image, read_records, validate
 from sketchbook import dialogues
 from tokenizer import Rendered, Tokenizer, train_bpe
 
@@ -729,7 +728,7 @@ def test_files_find_records_by_number(folder: Path):
     assert len(lines) == 5 and [lines.where(i)[1] for i in range(5)] == [3, 5, 6, 1, 2]
     assert answers([lines[0], lines[4]]) == ["ä", "n.jsonl 1"]
     assert lines[2]["messages"][1]["content"][1]["image"] == (folder / "h1.png").absolute()
-    with pytest.raises(records.BadRecord, match=r"a.jsonl:5: not valid JSON"):
+    with pytest.raises(BadRecord, match=r"a.jsonl:5: not valid JSON"):
         lines[1]
     for none in ([], [write(folder / "empty.jsonl", ["", " "])]):
         with pytest.raises(InputError, match="no record"):

@@ -417,7 +417,7 @@ def test_the_first_command_trains_the_bundled_miniature_and_shows_samples_after_
 def test_the_page_is_rewritten_between_sheets_and_minutes_bound_the_time_to_go(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "PAGE_SECONDS", 0.0)
     pages = []
-    monkeypatch.setattr(training.runpage, "write", lambda folder, about: pages.append(about["step"]))
+    monkeypatch.setattr(training, "write_page", lambda folder, about: pages.append(about["step"]))
     STAGES[1](config(1, parts, tmp_path, steps=100_000, minutes=0.02, documents=1))
     rows = logged(tmp_path)
     assert pages[: len(rows)] == [row["step"] for row in rows] and 1 <= len(rows) < 1000

@@ -18,16 +18,13 @@ from torch import nn
 
 from checkpoint import BUNDLED, parse_dtype
 from connector import features
-from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
 from flops import count
 from flow import denoise, shift_schedule
 from ops import Segments
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
-from model import PRESETS as MLLMS
 from pipeline import PACK, PARTS, SIZE, Settings, check_size, override, pixels_per_patch, read_manifest
-from tools.plan import FAKE, GB, Tally, config_of, pretend, pretend_tensor
-from vae import PRESETS as VAES
+from tools.plan import FAKE, GB, PRESETS, Tally, config_of, pretend, pretend_tensor
 from vae import VAE, VAEConfig
 
 GPUS = (24, 48, 80)  # GB = 10^9 bytes. Their sheets count 2^30: the 7 % in between are left to the allocator's gaps
@@ -206,8 +203,7 @@ def planned(ckpt: str | None, parts: dict, values: dict, batch: int, given: int,
         parts = {p: source or (str(base / p) if base.exists() else f"{ckpt}/{p}") for p, source in parts.items()}
         if (base / "duogen.json").exists():
             sampling = read_manifest(base / "duogen.json")["sampling"]
-    presets = {"mllm": MLLMS, "dit": DITS, "vae": VAES}
-    configs = [config_of(parts[p], p, presets[p], kind.from_json) for p, kind in PARTS.items()]
+    configs = [config_of(parts[part], part) for part in PARTS]
     s = override(Settings(), sampling | values, "settings")
     size = s.height or SIZE[0], s.width or SIZE[1]
     check_size(size, pixels_per_patch(configs[2], configs[1]))
@@ -219,7 +215,7 @@ def markdown() -> str:
     """7B + 2B by size of pictures and answers at a time: GB of all moments, and which GPUs hold it."""
     head = ["pictures", "at a time", "weights", "caches", "reading", "painting", "VAE", "on the GPU", "with --offload"]
     rows = [[*head, *(f"{size} GB" for size in GPUS)], ["---"] * (len(head) + len(GPUS))]
-    f = Fit(MLLMS["7B"], DITS["2B"], VAES["wan2.1"], Load(Settings(), SIZE))
+    f = Fit(PRESETS["mllm"]["7B"], PRESETS["dit"]["2B"], PRESETS["vae"]["wan2.1"], Load(Settings(), SIZE))
     for size in ((480, 480), SIZE):
         for batch in (1, 8):
             f.ask(Load(Settings(), size, batch))

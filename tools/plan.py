@@ -12,7 +12,6 @@ of a miniature. Times are computed, by the formulas of flops.py, which the same 
 
 import math
 import weakref
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
@@ -25,22 +24,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import dit
+import model
 import ops
+import vae
 from checkpoint import HUB_NAME, InputError, is_run, looks_local, no_folder, part_folder, read_json
 from data import Document, pack_documents
-from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
 from flops import DEVICES, Batch, count, flops, peak_flops
 from flow import FlowLoss, Samples
 from model import MLLM, MLLMConfig, mrope_positions
-from model import PRESETS as MLLMS
-from pipeline import pixels_per_patch
+from pipeline import PARTS, pixels_per_patch
 from tokenizer import Rendered
 from training import LanguageLoss, encode_pictures, mllm_features, parse_config
-from vae import PRESETS as VAES
 from vae import VAE, VAEConfig
 
 GB = 1e9  # as on the data sheets: an H200 has 141
+PRESETS = {"mllm": model.PRESETS, "dit": dit.PRESETS, "vae": vae.PRESETS}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # ------------------------------------------------------------------------------------------------ running without memory
@@ -231,9 +231,13 @@ class PlanConfig:
     zero: bool = False  # AdamW's moments sharded over the GPUs (ZeroRedundancyOptimizer)
 
 
-def config_of(source: str, part: str, presets: dict, parse: Callable):
-    """A preset's name, a run, a folder with the part or its config.json, or a Hub id, of which only that file is fetched."""
+def config_of(source: str, part: str) -> MLLMConfig | DiTConfig | VAEConfig:
+    """A part's config.
+
+    source: a preset's name, a run, a folder with the part or its config.json, or a Hub id, of which only that file is fetched.
+    """
     source = "tiny" if source.startswith("runs/tiny") and not Path(source).exists() else source  # a default, before any run
+    presets = PRESETS[part]
     if source in presets:
         return presets[source]
     runs = sorted(Path(source).glob(f"step_*/{part}/config.json"))
@@ -247,7 +251,7 @@ def config_of(source: str, part: str, presets: dict, parse: Callable):
         raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")
     try:
         place = {"subfolder": hub["folder"], "revision": hub["revision"]} if hub else {}
-        return parse(read_json(file or hf_hub_download(hub["repo"], "config.json", **place)))
+        return PARTS[part].from_json(read_json(file or hf_hub_download(hub["repo"], "config.json", **place)))
     except (OSError, errors.HfHubHTTPError) as e:
         raise InputError(f"--{part} {source}: no config.json from the Hub ({type(e).__name__}): name a folder or preset") from e
 
@@ -283,13 +287,13 @@ class Plan:
         if c.gpu not in DEVICES or not {frozen, c.dtype} <= DTYPES.keys():
             raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen-dtype are auto, bf16 or fp32")
         self.dtype, self.frozen = DTYPES[c.dtype], DTYPES[frozen]
-        mllm = config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
+        mllm = config_of(c.mllm, "mllm")
         self.dit, self.vae = None, None
         if self.stage == 1:
             self.mllm = pretend(MLLM, mllm)
         else:
-            dit = config_of(c.dit, "dit", DITS, DiTConfig.from_json)
-            vae = config_of(c.vae, "vae", VAES, VAEConfig.from_json)
+            dit = config_of(c.dit, "dit")
+            vae = config_of(c.vae, "vae")
             self.mllm = pretend(MLLM, mllm, self.frozen).requires_grad_(False)
             self.dit = pretend(DiT, replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size))
             self.vae = pretend(VAE, vae).requires_grad_(False)
