@@ -238,6 +238,11 @@ class Answer:
         return "\n".join(part.strip() for part in self.parts if isinstance(part, str))
 
     @property
+    def stop_meaning(self) -> str:
+        """Why it ends there, in words."""
+        return STOPS[self.stop]
+
+    @property
     def message(self) -> dict:
         """The answer as a message: append it and a new question to `messages`, and the dialogue goes on."""
         parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p.image} for p in self.parts]

@@ -310,7 +310,7 @@ def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:
             raise
         status = ended_early(e)
     if answer.stop != "end":
-        say(f"[ends here: {STOPS[answer.stop]}]")
+        say(f"[ends here: {answer.stop_meaning}]")
     folder = save(out, name, answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
     say(f"\n{folder / 'index.html'}")
     return status
@@ -358,7 +358,7 @@ def many(
             else:
                 say(caption(sum(isinstance(p, Picture) for p in answer.parts[: k + 1]), part))
         if answer.stop != "end":
-            say(f"[ends here: {STOPS[answer.stop]}]")
+            say(f"[ends here: {answer.stop_meaning}]")
         say(f"\n{folder / 'index.html'}\n")
         bar.update()
 

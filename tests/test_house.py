@@ -14,8 +14,8 @@ LAYERS = """
     tokenizer connector vae model
     dit
     flow flops records
-    pipeline data
     pages
+    pipeline data
     training
     train_stage1 train_stage2 sample
 """
