@@ -41,8 +41,8 @@ from training import language_statistics, model_flops, parse_config, print_train
 @dataclass
 class Stage1Config(TrainConfig):
     # ---- data
-    data: str = "sketchbook"  # the sketchbook, or JSONL files and shards, mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
-    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
+    data: str = "sketchbook"  # JSONL files, shards, modules with a function record, mixed: "a.jsonl=2,s/{00..99}.tar=1"
+    kinds: str = ""  # of such a module's records, with weights: "lesson=2,one=1" of the sketchbook; empty: the module's own
     tokens: int = 4096  # budget of a micro-batch of one rank; lower it where memory does not suffice
     patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens
     documents: int = 0  # at most so many in a micro-batch; 0: as many as fit

@@ -40,8 +40,8 @@ from vae import VAE, to_image
 @dataclass
 class Stage2Config(TrainConfig):
     # ---- data
-    data: str = "sketchbook"  # the sketchbook, or JSONL files and shards, mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
-    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
+    data: str = "sketchbook"  # JSONL files, shards, modules with a function record, mixed: "a.jsonl=2,s/{00..99}.tar=1"
+    kinds: str = ""  # of such a module's records, with weights: "lesson=2,one=1" of the sketchbook; empty: the module's own
     documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
     tokens: int = 0  # budget of the MLLM in a micro-batch; 0: no limit
     patches: int = 0  # budget of its vision tower in a micro-batch; 0: no limit
