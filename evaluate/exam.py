@@ -10,6 +10,7 @@ A dialogue is free-running: the user's turns are given one after the other, and 
 with the model's own words and pictures in it. `METRICS`, each with its number of cases and a 95 % Wilson interval:
 
 * text complete: an answer says everything that the request asks for. Per answer.
+* named details: every detail that the user names is in the words and in the pictures of the answer (details.py). Per detail.
 * pictures drawn: as many pictures as the request asks for, or more. Per answer that owes pictures.
 * only where due: in all answers of a dialogue as many pictures as are due, each after a text of its own that says what it
   shows, in a lesson one step each; none where none is due. Per dialogue.
@@ -30,9 +31,9 @@ question the answer that is true of the picture; talk and a new background need 
 was drawn, or the answer before did not end by itself, the dialogue is over, and what came before counts ("left_out").
 
 There are as many dialogues of every kind, so that rare kinds count too. Held-out ones have what training never shows (a subject
-in a colour, an arrangement of two, a phrasing) in the user's words or pictures, not just in the corpus' own answer. Beside the
-model stand its ceilings, the corpus' own answers to the same dialogues: with their pictures as rendered ("truth": what is lost
-there is the checker's own error), and with their pictures encoded and decoded by the VAE.
+in a colour, an arrangement of two, a phrasing, a way to attach a detail) in the user's words or pictures, not just in the
+corpus' own answer. Beside the model stand its ceilings, the corpus' own answers to the same dialogues: with their pictures as
+rendered ("truth": what is lost there is the checker's own error), and with their pictures encoded and decoded by the VAE.
 
 Beside the dialogues stand single requests of GenEval's six categories (arXiv 2310.11513), of which only this is asked: does the
 picture satisfy the request itself?
@@ -50,6 +51,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from evaluate.details import kept
 from pipeline import STOPS, Settings
 from sketchbook.checker import MATCH, Seen, Verdict, View, claims, expected_images, frame, judge, judge_text, plain, recognise
 from sketchbook.checker import see, text_complete
@@ -59,10 +61,11 @@ from sketchbook.words import NUMBERS
 from vae import VAE, to_image, to_tensor
 
 SPLITS = {"held_out": "held-out", "seen": "seen"}
-METRICS = {"text": "text complete", "drawn": "pictures drawn", "placed": "only where due", "stays": "image consistency",
-           "shows": "image-text", "whole": "whole dialogue"}  # fmt: skip
+METRICS = {"text": "text complete", "named": "named details", "drawn": "pictures drawn", "placed": "only where due",
+           "stays": "image consistency", "shows": "image-text", "whole": "whole dialogue"}  # fmt: skip
 MEANS = {
     "text": "answers whose words say everything that was asked for; of all answers",
+    "named": "details named by the user that both the words and a picture of the answer keep; of all details",
     "drawn": "answers with as many pictures as are due, or more; of the answers that owe pictures",
     "placed": "dialogues with pictures exactly where they are due, each after words that say what it shows; of all dialogues",
     "stays": "pictures that have kept what had to stay of the picture before; of the pictures that build on one",
@@ -84,10 +87,10 @@ GUIDANCES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
 
 def held_out_request(record: dict) -> set[str]:
-    """What the user's own words and pictures have of held-out content: "colour", "relation", "phrasing"."""
+    """What the user's own words and pictures have of held-out content: "colour", "relation", "phrasing", "attached"."""
     truth = record["truth"]
     given = (Scene.from_json(i["scene"]) for i in truth["images"] if i["role"] == "user")
-    found = set.union({"phrasing"} & set(record["held_out_by"]), *map(held_out_in, given))
+    found = set.union({"phrasing", "attached"} & set(record["held_out_by"]), *map(held_out_in, given))
     for need in (need for turn in truth["turns"] for need in turn["need"]):
         objects, subject = need.get("objects", []), need.get("subject")
         coloured = [(o["subject"], o["colour"]) for o in objects]
@@ -262,6 +265,10 @@ class Case:
         if turn["kind"] == "question":
             row |= {"sort": sort_of(turn), "words": turn["words"]}
         row["text"] = bool("".join(texts).strip()) and text_complete(turn, texts, self.said)
+        if turn["kind"] == "question":
+            row["named"] = [{"of": "answer", "told": row["text"], "shown": True}]
+        else:
+            row["named"] = kept(turn, texts, pictures, self.shown[-1][1] if self.shown else None, self.said)
         for j, (picture, text) in enumerate(zip(pictures, texts, strict=False)):
             if j < least_most[1]:  # one too many is counted where pictures are counted
                 before = self.shown[-1][1] if self.shown else None
@@ -283,6 +290,7 @@ class Case:
         pictures = [p for t in self.turns for p in t["pictures"]]
         marks = {
             "text": [t["text"] for t in self.turns],
+            "named": [d["told"] and d["shown"] for t in self.turns for d in t["named"]],
             "drawn": [t["drawn"] >= t["due"][0] for t in self.turns if t["due"][0]],
             "placed": [all(t["placed"] for t in self.turns)],
             "stays": [p["stays"] for p in pictures if p["stays"] is not None],
@@ -360,6 +368,13 @@ class Report:
         of = [c for c in self.cases if chosen(c.record)]
         marks = [m for c in of for m in c.marks()[metric]]
         return Share(sum(marks), len(marks))
+
+    def details(self, sort: str, split: str | None = None, side: str | None = None, by: str | None = None) -> Share:
+        """Of the named details of a sort (details.SORTS): how many are kept, or "told" or "shown" alone."""
+        cases = [c for c in self.cases if split in (None, c.record["split"]) and by in (None, *c.record["held_out_by"])]
+        found = [d for c in cases for t in c.turns for d in t["named"] if d["of"] == sort]
+        sides = [side] if side else ["told", "shown"]
+        return Share(sum(all(d[s] for s in sides) for d in found), len(found))
 
     def questions(self, split: str | None = None, sort: str | None = None) -> list[dict]:
         """The answers to questions about a picture, whatever the kind of their dialogue; sort: one of SORTS, None: all."""

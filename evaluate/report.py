@@ -25,6 +25,7 @@ import PIL
 import torch
 
 from checkpoint import InputError, part_folder, pick_device, write_json
+from evaluate.details import SORTS as DETAILS
 from evaluate.exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
 from evaluate.exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares
 from evaluate.exam import through
@@ -33,6 +34,7 @@ from ops import set_backend
 from pages.template import render
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
 from sketchbook.dialogues import KINDS
+
 
 class Table(typing.NamedTuple):
     """What stands under it: weak, as ("weakest in ...", the lowest rows), then notes, as (column or row, what it means)."""
@@ -47,9 +49,11 @@ class Table(typing.NamedTuple):
 CELL = ("a cell", "percent right, 95 % interval, /of how many; - where there is none")
 CEILINGS = [("truth", "the corpus' own answers to the same dialogues: what is lost there is the checker's own error"),
             ("truth by VAE", "the same with their pictures encoded and decoded by the VAE")]  # fmt: skip
-DRAWN = {"held_out": "dialogues whose requests have a colour, an arrangement or a phrasing that training never shows",
+DRAWN = {"held_out": "dialogues whose requests have a colour, an arrangement, a phrasing or a way to attach a detail that "
+         "training never shows",
          "seen": "new dialogues of what training shows"}  # fmt: skip
 BY = {"colour": "a thing in a colour that training never shows on it", "phrasing": "words in which training never asks",
+      "attached": "details attached in ways in which training never attaches them (sketchbook/grammar.json)",
       "relation": "an arrangement of two things that training never shows"}  # fmt: skip
 
 
@@ -100,6 +104,22 @@ def questions_table(report: Report, truth: Report) -> Table:
     weak = weakest("answers right, splits together", low)
     head = ["asked", *(SPLITS[s] for s in splits), "truth", "guessing"]
     return Table("Questions about a picture: answers right", head, rows, notes, weak)
+
+
+def details_table(report: Report) -> Table:
+    """What the user named, by sort: kept, and as the words and the pictures alone have it."""
+    splits = list(report.shares())
+    rows = []
+    for sort in DETAILS:
+        if not report.details(sort).n:
+            continue
+        kept = [str(report.details(sort, split)) for split in splits]
+        rows.append([sort, *kept, *(f"{100 * report.details(sort, side=side).share:.0f}" for side in ("told", "shown"))])
+    notes = [*((row[0], DETAILS[row[0]]) for row in rows),
+             ("told, shown", "percent that the words alone, or the pictures alone, keep; splits together"), CELL]  # fmt: skip
+    low = lowest([(row[0], report.details(row[0])) for row in rows], report.share("named"))
+    head = ["the user named", *(SPLITS[s] for s in splits), "told", "shown"]
+    return Table("Named details", head, rows, notes, weakest("named details, splits together", low))
 
 
 def held_out_table(report: Report) -> Table:
@@ -276,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     truth = evaluate(Corpus(records), records, **quiet)
     vae = evaluate(Corpus(records, through(duo.vae, records)), records, **quiet)
     tables, single, runs = [summary_table(report, truth, vae), kinds_table(report, truth, vae)], {}, {}
+    tables.append(details_table(report))
     if report.questions():
         tables.append(questions_table(report, truth))
     if "held_out" in splits:
@@ -312,6 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         "pictures": {"drawn": report.drawn, "per second": round(rate, 3)},
         "stops": report.stops,
         "table": {who: numbers(r.shares()) for who, r in (("model", report), ("truth", truth), ("VAE", vae))},
+        "details": {s: numbers({d: report.details(d, s) for d in DETAILS if report.details(d, s).n}) for s in report.shares()},
         "questions": {s: numbers({q: report.answered(s, q) for q in SORTS if report.questions(s, q)}) for s in report.shares()},
         "single": {who: numbers(single_shares(rows)) for who, rows in single.items()},
         "overall": {who: {s: overall(c) for s, c in single_shares(rows).items()} for who, rows in single.items()},
