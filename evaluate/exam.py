@@ -35,16 +35,20 @@ in a colour, an arrangement of two, a phrasing, a way to attach a detail) in the
 corpus' own answer. Beside the model stand its ceilings, the corpus' own answers to the same dialogues: with their pictures as
 rendered ("truth": what is lost there is the checker's own error), and with their pictures encoded and decoded by the VAE.
 
+Requests worded freely, by somebody who has not seen the sketchbook's (free_requests.json), are judged in the same way.
+
 Beside the dialogues stand single requests of GenEval's six categories (arXiv 2310.11513), of which only this is asked: does the
 picture satisfy the request itself?
 """
 
 import itertools
+import json
 import math
 import random
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -369,6 +373,11 @@ class Report:
         marks = [m for c in of for m in c.marks()[metric]]
         return Share(sum(marks), len(marks))
 
+    def followed(self) -> Share:
+        """Requests of which every named detail is kept."""
+        rows = [t["named"] for c in self.cases for t in c.turns if t["named"]]
+        return Share(sum(all(d["told"] and d["shown"] for d in named) for named in rows), len(rows))
+
     def details(self, sort: str, split: str | None = None, side: str | None = None, by: str | None = None) -> Share:
         """Of the named details of a sort (details.SORTS): how many are kept, or "told" or "shown" alone."""
         cases = [c for c in self.cases if split in (None, c.record["split"]) and by in (None, *c.record["held_out_by"])]
@@ -478,6 +487,52 @@ def single_requests(n: int, seed: int = 0, splits=tuple(SPLITS), size: int = 64)
         for category, kind in CATEGORIES.items():
             drawn += [r | {"category": category} for r in draw_records(kind, split, n, seed * 10**9 + 10**8, size, fits)]
     return drawn
+
+
+def free_requests(n: int | None = None) -> list[dict]:
+    """The first n requests of free_requests.json as records: [{"text", "kind", "details": as in sketchbook/grammar.py}]."""
+    entries = json.loads(Path(__file__).with_name("free_requests.json").read_text(encoding="utf-8"))
+    return [record_of(entry, number) for number, entry in enumerate(entries[:n])]
+
+
+def record_of(entry: dict, number: int) -> dict:
+    """A record of one exchange from a request and the details that it names; the corpus has no answer to it."""
+    objects: dict[str, dict] = {}
+    relations = []
+    page = pictures = None
+    for detail in entry["details"]:
+        of, subject = detail["of"], detail.get("subject")
+        if subject:
+            one = objects.setdefault(subject, {"subject": subject, "colour": None, "count": 1, "parts": {}})
+        if of == "part":
+            one["parts"][detail["part"]] = detail["colour"]
+        elif of in ("colour", "count"):
+            one[of] = detail[of]
+        elif of == "place":
+            relations.append([subject, detail["relation"], detail["other"]])
+        elif of == "page":
+            page = detail["background"]
+        elif of == "pictures":
+            pictures = detail["count"]
+
+    found, order = list(objects.values()), list(objects)
+    if entry["kind"] == "lesson":
+        subject, colours = order[0], dict(found[0]["parts"])
+        if found[0]["colour"]:
+            colours[SUBJECTS[subject].main] = found[0]["colour"]
+        due = [pictures or len(SUBJECTS[subject].parts)] * 2
+        need = [{"op": "lesson", "subject": subject, "colours": colours, "steps": due[0], "background": page}]
+    elif entry["kind"] == "story":
+        due = [pictures or 2, pictures or 4]
+        need = [{"op": "scene", "objects": [one]} for one in found]
+    else:
+        due = [1, 1]
+        places = [[order.index(a), word, order.index(b)] for a, word, b in relations]
+        need = [{"op": "scene", "objects": found, "relations": places, "background": page}]
+    turn = {"kind": entry["kind"], "images": due, "need": need, "words": [], "avoid": [], "named": entry["details"]}
+    asked = {"role": "user", "content": [{"type": "text", "text": entry["text"]}]}
+    record = {"messages": [asked], "kind": entry["kind"], "held_out_by": [], "split": "free", "seed": number}
+    return record | {"truth": {"images": [], "turns": [turn]}}
 
 
 def evaluate_single(duo, records: list[dict], settings: Settings | None = None, *, batch=64, quiet=False) -> list[dict]:

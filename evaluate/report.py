@@ -28,7 +28,7 @@ from checkpoint import InputError, part_folder, pick_device, write_json
 from evaluate.details import SORTS as DETAILS
 from evaluate.exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
 from evaluate.exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares
-from evaluate.exam import through
+from evaluate.exam import free_requests, through
 from flags import Parser, add_flags
 from ops import set_backend
 from pages.template import render
@@ -120,6 +120,20 @@ def details_table(report: Report) -> Table:
     low = lowest([(row[0], report.details(row[0])) for row in rows], report.share("named"))
     head = ["the user named", *(SPLITS[s] for s in splits), "told", "shown"]
     return Table("Named details", head, rows, notes, weakest("named details, splits together", low))
+
+
+def free_table(found: Report) -> Table:
+    """Requests worded freely, by kind."""
+    kinds = list(dict.fromkeys(c.record["kind"] for c in found.cases))
+    metrics = ("named", "text", "placed", "shows")
+    rows = []
+    for kind in (None, *kinds):
+        some = Report([c for c in found.cases if kind in (None, c.record["kind"])], 0.0)
+        rows.append([kind or "all", str(some.followed()), *(str(some.share(m)) for m in metrics)])
+    notes = [("requests followed", "requests of which every named detail is in the words and in the pictures"),
+             *((METRICS[m], MEANS[m]) for m in metrics), CELL]  # fmt: skip
+    head = ["kind", "requests followed", *(METRICS[m] for m in metrics)]
+    return Table("Requests that somebody worded who has not seen the sketchbook's", head, rows, notes)
 
 
 def held_out_table(report: Report) -> Table:
@@ -226,6 +240,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--split", choices=(*SPLITS, "both"), default="both")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of dialogue, separated by commas; default all")
     parser.add_argument("--single", type=int, default=20, help="single requests of each category and split (20); 0: none")
+    parser.add_argument("--free", type=int, default=60, help="requests worded freely, at most (60, which are all); 0: none")
     parser.add_argument("--ablations", action="store_true", help="also guidance and condition images, on fewer dialogues")
     parser.add_argument("--ablation-n", type=int, default=34, help="dialogues of each split for them (34)")
     parser.add_argument("--batch", type=int, default=64, help="dialogues in lockstep (64)")
@@ -237,7 +252,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     title = "sampling (defaults: the checkpoint's)"
     add_flags(parser, Settings, title=title, aliases=flags, leave_out=["seed"], given_only=True)
     args = parser.parse_args(argv)
-    for name, least in (("n", 1), ("single", 0), ("ablation_n", 1), ("batch", 1)):
+    for name, least in (("n", 1), ("single", 0), ("free", 0), ("ablation_n", 1), ("batch", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
     args.kinds = list(dict.fromkeys(args.kinds.split(",")))
@@ -301,6 +316,10 @@ def main(argv: list[str] | None = None) -> None:
         tables.append(questions_table(report, truth))
     if "held_out" in splits:
         tables.append(held_out_table(report))
+    free = None
+    if args.free:
+        free = evaluate(duo, free_requests(args.free), settings, batch=args.batch, title="free requests")
+        tables.append(free_table(free))
     if args.single:
         asked = single_requests(args.single, args.seed, splits, side)
         single["model"] = evaluate_single(duo, asked, settings, batch=args.batch)
@@ -335,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         "table": {who: numbers(r.shares()) for who, r in (("model", report), ("truth", truth), ("VAE", vae))},
         "details": {s: numbers({d: report.details(d, s) for d in DETAILS if report.details(d, s).n}) for s in report.shares()},
         "questions": {s: numbers({q: report.answered(s, q) for q in SORTS if report.questions(s, q)}) for s in report.shares()},
+        "free": [c.to_json() for c in free.cases] if free else [],
         "single": {who: numbers(single_shares(rows)) for who, rows in single.items()},
         "overall": {who: {s: overall(c) for s, c in single_shares(rows).items()} for who, rows in single.items()},
         "ablations": numbers(runs),

@@ -346,14 +346,23 @@ def small_thing(d: Dialogue, subject: str, main: str, cell, size=None) -> Thing:
 def count(d: Dialogue) -> None:
     subject, n = d.subject(), d.rng.randint(2, 4)
     main = d.colour(subject)
-    scene = Scene(d.page(), tuple(small_thing(d, subject, main, cell) for cell in cells(d.rng, n)))
-    objects = objects_of(*scene.things)
+    # Several things are small, and have their first parts alone: now and then one of these is named.
+    others = [i for i in range(SUBJECTS[subject].small) if i != main_part(subject)]
+    fixed = {}
+    if others and d.chance(0.2):
+        i = d.rng.choice(others)
+        fixed[i] = colours_for(d.rng, subject, main, usual=0.3)[i]
+    colours = usual_colours(subject, main, fixed)
+    scene = Scene(d.page(), tuple(small(d.rng, subject, colours, cell) for cell in cells(d.rng, n)))
+    parts = [SUBJECTS[subject].parts[i].name for i in fixed]
+    objects = objects_of(*scene.things, named=parts)
     free = d.chance(0.15)
     asked = {**objects[0], "colour": None if free else main}
     page = scene.background if d.chance(0.2) else None
     need = {"op": "scene", "objects": [asked], "background": page}
     words = request(d, "count", [wanted(asked)], page=page)
-    present(d, "count", words, noun_phrase(subject, main, n), scene, {"objects": objects}, need)
+    said = noun_phrase(subject, main, n) + with_parts(scene.things[0], parts)
+    present(d, "count", words, said, scene, {"objects": objects}, need)
 
 
 def placed(d: Dialogue, x: str, cx: str, word: str, y: str, cy: str, size_x=None) -> tuple[Thing, Thing]:
