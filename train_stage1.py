@@ -106,6 +106,7 @@ def train(c: Stage1Config) -> None:
             micro.append(documents)
         packs = [pack_documents(documents).to(ranks.device) for documents in micro]
         targets = ranks.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
+        run.lap("data")
 
         # Loss and gradient.
         loss = 0.0
@@ -113,7 +114,9 @@ def train(c: Stage1Config) -> None:
         for pack in ranks.micro_batches(loss_of, packs):
             with autocast(c.dtype, ranks.device):
                 total, kinds = loss_of(pack)
+            run.lap("forward")
             loss += ranks.backward(total / targets)
+            run.lap("backward")
             parts = add_statistics(parts, language_statistics(kinds))
         norm = run.clip()
 

@@ -133,9 +133,11 @@ def train(c: Stage2Config) -> None:
             documents, place = next(data)
             micro.append(documents)
             chance.append(generator(c.seed, step, a * ranks.size + ranks.rank))
+        run.lap("data")
         with autocast(c.dtype, ranks.device):
             for documents, g in zip(micro, chance, strict=True):
                 samples.append(draw_samples(documents, mllm, vae, c, ranks.device, g))
+        run.lap("frozen")
 
         # The loss is a mean over the targets' tokens in all micro-batches of all ranks, so they are counted first.
         numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
@@ -148,7 +150,9 @@ def train(c: Stage2Config) -> None:
             t = train_times(len(s.rows), c.shift, g)
             with autocast(c.dtype, ranks.device):
                 error, count = loss_of(s, t, g)
+            run.lap("forward")
             loss += ranks.backward(error.sum() / tokens)
+            run.lap("backward")
             parts = add_statistics(parts, flow_statistics(t, error.detach().cpu(), count.cpu()))
         norm = run.clip()
 

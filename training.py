@@ -97,6 +97,7 @@ class TrainConfig:
     sheet_every: int = 500  # steps between sheets of samples, beside one after the first step; 0 = none
     keep: int = 2  # newest checkpoints kept, two at least: a damaged one must not be the only one
     keep_every: int = 0  # the checkpoint of every so many steps is kept for good; 0 = none
+    profile: bool = False  # log what a step costs by part; a GPU is waited for after each part, which slows it a little
     # ---- machine
     device: str = "auto"  # cpu or cuda; auto is the GPU where there is one
     attention: str = "auto"  # triton or sdpa: which attention computes; auto is the faster one that runs here
@@ -258,6 +259,7 @@ class Run:
         self.unlogged = 0.0  # of it, since the last line of the log
         self.window: dict[str, float | list[float]] = {}  # sums of the statistics since then
         self.asked = ""  # the signal that asks for an end
+        self.laps = Laps(ranks.device) if config.profile else None
         self._resume()
         self.saved = self.step
         if ranks.main:
@@ -280,9 +282,11 @@ class Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.config.lr * self.lr_factor(self.step)
                 self.step += 1
+                self.lap("host")
                 yield self.step - 1
                 if self.sheet_due:
                     self.show()
+                self.lap("save")
             self.save()
             if self.step < self.config.steps and self.ranks.main:
                 self._say(f"ended after step {self.step} of {self.config.steps}; the same command continues")
@@ -327,6 +331,11 @@ class Run:
                 raise
             abandon_stdout()
 
+    def lap(self, part: str) -> None:
+        """All since the lap before was this one of PARTS; counted with --profile only."""
+        if self.laps:
+            self.laps.end(part)
+
     def lr_factor(self, step: int) -> float:
         """Warm-up, plateau, linear decay: a plateau lets a run be prolonged, the decay is where the loss falls most."""
         c = self.config
@@ -335,13 +344,17 @@ class Run:
 
     def clip(self) -> float:
         """Scale the gradient down to the largest norm allowed. Returns the norm that it had."""
-        return nn.utils.clip_grad_norm_(self.params, self.config.clip).item()
+        self.lap("host")
+        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip).item()
+        self.lap("optimizer")
+        return norm
 
     def finite(self, loss: float, norm: float, names: list[str]) -> bool:
         """Whether loss and gradient are numbers; both are the same on all ranks, and so is what is done then.
 
         If not, the step changes no weight. names, the documents in it, are told and kept in skipped.jsonl.
         """
+        self.lap("host")
         if math.isfinite(norm) and math.isfinite(loss):
             self.in_a_row = 0
             return True
@@ -362,6 +375,7 @@ class Run:
         """Move the averaged weights towards the live ones; quickly at first, for they must forget the random start."""
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+        self.lap("optimizer")
 
     # --------------------------------------------------------------------------------------------------------------- the log
 
@@ -383,14 +397,17 @@ class Run:
         if self.step % self.config.log_every and self.step not in (1, self.config.steps):
             return
 
+        parts = self.laps.take(self.window["n"]) if self.laps else {}
         row = self._row(now)
         self.window = {}
         self.tick = now
         self.unlogged = 0.0
         if self.ranks.main:
             with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({k: round(v, 7) for k, v in row.items() if v is not None}) + "\n")
+                f.write(json.dumps({k: round(v, 7) for k, v in (row | parts).items() if v is not None}) + "\n")
             self._say(status_line(row, self.config.steps))
+            if parts:
+                self._say("    ms of a step: " + " | ".join(f"{k.removeprefix('ms_')} {v:.1f}" for k, v in parts.items()))
             if now - self.shown > PAGE_SECONDS:
                 self.show()
 
@@ -473,6 +490,7 @@ class Run:
 
         place: where this rank's data stands behind the step.
         """
+        self.lap("host")
         self.place = place
         every = self.config.save_every
         hopeless = self.in_a_row >= self.config.max_skipped
@@ -625,6 +643,31 @@ class Run:
                 os.replace(log.with_suffix(".tmp"), log)
 
 
+class Laps:
+    """Where the time of a step goes. Its parts follow one another, so one clock is enough.
+
+    On a GPU what a part has asked for is waited for at its end; else the next part that waits would seem to take that long.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.since = time.perf_counter()
+
+    def end(self, part: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[part] += now - self.since
+        self.since = now
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Milliseconds of each of so many steps, by their names in metrics.jsonl. Counting begins anew."""
+        means = {f"ms_{part}": 1000 * seconds / steps for part, seconds in self.seconds.items()}
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        return means
+
+
 def make_optimizer(params: list[nn.Parameter], config: TrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
     """AdamW; with --zero its moments are shared out over the ranks."""
     if not params:
@@ -645,6 +688,8 @@ def make_optimizer(params: list[nn.Parameter], config: TrainConfig, ranks: Ranks
 PAGE_SECONDS = 60  # the page of a run is rewritten with a line of the log, if it is older
 COUNTS = ("tokens", "images", "documents", "flops")  # statistics that are logged per second
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "pillow", "huggingface_hub")
+# Of a step, with --profile: waiting for data, the models that are not trained, ..., what Python does besides, saves and sheets.
+PARTS = ("data", "frozen", "forward", "backward", "optimizer", "host", "save")
 KINDS = ("text", "bov", "end")  # of what stage 1 learns: words, BOV (a picture is due), the end of a turn
 DECILES = [f"t{k}" for k in range(10)]  # loss at times from k/10 to (k + 1)/10, in metrics.jsonl only
 SHEET_ASKED, SHEET_TOLD = "#1d4ed8", "#555555"  # on a sheet of samples, the user's words and what is told with the picture

@@ -279,6 +279,21 @@ def steps_of(stage, parts, folder, monkeypatch, **options) -> tuple[list[float],
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_a_profile_says_where_the_time_of_a_step_goes(stage, parts, tmp_path, capsys):
+    """Its parts are all of the step, to a few milliseconds; and it changes nothing that is saved."""
+    STAGES[stage](config(stage, parts, tmp_path / "plain", steps=3))
+    STAGES[stage](config(stage, parts, tmp_path / "run", steps=3, profile=True))
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "run")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "ms_data" not in logged(tmp_path / "plain")[-1]
+    for before, row in zip(logged(tmp_path / "run"), logged(tmp_path / "run")[1:], strict=False):
+        parts_ = {name: row[f"ms_{name}"] for name in training.PARTS}
+        assert sum(parts_.values()) == pytest.approx(1000 * (row["seconds"] - before["seconds"]), abs=110)  # in tenths
+        assert (parts_["frozen"] > 0) == (stage == 2) and min(parts_[k] for k in ("forward", "backward", "optimizer")) > 0
+    assert capsys.readouterr().out.count("    ms of a step: data ") == 3
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_neither_checkpointing_nor_compilation_changes_a_step(stage, parts, tmp_path, monkeypatch):
     """Recomputed activations are the same bits. Compiled are the blocks; AOTAutograd stands in for Inductor, whose C++ compiler
     would take minutes."""
