@@ -26,7 +26,7 @@ from checkpoint import BUNDLED, InputError, part_folder
 from data import Document, fill, loader, pack_documents
 from distributed import Ranks
 from model import MLLM, ImageProcessor, mrope_positions
-from records.stream import Quarantine, open_source
+from records.stream import Quarantine, open_source, pick_workers
 from tokenizer import Rendered, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
 from training import language_statistics, model_flops, parse_config, print_trained, run_script
@@ -95,7 +95,7 @@ def train(c: Stage1Config) -> None:
         seed=c.seed,
         rank=ranks.rank,
         world_size=ranks.size,
-        workers=1,
+        workers=pick_workers(c.workers),
     )
 
     for step in run.loop():
@@ -104,7 +104,7 @@ def train(c: Stage1Config) -> None:
         for _ in range(c.accumulate):
             documents, place = next(data)
             micro.append(documents)
-        packs = [pack_documents(documents).to(ranks.device) for documents in micro]
+        packs = [pack_documents(documents).to(ranks.device, processor) for documents in micro]
         targets = ranks.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
         run.lap("data")
 
@@ -156,7 +156,7 @@ def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: 
             open_ones = [a for a in answers if a.open]
             if not open_ones:
                 break
-            pack = pack_documents([a.so_far() for a in open_ones]).to(run.ranks.device)
+            pack = pack_documents([a.so_far() for a in open_ones]).to(run.ranks.device, processor)
             hidden = mllm(pack.ids, pack.positions, pack.cu_seqlens, pack.pixels, pack.grids)[-1]
             logits = mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1])                               # (answers, vocab)
             for a, token in zip(open_ones, writable[logits[:, writable].argmax(1)].tolist(), strict=True):

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from checkpoint import BUNDLED, InputError, part_folder
-from data import Document, fill, loader
+from data import Document, fill, loader, to_float
 from distributed import Ranks
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
-from records.stream import Quarantine, open_source
+from records.stream import Quarantine, open_source, pick_workers
 from tokenizer import Tokenizer
 from training import Run, TrainConfig, add_statistics, asked_and_told, autocast, check_step0, compile_blocks
 from training import encode_pictures, flow_statistics, generator, mllm_features, model_flops, parse_config, pick_frozen_dtype
@@ -68,9 +68,11 @@ class Stage2Config(TrainConfig):
             raise InputError("--documents 0: needs a budget: --tokens, --patches or --latents")
 
 
-def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Config, device, g: torch.Generator) -> Samples:
+def draw_samples(
+    documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Config, processor: ImageProcessor, device, g: torch.Generator
+) -> Samples:
     """The targets drawn: for each sample the tokens it reads, the pictures up to and with it, how many of them are given."""
-    states, first = mllm_features(documents, mllm, device)
+    states, first = mllm_features(documents, mllm, device, processor)
     pictures = encode_pictures(documents, vae, device)
     samples = []
     for d, document in enumerate(documents):
@@ -123,7 +125,7 @@ def train(c: Stage2Config) -> None:
         seed=c.seed,
         rank=ranks.rank,
         world_size=ranks.size,
-        workers=1,
+        workers=pick_workers(c.workers),
     )
 
     for step in run.loop():
@@ -136,7 +138,7 @@ def train(c: Stage2Config) -> None:
         run.lap("data")
         with autocast(c.dtype, ranks.device):
             for documents, g in zip(micro, chance, strict=True):
-                samples.append(draw_samples(documents, mllm, vae, c, ranks.device, g))
+                samples.append(draw_samples(documents, mllm, vae, c, processor, ranks.device, g))
         run.lap("frozen")
 
         # The loss is a mean over the targets' tokens in all micro-batches of all ranks, so they are counted first.
@@ -187,7 +189,7 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
     documents, _ = next(wanted)
-    states, first = mllm_features(documents, mllm, run.ranks.device)
+    states, first = mllm_features(documents, mllm, run.ranks.device, processor)
     with run.averaged():
         context = dit.crossattn_proj(states)
         latents = encode_pictures(documents, vae, run.ranks.device)
@@ -202,7 +204,7 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
         rows = []
         for document, j, z in zip(documents, chosen, painted, strict=True):
             shown = [document.pictures[j - 1] if j else None, vae.decode_latents(z[None])[0], document.pictures[j]]
-            pictures = [None if x is None else to_image(x) for x in shown]
+            pictures = [None if x is None else to_image(to_float(x)) for x in shown]
             rows.append((*asked_and_told(document.rendered, j, tokenizer), pictures))
     sheet(rows, ["picture before", "painted", "true one"], run.sample_file("png"))
 

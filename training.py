@@ -57,12 +57,12 @@ import model
 from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_sound, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
-from data import Document, pack_documents
+from data import Document, pack_documents, to_float
 from distributed import Ranks, lost_peer
 from flags import Parser, add_flags
 from flops import Batch, flops, peak_flops
 from flow import Samples
-from model import MLLM
+from model import MLLM, ImageProcessor
 from ops import attention, linear_cross_entropy, set_backend
 from pages import run as runpage
 from threads import Crew
@@ -76,6 +76,9 @@ class TrainConfig:
 
     # ---- data
     seed: int = 0  # of the order of the data and of all noise: another one gives another run
+    # processes of each rank that read and prepare its data, with the same result for any number; 0: the training does it
+    # itself; -1: one for each core of the rank but one, at most 16
+    workers: int = -1
     # ---- model
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
     compile: bool = False  # torch.compile of each transformer block: for long runs, since the first steps compile
@@ -127,6 +130,7 @@ LIMITS = (
     ("clip", lambda x: x > 0, "above 0; inf for no limit"),
     ("timeout", lambda x: 0 < x <= 1e7, "above 0 and at most 10000000 seconds"),
     ("seed", lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1"),
+    ("workers", lambda x: x >= -1, "0 or more, or -1 for as many as the cores allow"),
     ("keep", lambda x: x >= 2, "2 or more, for the newest checkpoint may turn out damaged"),
     ("frames", lambda x: x >= 2, "2 or more"),
     ("size", lambda x: x >= 16 and x % 16 == 0, "a multiple of 16"),
@@ -882,9 +886,12 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
 
 
 @torch.no_grad()
-def mllm_features(documents: list[Document], mllm: MLLM, device: torch.device) -> tuple[Tensor, list[int]]:
-    """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row."""
-    batch = pack_documents(documents).to(device)
+def mllm_features(
+    documents: list[Document], mllm: MLLM, device: torch.device, processor: ImageProcessor | None = None
+) -> tuple[Tensor, list[int]]:
+    """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row. Pictures that are to be
+    read need their processor."""
+    batch = pack_documents(documents).to(device, processor)
     states = features(mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids))
     # Without autocast the connector, whose weights are fp32, does not take those of an MLLM in bf16.
     return states if torch.is_autocast_enabled(device.type) else states.float(), batch.cu_seqlens.tolist()
@@ -897,7 +904,8 @@ def encode_pictures(documents: list[Document], vae: VAE, device: torch.device) -
     latents: dict[int, Tensor] = {}
     for shape in {p.shape for p in pictures}:
         same = [i for i, p in enumerate(pictures) if p.shape == shape]
-        x = torch.stack([pictures[i] for i in same]).to(device, memory_format=torch.channels_last)
+        x = to_float(torch.stack([pictures[i] for i in same]).to(device))              # (K, 3, H, W)
+        x = x.contiguous(memory_format=torch.channels_last)
         latents |= dict(zip(same, vae.encode_latents(x), strict=True))
     in_order = iter([latents[i] for i in range(len(pictures))])
     return [[next(in_order) for _ in document.pictures] for document in documents]

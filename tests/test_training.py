@@ -149,7 +149,7 @@ def test_language_model_overfits_one_batch(parts):
     mllm = MLLM.from_pretrained(parts / "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(parts / "mllm"), ImageProcessor.from_pretrained(parts / "mllm")
     documents = [tokenize(dialogues.dialogue(s, kinds={"one": 1}), tokenizer, processor, pictures=False) for s in range(3)]
-    batch = pack_documents(documents)
+    batch = pack_documents(documents).to("cpu", processor)
     loss_of, optimizer = LanguageLoss(mllm), torch.optim.AdamW(mllm.parameters(), lr=2e-3)
     history = []
     for _ in range(60):
@@ -215,6 +215,7 @@ def test_loss_by_kind_of_token_adds_up(parts):
     mllm, tokenizer = MLLM.from_pretrained(parts / "mllm"), Tokenizer.from_pretrained(parts / "mllm")
     processor = ImageProcessor.from_pretrained(parts / "mllm")
     batch = pack_documents([tokenize(dialogues.dialogue(s), tokenizer, processor, pictures=False) for s in range(3)])
+    batch = batch.to("cpu", processor)
     total, by_kind = LanguageLoss(mllm)(batch)
     target = batch.labels >= 0
     with torch.no_grad():
@@ -241,11 +242,11 @@ def test_flops_in_the_log_are_those_that_pytorch_counts(stage, parts):
         if stage == 1:
             from data import pack_documents
 
-            LanguageLoss(mllm)(pack_documents(documents))[0].backward()
+            LanguageLoss(mllm)(pack_documents(documents).to("cpu", processor))[0].backward()
             expected = training.model_flops(documents, mllm)
         else:
             c = config(2, parts, "run", drop=0.0)
-            samples = train_stage2.draw_samples(documents, mllm, vae, c, torch.device("cpu"), generator(0))
+            samples = train_stage2.draw_samples(documents, mllm, vae, c, processor, torch.device("cpu"), generator(0))
             FlowLoss(dit, 1e-4)(samples, torch.rand(len(samples.rows)), generator(1))[0].sum().backward()
             expected = training.model_flops(documents, mllm, samples, dit, vae)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)  # the CPU pads, and computes what a mask hides
