@@ -123,7 +123,7 @@ class TrainConfig:
 LIMITS = (
     ("steps accumulate targets batch log_every lookahead max_skipped vocabulary", lambda x: x >= 1, "1 or more"),
     ("save_every sheet_every keep_every warmup documents tokens patches latents", lambda x: x >= 0, "0 or more"),
-    ("lr weight_decay minutes kl", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    ("lr weight_decay minutes kl replay_mb", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
     ("beta2 ema condition_time", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("decay drop looking", lambda x: 0 <= x <= 1, "from 0 to 1"),
     ("shift", lambda x: 0 < x < math.inf, "a finite number above 0"),
@@ -872,16 +872,23 @@ class LanguageLoss(nn.Module):
 
 
 def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None = None, dit=None, vae=None) -> float:
-    """Forward and backward FLOPs of a micro-batch of stage 1, or of stage 2 where there are samples: what MFU counts."""
-    grids, supervised, pictures, rows = [grid for d in documents for grid in d.grids], 0, [], []
+    """Forward and backward FLOPs of a micro-batch of stage 1, or of stage 2 where there are samples: what MFU counts.
+
+    documents: those that were read for it. In stage 2 it may train others, of earlier ones.
+    """
+    lengths, grids = list(map(len, documents)), [grid for d in documents for grid in d.grids]
     if samples is None:
         supervised = sum(sum(d.rendered.loss[1:]) for d in documents)
-    else:
-        patch = dit.config.patch_size[1] ** 2
-        pictures = [tuple(picture.shape[1:]) for d in documents for picture in d.pictures]
-        rows = [([z[0].numel() // patch for z in row], len(r)) for row, r in zip(samples.latents, samples.rows, strict=True)]
-    batch = Batch.of(mllm.config, list(map(len, documents)), grids, supervised, pictures, rows)
-    parts = flops(1 if samples is None else 2, mllm.config, batch, dit and dit.config, vae and vae.config)
+        parts = flops(1, mllm.config, Batch.of(mllm.config, lengths, grids, supervised))
+        return float(sum(map(sum, parts.values())))
+    pictures = [tuple(picture.shape[1:]) for d in documents for picture in d.pictures]
+    frozen = flops(2, mllm.config, Batch.of(mllm.config, lengths, grids, 0, pictures), dit.config, vae.config)
+
+    # The connector reads features of no more documents than the samples are of.
+    patch = dit.config.patch_size[1] ** 2
+    rows = [([z[0].numel() // patch for z in row], len(r)) for row, r in zip(samples.latents, samples.rows, strict=True)]
+    trained = flops(2, mllm.config, Batch.of(mllm.config, [len(samples.features)], samples=rows), dit.config, vae.config)
+    parts = frozen | {name: trained[name] for name in ("connector", "DiT")}
     return float(sum(map(sum, parts.values())))
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import dit
 import model
+import replay
 import train_stage1
 import train_stage2
 import training
@@ -245,8 +246,9 @@ def test_flops_in_the_log_are_those_that_pytorch_counts(stage, parts):
             LanguageLoss(mllm)(pack_documents(documents).to("cpu", processor))[0].backward()
             expected = training.model_flops(documents, mllm)
         else:
-            c = config(2, parts, "run", drop=0.0)
-            samples = train_stage2.draw_samples(documents, mllm, vae, c, processor, torch.device("cpu"), generator(0))
+            encoded = replay.encode(documents, mllm, vae, processor, torch.device("cpu"))
+            targets = [target for document in encoded for target in document.targets]
+            samples = train_stage2.draw_samples(targets, 0.0, generator(0))
             FlowLoss(dit, 1e-4)(samples, torch.rand(len(samples.rows)), generator(1))[0].sum().backward()
             expected = training.model_flops(documents, mllm, samples, dit, vae)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)  # the CPU pads, and computes what a mask hides
