@@ -91,7 +91,7 @@ def test_two_processes_take_the_step_of_one(stage, parts, tmp_path):
     """Two ranks with one micro-batch each see the documents of one rank that accumulates two."""
     options = {"steps": 2, "decay": 0.0, "warmup": 1, "ema": 0.0}
     options |= {"documents": 1, "kinds": "text" if stage == 1 else "one"}
-    options |= {"tokens": 4000} if stage == 1 else {"targets": 1}
+    options |= {"tokens": 4000} if stage == 1 else {"targets": 1, "replay_mb": 0.0}
     values = vars(config(stage, parts, tmp_path / "two", **options))
     flags = [f"--{k}={v}" for k, v in values.items() if not isinstance(v, bool)]
     script = ROOT / f"train_stage{stage}.py"
