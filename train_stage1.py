@@ -31,7 +31,7 @@ from data import fill, image_parts, loader, pack_documents, tokenize
 from distributed import Ranks
 from model import MLLM, ImageProcessor
 from pipeline import Answer, Paint, Settings, Writer
-from records.stream import Quarantine, Stream, open_source
+from records.stream import Quarantine, Stream, open_source, pick_workers
 from records.validate import load_image, normalise
 from tokenizer import SYSTEM, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
@@ -101,7 +101,7 @@ def train(c: Stage1Config) -> None:
         seed=c.seed,
         rank=ranks.rank,
         world_size=ranks.size,
-        workers=1,
+        workers=pick_workers(c.workers),
     )
 
     for step in run.loop():
@@ -110,8 +110,9 @@ def train(c: Stage1Config) -> None:
         for _ in range(c.accumulate):
             documents, place = next(data)
             micro.append(documents)
-        packs = [pack_documents(documents).to(ranks.device) for documents in micro]
+        packs = [pack_documents(documents).to(ranks.device, processor) for documents in micro]
         targets = ranks.sum(sum((pack.labels >= 0).sum().item() for pack in packs))
+        run.lap("data")
 
         # Loss and gradient.
         loss = 0.0
@@ -119,7 +120,9 @@ def train(c: Stage1Config) -> None:
         for pack in ranks.micro_batches(loss_of, packs):
             with autocast(c.dtype, ranks.device):
                 total, kinds = loss_of(pack)
+            run.lap("forward")
             loss += ranks.backward(total / targets)
+            run.lap("backward")
             parts = add_statistics(parts, language_statistics(kinds))
         norm = run.clip()
 

@@ -5,10 +5,11 @@
     torchrun --nproc_per_node=8 train_stage2.py --mllm runs/s1 --dit COSMOS --vae COSMOS/vae --data a.jsonl --lr 3e-5 --shift 5
 
 Any picture of the assistant's can be the target; all earlier pictures, the user's too, are given clean (paper, stage 2). The
-MLLM is causal, so one frozen pass over a document serves several of its targets, and each picture is encoded once. A target is
-conditioned on the states of everything before BOV; in a share of the samples the chunk that asks for the picture is cut
-away, which trains the negative branch of guidance. The sum of the loss over latent tokens is divided by their number over all
-ranks and micro-batches, so that any number of processes takes the step of one with the same samples.
+MLLM is causal, so one frozen pass over a document serves several of its targets, and each picture is encoded once; what was
+read stays on the device for several draws of each target, as far as --replay-mb goes (replay.py). A target is conditioned on
+the states of everything before BOV; in a share of the samples the chunk that asks for the picture is cut away, which trains the
+negative branch of guidance. The sum of the loss over latent tokens is divided by their number over all ranks and micro-batches,
+so that any number of processes takes the step of one with the same samples.
 """
 
 if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, too
@@ -18,18 +19,20 @@ if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, t
 
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from checkpoint import BUNDLED, InputError, part_folder
-from data import Document, fill, loader
+from data import Document, fill, loader, to_float
 from distributed import Ranks
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
 from pipeline import pixels_per_patch
-from records.stream import Quarantine, open_source
+from replay import Encoded, EncodedDocuments, encode
+from records.stream import Quarantine, open_source, pick_workers
 from tokenizer import Tokenizer
 from training import Run, TrainConfig, add_statistics, asked_and_told, autocast, check_step0, compile_blocks
 from training import encode_pictures, flow_statistics, generator, mllm_features, model_flops, parse_config, pick_frozen_dtype
@@ -48,6 +51,9 @@ class Stage2Config(TrainConfig):
     latents: int = 0  # budget of the DiT: its patches, once for each target that sees them; 0: no limit
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     targets: int = 2  # pictures trained per document, at most
+    # MB on each device for documents that are kept encoded, so that each target trains 8 times from one frozen pass; where they
+    # do not suffice for 8 micro-batches, and at 0, every step reads new ones: enough for the miniature, far from it for the 7B
+    replay_mb: float = 256.0
     drop: float = 0.15  # share of samples that lose their last chunk of text: guidance needs what is learnt there
     # ---- model
     mllm: str = BUNDLED  # run, folder or Hub id; frozen
@@ -70,18 +76,27 @@ class Stage2Config(TrainConfig):
             raise InputError("--documents 0: needs a budget: --tokens, --patches or --latents")
 
 
-def draw_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: Stage2Config, device, g: torch.Generator) -> Samples:
-    """The targets drawn: for each sample the tokens it reads, the pictures up to and with it, how many of them are given."""
-    states, first = mllm_features(documents, mllm, device)
-    pictures = encode_pictures(documents, vae, device)
-    samples = []
-    for d, document in enumerate(documents):
-        for j in document.trained:
-            positive, negative = document.rendered.condition_lengths(j)
-            length = negative if torch.rand((), generator=g).item() < c.drop else positive
-            samples.append((range(first[d], first[d] + length), pictures[d][: j + 1], j))
-    samples.sort(key=lambda sample: (sum(z[0].numel() for z in sample[1]), len(sample[0])))  # spares attention padding
-    return Samples(states, *map(list, zip(*samples, strict=True)))
+def draw_samples(targets: list[tuple[Encoded, int]], drop: float, g: torch.Generator) -> Samples:
+    """For each target the tokens it reads, the pictures up to and with it, how many of them are given."""
+    drawn = []
+    for document, j in targets:
+        positive, negative = document.lengths[j]
+        length = negative if torch.rand((), generator=g).item() < drop else positive
+        drawn.append((document, j, length))
+    drawn.sort(key=lambda sample: (sum(z[0].numel() for z in sample[0].pictures[: sample[1] + 1]), sample[2]))  # spares padding
+
+    # The features of each document once, up to the last token that is read.
+    needed: dict[Encoded, int] = {}
+    for document, _, length in drawn:
+        needed[document] = max(length, needed.get(document, 0))
+    first = dict(zip(needed, accumulate(needed.values(), initial=0), strict=False))
+    features = [document.features[:length] for document, length in needed.items()]
+    return Samples(
+        features=features[0] if len(features) == 1 else torch.cat(features),
+        rows=[range(first[document], first[document] + length) for document, _, length in drawn],
+        latents=[document.pictures[: j + 1] for document, j, _ in drawn],
+        clean=[j for _, j, _ in drawn],
+    )
 
 
 def train(c: Stage2Config) -> None:
@@ -111,6 +126,7 @@ def train(c: Stage2Config) -> None:
     loss_of = ranks.wrap(loss_of)
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "patches": c.patches, "latents": c.latents}
+    kept = EncodedDocuments(c.replay_mb, run.position, ranks, c.latents)
     data = loader(
         source,
         tokenizer,
@@ -120,25 +136,38 @@ def train(c: Stage2Config) -> None:
         targets=c.targets,
         targets_only=True,
         lookahead=c.lookahead,
-        position=run.position,
+        position=kept.position,
         patch=pixels_per_patch(vae.config, dit.config),
         quarantine=Quarantine(file=run.folder / "quarantine.jsonl"),
         seed=c.seed,
         rank=ranks.rank,
         world_size=ranks.size,
-        workers=1,
+        workers=pick_workers(c.workers),
     )
+
+    def read() -> list[Document]:
+        """New documents, encoded and kept."""
+        documents, place = next(data)
+        run.lap("data")
+        with autocast(c.dtype, ranks.device):
+            kept.add(encode(documents, mllm, vae, processor, ranks.device), place)
+        run.lap("frozen")
+        return documents
+
+    for _ in range(kept.missing):
+        ranks.alive()
+        read()
 
     for step in run.loop():
         # Data. Chance hangs on step, rank and micro-batch alone, so a resumed run draws what the straight one draws.
-        micro, chance, samples = [], [], []
+        micro, drawn, samples, chance = [], [], [], []
         for a in range(c.accumulate):
-            documents, place = next(data)
-            micro.append(documents)
-            chance.append(generator(c.seed, step, a * ranks.size + ranks.rank))
-        with autocast(c.dtype, ranks.device):
-            for documents, g in zip(micro, chance, strict=True):
-                samples.append(draw_samples(documents, mllm, vae, c, ranks.device, g))
+            g = generator(c.seed, step, a * ranks.size + ranks.rank)
+            micro.append(read() if kept.due else [])
+            drawn.append(kept.draw(g))
+            samples.append(draw_samples(drawn[-1], c.drop, g))
+            chance.append(g)
+        run.lap("data")
 
         # The loss is a mean over the targets' tokens in all micro-batches of all ranks, so they are counted first.
         numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
@@ -151,18 +180,20 @@ def train(c: Stage2Config) -> None:
             t = train_times(len(s.rows), c.shift, g)
             with autocast(c.dtype, ranks.device):
                 error, count = loss_of(s, t, g)
+            run.lap("forward")
             loss += ranks.backward(error.sum() / tokens)
+            run.lap("backward")
             parts = add_statistics(parts, flow_statistics(t, error.detach().cpu(), count.cpu()))
         norm = run.clip()
 
         # What the log says of the step.
-        names = [document.name for documents in micro for document in documents]
+        names = list(dict.fromkeys(document.name for targets in drawn for document, _ in targets))
         stats = {"loss": loss, **parts}
         stats["images"] = sum(len(s.rows) for s in samples)
         stats["flops"] = sum(model_flops(d, mllm, s, dit, vae) for d, s in zip(micro, samples, strict=True))
         if any(budget.values()):
-            full = [max(fill(documents, **budget).values()) for documents in micro]
-            stats["fill"] = (sum(full) / len(full), 1.0)
+            full = [max(fill(documents, **budget).values()) for documents in micro if documents]
+            stats["fill"] = (sum(full), float(len(full)))
         stats = ranks.sum_statistics(stats)
 
         # Step, average, log. A step whose loss or gradient is no number changes no weight.
@@ -171,7 +202,7 @@ def train(c: Stage2Config) -> None:
             run.average()
             run.log(stats, norm)
         run.optimizer.zero_grad()
-        run.save_if_due(place)
+        run.save_if_due(kept.place)
 
         # Look: is the first loss what it has to be, and what does the model paint?
         if step == 0 and ranks.main:
@@ -187,7 +218,7 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
     patch = pixels_per_patch(vae.config, dit.config)
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, patch=patch, targets_only=True)
     documents, _ = next(wanted)
-    states, first = mllm_features(documents, mllm, run.ranks.device)
+    states, first = mllm_features(documents, mllm, run.ranks.device, processor)
     with run.averaged():
         context = dit.crossattn_proj(states)
         latents = encode_pictures(documents, vae, run.ranks.device)
@@ -202,7 +233,7 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
         rows = []
         for document, j, z in zip(documents, chosen, painted, strict=True):
             shown = [document.pictures[j - 1] if j else None, vae.decode_latents(z[None])[0], document.pictures[j]]
-            pictures = [None if x is None else to_image(x) for x in shown]
+            pictures = [None if x is None else to_image(to_float(x)) for x in shown]
             rows.append((*asked_and_told(document.rendered, j, tokenizer), pictures))
     sheet(rows, ["picture before", "painted", "true one"], run.sample_file("png"))
 

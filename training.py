@@ -57,12 +57,12 @@ import model
 from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_sound, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
-from data import Document, pack_documents
+from data import Document, pack_documents, to_float
 from distributed import Ranks, lost_peer
 from flags import Parser, add_flags
 from flops import Batch, flops, peak_flops
 from flow import Samples
-from model import MLLM
+from model import MLLM, ImageProcessor
 from ops import attention, linear_cross_entropy, set_backend
 from pages.run import write_page
 from threads import Crew
@@ -76,6 +76,9 @@ class TrainConfig:
 
     # ---- data
     seed: int = 0  # of the order of the data and of all noise: another one gives another run
+    # processes of each rank that read and prepare its data, with the same result for any number; 0: the training does it
+    # itself; -1: one for each core of the rank but one, at most 16
+    workers: int = -1
     # ---- model
     dtype: str = "auto"  # of the forward pass: bf16 where the hardware has it, else fp32; weights and optimizer stay fp32
     compile: bool = False  # torch.compile of each transformer block: for long runs, since the first steps compile
@@ -97,6 +100,7 @@ class TrainConfig:
     sheet_every: int = 500  # steps between sheets of samples, beside one after the first step; 0 = none
     keep: int = 2  # newest checkpoints kept, two at least: a damaged one must not be the only one
     keep_every: int = 0  # the checkpoint of every so many steps is kept for good; 0 = none
+    profile: bool = False  # log what a step costs by part; a GPU is waited for after each part, which slows it a little
     # ---- machine
     device: str = "auto"  # cpu or cuda; auto is the GPU where there is one
     attention: str = "auto"  # triton or sdpa: which attention computes; auto is the faster one that runs here
@@ -119,13 +123,14 @@ class TrainConfig:
 LIMITS = (
     ("steps accumulate targets batch log_every lookahead max_skipped vocabulary", lambda x: x >= 1, "1 or more"),
     ("save_every sheet_every keep_every warmup documents tokens patches latents", lambda x: x >= 0, "0 or more"),
-    ("lr weight_decay minutes kl", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
+    ("lr weight_decay minutes kl replay_mb", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
     ("beta2 ema condition_time", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("decay drop looking", lambda x: 0 <= x <= 1, "from 0 to 1"),
     ("shift", lambda x: 0 < x < math.inf, "a finite number above 0"),
     ("clip", lambda x: x > 0, "above 0; inf for no limit"),
     ("timeout", lambda x: 0 < x <= 1e7, "above 0 and at most 10000000 seconds"),
     ("seed", lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1"),
+    ("workers", lambda x: x >= -1, "0 or more, or -1 for as many as the cores allow"),
     ("keep", lambda x: x >= 2, "2 or more, for the newest checkpoint may turn out damaged"),
     ("frames", lambda x: x >= 2, "2 or more"),
     ("size", lambda x: x >= 16 and x % 16 == 0, "a multiple of 16"),
@@ -258,6 +263,7 @@ class Run:
         self.unlogged = 0.0  # of it, since the last line of the log
         self.window: dict[str, float | list[float]] = {}  # sums of the statistics since then
         self.asked = ""  # the signal that asks for an end
+        self.laps = Laps(ranks.device) if config.profile else None
         self._resume()
         self.saved = self.step
         if ranks.main:
@@ -281,10 +287,12 @@ class Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.config.lr * self.lr_factor(self.step)
                 self.step += 1
+                self.lap("host")
                 yield self.step - 1
                 # The script has painted its sheet by now: the page shows it.
                 if self.sheet_due:
                     self.show()
+                self.lap("save")
             # Still inside, so that a signal during the last save does not end it.
             self.save()
             if self.step < self.config.steps and self.ranks.main:
@@ -335,6 +343,11 @@ class Run:
                 raise
             abandon_stdout()
 
+    def lap(self, part: str) -> None:
+        """All since the lap before was this one of PARTS; counted with --profile only."""
+        if self.laps:
+            self.laps.end(part)
+
     def lr_factor(self, step: int) -> float:
         """Warm-up, plateau, linear decay: a plateau lets a run be prolonged, the decay is where the loss falls most."""
         c = self.config
@@ -343,13 +356,17 @@ class Run:
 
     def clip(self) -> float:
         """Scale the gradient down to the largest norm allowed. Returns the norm that it had."""
-        return nn.utils.clip_grad_norm_(self.params, self.config.clip).item()
+        self.lap("host")
+        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip).item()
+        self.lap("optimizer")
+        return norm
 
     def finite(self, loss: float, norm: float, names: list[str]) -> bool:
         """Whether loss and gradient are numbers; both are the same on all ranks, and so is what is done then.
 
         If not, the step changes no weight. names, the documents in it, are told and kept in skipped.jsonl.
         """
+        self.lap("host")
         if math.isfinite(norm) and math.isfinite(loss):
             self.in_a_row = 0
             return True
@@ -371,6 +388,7 @@ class Run:
         """Move the averaged weights towards the live ones; quickly at first, for they must forget the random start."""
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+        self.lap("optimizer")
 
     # --------------------------------------------------------------------------------------------------------------- the log
 
@@ -396,15 +414,18 @@ class Run:
             return
 
         # The line, and an empty window for the next one.
+        parts = self.laps.take(self.window["n"]) if self.laps else {}
         row = self._row(now)
         self.window = {}
         self.tick = now
         self.unlogged = 0.0
         if self.ranks.main:
             with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({k: round(v, 7) for k, v in row.items() if v is not None}) + "\n")
+                f.write(json.dumps({k: round(v, 7) for k, v in (row | parts).items() if v is not None}) + "\n")
             self._say(status_line(row, self.config.steps))
             # A page takes longer than a line to write: not with each of them.
+            if parts:
+                self._say("    ms of a step: " + " | ".join(f"{k.removeprefix('ms_')} {v:.1f}" for k, v in parts.items()))
             if now - self.shown > PAGE_SECONDS:
                 self.show()
 
@@ -491,6 +512,7 @@ class Run:
 
         place: where this rank's data stands behind the step.
         """
+        self.lap("host")
         self.place = place
         every = self.config.save_every
         hopeless = self.in_a_row >= self.config.max_skipped
@@ -661,6 +683,31 @@ class Run:
                 os.replace(log.with_suffix(".tmp"), log)
 
 
+class Laps:
+    """Where the time of a step goes. Its parts follow one another, so one clock is enough.
+
+    On a GPU what a part has asked for is waited for at its end; else the next part that waits would seem to take that long.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.since = time.perf_counter()
+
+    def end(self, part: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[part] += now - self.since
+        self.since = now
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Milliseconds of each of so many steps, by their names in metrics.jsonl. Counting begins anew."""
+        means = {f"ms_{part}": 1000 * seconds / steps for part, seconds in self.seconds.items()}
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        return means
+
+
 def make_optimizer(params: list[nn.Parameter], config: TrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
     """AdamW; with --zero its moments are shared out over the ranks."""
     if not params:
@@ -683,6 +730,8 @@ def make_optimizer(params: list[nn.Parameter], config: TrainConfig, ranks: Ranks
 PAGE_SECONDS = 60  # the page of a run is rewritten with a line of the log, if it is older
 COUNTS = ("tokens", "images", "documents", "flops")  # statistics that are logged per second
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "pillow", "huggingface_hub")
+# Of a step, with --profile: waiting for data, the models that are not trained, ..., what Python does besides, saves and sheets.
+PARTS = ("data", "frozen", "forward", "backward", "optimizer", "host", "save")
 KINDS = ("text", "bov", "end")  # of what stage 1 learns: words, BOV (a picture is due), the end of a turn
 DECILES = [f"t{k}" for k in range(10)]  # loss at times from k/10 to (k + 1)/10, in metrics.jsonl only
 SHEET_ASKED, SHEET_TOLD = "#1d4ed8", "#555555"  # on a sheet of samples, the user's words and what is told with the picture
@@ -881,30 +930,38 @@ class LanguageLoss(nn.Module):
 
 
 def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None = None, dit=None, vae=None) -> float:
-    """Forward and backward FLOPs of a micro-batch of stage 1, or of stage 2 where there are samples: what MFU counts."""
+    """Forward and backward FLOPs of a micro-batch of stage 1, or of stage 2 where there are samples: what MFU counts.
+
+    documents: those that were read for it. In stage 2 it may train others, of earlier ones.
+    """
     # What the MLLM reads, in both stages.
     grids = [grid for d in documents for grid in d.grids]
     lengths = [len(d) for d in documents]
 
-    # Stage 1 computes logits of its targets; stage 2 encodes pictures, and the DiT reads rows of states and of patches.
-    supervised = 0
-    pictures = []
-    rows = []
+    # Stage 1 computes logits of its targets.
     if samples is None:
         supervised = sum(sum(d.rendered.loss[1:]) for d in documents)
-    else:
-        patch = dit.config.patch_size[1] ** 2
-        pictures = [tuple(picture.shape[1:]) for d in documents for picture in d.pictures]
-        rows = [([z[0].numel() // patch for z in row], len(r)) for row, r in zip(samples.latents, samples.rows, strict=True)]
-    batch = Batch.of(mllm.config, lengths, grids, supervised, pictures, rows)
-    parts = flops(1 if samples is None else 2, mllm.config, batch, dit and dit.config, vae and vae.config)
+        parts = flops(1, mllm.config, Batch.of(mllm.config, lengths, grids, supervised))
+        return float(sum(map(sum, parts.values())))
+
+    # Stage 2 encodes the pictures of what it reads, and the DiT reads rows of states and of patches. The connector reads
+    # features of no more documents than the samples are of.
+    pictures = [tuple(picture.shape[1:]) for d in documents for picture in d.pictures]
+    frozen = flops(2, mllm.config, Batch.of(mllm.config, lengths, grids, 0, pictures), dit.config, vae.config)
+    patch = dit.config.patch_size[1] ** 2
+    rows = [([z[0].numel() // patch for z in row], len(r)) for row, r in zip(samples.latents, samples.rows, strict=True)]
+    trained = flops(2, mllm.config, Batch.of(mllm.config, [len(samples.features)], samples=rows), dit.config, vae.config)
+    parts = frozen | {name: trained[name] for name in ("connector", "DiT")}
     return float(sum(map(sum, parts.values())))
 
 
 @torch.no_grad()
-def mllm_features(documents: list[Document], mllm: MLLM, device: torch.device) -> tuple[Tensor, list[int]]:
-    """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row."""
-    batch = pack_documents(documents).to(device)
+def mllm_features(
+    documents: list[Document], mllm: MLLM, device: torch.device, processor: ImageProcessor | None = None
+) -> tuple[Tensor, list[int]]:
+    """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row. Pictures that are to be
+    read need their processor."""
+    batch = pack_documents(documents).to(device, processor)
     states = features(mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids))
     # Without autocast the connector, whose weights are fp32, does not take those of an MLLM in bf16.
     return states if torch.is_autocast_enabled(device.type) else states.float(), batch.cu_seqlens.tolist()
@@ -917,7 +974,8 @@ def encode_pictures(documents: list[Document], vae: VAE, device: torch.device) -
     latents: dict[int, Tensor] = {}
     for shape in {p.shape for p in pictures}:
         same = [i for i, p in enumerate(pictures) if p.shape == shape]
-        x = torch.stack([pictures[i] for i in same]).to(device, memory_format=torch.channels_last)
+        x = to_float(torch.stack([pictures[i] for i in same]).to(device))              # (K, 3, H, W)
+        x = x.contiguous(memory_format=torch.channels_last)
         latents |= dict(zip(same, vae.encode_latents(x), strict=True))
     # Back to the documents that they came from.
     in_order = iter([latents[i] for i in range(len(pictures))])

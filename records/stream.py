@@ -47,8 +47,11 @@ from torch.utils.data import DataLoader
 from checkpoint import InputError
 from records.files import Files
 from records.validate import BadRecord, Problem, one_line
+from threads import usable_cores
 
 ENDINGS = (".json", ".jsonl", ".tar")  # names of files, whether they exist or not
+
+TOGETHER = 4  # items that a worker sends in one message
 
 # -------------------------------------------------------------------------------------------------------------- order
 
@@ -266,13 +269,19 @@ class Quarantine:
         self._listed.add(line)
 
 
+def pick_workers(asked: int) -> int:
+    """Of --workers: -1 is one for each core that this rank has, but for the one that it trains on; at most 16."""
+    cores = len(usable_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(16, max(1, cores - 1)) if asked < 0 else asked
+
+
 class Stream:
     """An endless, reproducible sequence of records that continues where it stopped.
 
     source: `Files`, shuffled anew in every epoch, a `Mix`, or a function seed -> record, such as that of a procedural world.
     prepare: applied to every record and its item number. It may raise InputError (the record is skipped and counted) or return
         None (passed over).
-    workers: background processes that read and prepare, `ahead` items before they are due; the sequence is the same.
+    workers: background processes that read and prepare, `ahead` items before they are due or more; the sequence is the same.
     epochs: only with `Files`; None goes on for ever.
 
     `position` tells what is done, `resume` continues there (top of this file).
@@ -352,14 +361,15 @@ class Stream:
 
     def __iter__(self) -> Iterator[object]:
         if self.workers:
-            # Items travel pickled: as tensors each would hold a file descriptor, and a pack has thousands. The generator keeps
-            # the loader from drawing from, and so moving on, the training's own random numbers.
+            # Items travel pickled: as tensors each would hold a file descriptor, and a pack has thousands. A message costs as
+            # much as an item, so several share one. The generator keeps the loader from drawing from, and so moving on, the
+            # training's own random numbers.
             items = DataLoader(
                 self,
-                batch_size=None,
+                batch_size=TOGETHER,
                 sampler=self._numbers(),
                 num_workers=self.workers,
-                prefetch_factor=max(2, self.ahead // self.workers),
+                prefetch_factor=max(2, self.ahead // TOGETHER // self.workers),
                 collate_fn=pickle.dumps,
                 worker_init_fn=end_with_training,
                 generator=torch.Generator(),
@@ -393,7 +403,8 @@ def until_closed(loader: DataLoader) -> Iterator[object]:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     workers = [p for p in multiprocessing.active_children() if p not in before]
     try:
-        yield from map(pickle.loads, items)
+        for message in items:
+            yield from pickle.loads(message)
     finally:
         del items  # asks them to end, waits 5 s, sends SIGTERM
         for worker in workers:  # One that was not running meanwhile takes that and the SIGTERM at this process' end for one.

@@ -245,7 +245,7 @@ def train_mllm(c: MLLMConfig) -> None:
     data = stream(partial(reading, c, tokenizer, processor), c, ranks, run.position, c.batch)
     for step in run.loop():
         documents, place = next(data)
-        batch = pack_documents(documents).to(ranks.device)
+        batch = pack_documents(documents).to(ranks.device, processor)
         targets = ranks.sum((batch.labels >= 0).sum().item())
         with autocast(c.dtype, ranks.device):
             total, kinds = loss_of(batch)

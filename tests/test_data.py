@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 from checkpoint import InputError
-from data import Document, batches, loader, main, pack_documents, tokenize
+from data import Document, batches, loader, main, pack_documents, to_float, tokenize
 from model import MLLM, PRESETS, ImageProcessor
 from records import formats
 from records.files import Files
@@ -31,6 +32,7 @@ from records.stream import Quarantine, Stream, open_source
 from records.validate import BadRecord, Problem, load_image, read_records, validate
 from sketchbook import dialogues
 from tokenizer import Rendered, Tokenizer, train_bpe
+from vae import to_tensor
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -628,9 +630,9 @@ def test_real_how_to_pages(tmp_path: Path, processor):
 def test_a_document_of_the_example(folder: Path, tokenizer, processor):
     document = tokenize(EXAMPLE, tokenizer, processor, folder=folder)
     assert document.grids == [(4, 8), (6, 4)] and document.roles == ["assistant"] * 2 and document.targets == [0, 1]
-    assert document.pixels.shape == (32 + 24, 3 * 2 * 8 * 8)
+    assert document.pixels.shape == (32 + 24, 3 * 8 * 8)
     assert [p.shape for p in document.pictures] == [(3, 32, 64), (3, 48, 32)]
-    assert document.pictures[0][:, 0, 0].tolist() == [1, -1, -1] and document.pictures[1][:, 0, 0].tolist() == [-1, -1, 1]
+    assert document.pictures[0][:, 0, 0].tolist() == [255, 0, 0] and document.pictures[1][:, 0, 0].tolist() == [0, 0, 255]
     pads = [span.end - span.start for span in document.rendered.images]
     assert pads == [8, 6] and document.rendered.ids.count(tokenizer.image_pad) == 14
     assert document.positions.shape == (3, len(document))
@@ -644,6 +646,20 @@ def test_a_document_of_the_example(folder: Path, tokenizer, processor):
     assert coarse.latents_of(1) == sum(picture[0].numel() for picture in coarse.pictures[:2]) // 32**2
     small = tokenize(EXAMPLE, tokenizer, processor, folder=folder, max_area=32 * 16)
     assert [tuple(p.shape) for p in small.pictures] == [(3, 16, 32), (3, 32, 16)]  # of 48 x 32 the nearest multiples of 16
+
+
+def test_bytes_of_pictures_are_what_the_models_read(folder: Path, tokenizer, processor):
+    """On the device of a CPU to the last bit, for all 256 values: the patches of the processor and the VAE's tensor."""
+    side = np.arange(256, dtype=np.uint8)
+    picture = Image.fromarray(np.stack([side, side[::-1], side], 1).reshape(16, 16, 3))
+    record = {"messages": [user([{"type": "image", "image": picture}]), assistant([{"type": "image", "image": picture}])]}
+    small = dataclasses.replace(processor, min_pixels=256, max_pixels=256)
+    document = tokenize(record, tokenizer, small)
+    assert document.pixels.dtype == document.pictures[0].dtype == torch.uint8
+    want, grid = small(picture)
+    assert document.grids == [grid] * 2
+    assert torch.equal(pack_documents([document]).to("cpu", small).pixels, torch.cat([want, want]))
+    assert torch.equal(to_float(document.pictures[1]), to_tensor(picture)) and to_float(want) is want
 
 
 def test_labels_by_hand():
@@ -671,12 +687,12 @@ def test_packed_documents_are_as_alone(folder: Path, tokenizer, processor):
     rows = [EXAMPLE, chat("Draw", "No."), {"messages": [user([image("h2.png"), text("What?")]), A, user("And?"), A]}]
     documents = [tokenize(r, tokenizer, processor, folder=folder) for r in rows]
     batch = pack_documents(documents)
-    alone = [pack_documents([d]) for d in documents]
+    assert torch.equal(batch.pixels, torch.cat([documents[0].pixels, documents[2].pixels]))
+    batch, *alone = (pack_documents(some).to("cpu", processor) for some in (documents, *([d] for d in documents)))
     for name in ("ids", "positions", "labels"):
         assert torch.equal(getattr(batch, name), torch.cat([getattr(a, name) for a in alone], dim=-1))
     assert batch.cu_seqlens.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
     assert batch.grids == [(4, 8), (6, 4), (6, 4)]
-    assert torch.equal(batch.pixels, torch.cat([documents[0].pixels, documents[2].pixels]))
     mllm = MLLM.from_config(PRESETS["tiny"].for_tokenizer(tokenizer)).eval()
     with torch.no_grad():
         states = [mllm(b.ids, b.positions, b.cu_seqlens, b.pixels, b.grids)[-1] for b in (batch, *alone)]
@@ -890,7 +906,7 @@ def test_the_loader_of_the_stages(folder: Path, tokenizer, processor):
     packed = next(loader(source, tokenizer, processor, tokens=1500))[0]
     assert packed == sorted(packed, key=len)  # attention pads neighbours of like length least
     assert 1 < len(packed) and sum(map(len, packed)) <= 1500
-    assert pack_documents(packed).to("cpu").ids.shape == (sum(map(len, packed)),)
+    assert pack_documents(packed).to("cpu", processor).ids.shape == (sum(map(len, packed)),)
 
 
 def test_open_source(folder: Path):

@@ -17,6 +17,7 @@ LAYERS = """
     pages
     pipeline data
     training
+    replay
     train_stage1 train_stage2 sample
 """
 LAYER = {name: n for n, line in enumerate(LAYERS.split("\n")) for name in line.split()}

@@ -46,6 +46,32 @@ def test_a_stopped_run_equals_the_straight_one(kind, ranks, parts, tmp_path):
     assert about["versions"]["torch"] and about["config"]["steps"] == 4
 
 
+def draw_thrice(rank: int, *stop) -> None:
+    """Encoded documents are drawn three times instead of eight, so that a short run has it all; and perhaps a signal."""
+    import replay
+
+    replay.DRAWS = 3
+    if stop:
+        runs.signal_at(rank, *stop)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("stage1", 1), ("stage2", 1), ("stage2", 2)])
+def test_sittings_with_other_numbers_of_workers_equal_the_straight_run(kind, ranks, parts, tmp_path):
+    """In stage 2 with encoded documents that are kept, the oldest of which have gone when the run is stopped."""
+    straight, sittings = tmp_path / "straight", tmp_path / "sittings"
+    options = {"steps": 13, "replay_mb": 1.2, "documents": 1, "kinds": "one=1,lesson=1"} if kind == "stage2" else {}
+    runs.run(kind, runs.config(kind, parts, straight, workers=1, **options), tmp_path / "a.log", ranks, (draw_thrice,))
+    for workers, step in ((3, 1), (0, options.get("steps", 4) - 3), (2, None)):
+        c = runs.config(kind, parts, sittings, workers=workers, **options)
+        stop = () if step is None else (ranks - 1, step, signal.SIGTERM)
+        runs.run(kind, c, tmp_path / f"{workers}.log", ranks, (draw_thrice, *stop))
+    assert_same(straight, sittings)
+    if kind == "stage2":
+        for place in json.loads((newest_sound(sittings) / "state.json").read_text())["position"]:
+            kept = place["kept"]
+        assert kept["turn"] == 13 and 3 <= kept["fills"] < 6 and kept["start"]["next"] > 0  # of 3 + 4 fills, some have gone
+
+
 def test_sharded_optimizer_states_change_nothing_and_resume(parts, tmp_path):
     plain, sharded = tmp_path / "plain", tmp_path / "sharded"
     runs.run("stage1", runs.config("stage1", parts, plain), tmp_path / "a.log", 2)
@@ -85,7 +111,7 @@ def test_two_ranks_hand_over_to_one_and_one_to_three(parts, tmp_path):
 def test_gradients_do_not_depend_on_ranks_or_accumulation(kind, parts, tmp_path):
     """Two ranks that accumulate two micro-batches, and one rank that accumulates four, of documents unlike in length."""
     kinds = {"stage1": "text=1,one=1", "stage2": "one=1,recolour=1"}[kind]
-    options = {"documents": 1, "steps": 1, "kinds": kinds} | ({"tokens": 4000} if kind == "stage1" else {})
+    options = {"documents": 1, "steps": 1, "kinds": kinds} | ({"tokens": 4000} if kind == "stage1" else {"replay_mb": 0.0})
     gradients = []
     for ranks, accumulate in ((2, 2), (1, 4)):
         c = runs.config(kind, parts, tmp_path / f"run_{ranks}", accumulate=accumulate, **options)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import dit
 import model
+import replay
 import train_stage1
 import train_stage2
 import training
@@ -90,7 +91,7 @@ def test_two_processes_take_the_step_of_one(stage, parts, tmp_path):
     """Two ranks with one micro-batch each see the documents of one rank that accumulates two."""
     options = {"steps": 2, "decay": 0.0, "warmup": 1, "ema": 0.0}
     options |= {"documents": 1, "kinds": "text" if stage == 1 else "one"}
-    options |= {"tokens": 4000} if stage == 1 else {"targets": 1}
+    options |= {"tokens": 4000} if stage == 1 else {"targets": 1, "replay_mb": 0.0}
     values = vars(config(stage, parts, tmp_path / "two", **options))
     flags = [f"--{k}={v}" for k, v in values.items() if not isinstance(v, bool)]
     script = ROOT / f"train_stage{stage}.py"
@@ -149,7 +150,7 @@ def test_language_model_overfits_one_batch(parts):
     mllm = MLLM.from_pretrained(parts / "mllm")
     tokenizer, processor = Tokenizer.from_pretrained(parts / "mllm"), ImageProcessor.from_pretrained(parts / "mllm")
     documents = [tokenize(dialogues.dialogue(s, kinds={"one": 1}), tokenizer, processor, pictures=False) for s in range(3)]
-    batch = pack_documents(documents)
+    batch = pack_documents(documents).to("cpu", processor)
     loss_of, optimizer = LanguageLoss(mllm), torch.optim.AdamW(mllm.parameters(), lr=2e-3)
     history = []
     for _ in range(60):
@@ -215,6 +216,7 @@ def test_loss_by_kind_of_token_adds_up(parts):
     mllm, tokenizer = MLLM.from_pretrained(parts / "mllm"), Tokenizer.from_pretrained(parts / "mllm")
     processor = ImageProcessor.from_pretrained(parts / "mllm")
     batch = pack_documents([tokenize(dialogues.dialogue(s), tokenizer, processor, pictures=False) for s in range(3)])
+    batch = batch.to("cpu", processor)
     total, by_kind = LanguageLoss(mllm)(batch)
     target = batch.labels >= 0
     with torch.no_grad():
@@ -241,11 +243,12 @@ def test_flops_in_the_log_are_those_that_pytorch_counts(stage, parts):
         if stage == 1:
             from data import pack_documents
 
-            LanguageLoss(mllm)(pack_documents(documents))[0].backward()
+            LanguageLoss(mllm)(pack_documents(documents).to("cpu", processor))[0].backward()
             expected = training.model_flops(documents, mllm)
         else:
-            c = config(2, parts, "run", drop=0.0)
-            samples = train_stage2.draw_samples(documents, mllm, vae, c, torch.device("cpu"), generator(0))
+            encoded = replay.encode(documents, mllm, vae, processor, torch.device("cpu"))
+            targets = [target for document in encoded for target in document.targets]
+            samples = train_stage2.draw_samples(targets, 0.0, generator(0))
             FlowLoss(dit, 1e-4)(samples, torch.rand(len(samples.rows)), generator(1))[0].sum().backward()
             expected = training.model_flops(documents, mllm, samples, dit, vae)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)  # the CPU pads, and computes what a mask hides
@@ -276,6 +279,21 @@ def steps_of(stage, parts, folder, monkeypatch, **options) -> tuple[list[float],
         patch.setattr(Run, "clip", keep)
         STAGES[stage](config(stage, parts, folder, steps=2, **options))
     return losses(folder), gradients
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_profile_says_where_the_time_of_a_step_goes(stage, parts, tmp_path, capsys):
+    """Its parts are all of the step, to a few milliseconds; and it changes nothing that is saved."""
+    STAGES[stage](config(stage, parts, tmp_path / "plain", steps=3))
+    STAGES[stage](config(stage, parts, tmp_path / "run", steps=3, profile=True))
+    a, b = weights(tmp_path / "plain"), weights(tmp_path / "run")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "ms_data" not in logged(tmp_path / "plain")[-1]
+    for before, row in zip(logged(tmp_path / "run"), logged(tmp_path / "run")[1:], strict=False):
+        parts_ = {name: row[f"ms_{name}"] for name in training.PARTS}
+        assert sum(parts_.values()) == pytest.approx(1000 * (row["seconds"] - before["seconds"]), abs=110)  # in tenths
+        assert (parts_["frozen"] > 0) == (stage == 2) and min(parts_[k] for k in ("forward", "backward", "optimizer")) > 0
+    assert capsys.readouterr().out.count("    ms of a step: data ") == 3
 
 
 @pytest.mark.parametrize("stage", [1, 2])

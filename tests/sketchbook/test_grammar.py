@@ -30,7 +30,9 @@ def says(text: str, detail: dict) -> bool:
     """Whether the words of a detail are in a text."""
     if detail["of"] in ("count", "pictures"):
         number = detail["count"]
-        several = rf"\b({NUMBERS[number]}|{number}x?)\b" + (r"|\b(pair|couple|duo|both|twins?|twosome|double)\b" if number == 2 else "")
+        several = rf"\b({NUMBERS[number]}|{number}x?)\b"
+        if number == 2:
+            several += r"|\b(pair|couple|duo|both|twins?|twosome|double)\b"
         return bool(re.search(several, text))
     if detail["of"] == "thing":
         return bool(re.search(rf"\b({detail['subject']}|{plural(detail['subject'])})\b", text))
