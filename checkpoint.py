@@ -410,8 +410,7 @@ def load_weights(
     tied = getattr(module, "tied", {})
     found = _find_tensors(expected, tied, folder, rename, label)
 
-    # NaN and infinities survive in a sum, which takes one pass over memory; it is read only when all is loaded, so that no GPU
-    # is waited for. Whether a sum that is not finite has merely overflowed (in fp16 it may) is then looked up.
+    # NaN and infinities survive in a sum, which takes one pass over memory while it is still in the cache.
     sums: dict[str, Tensor] = {}
     for target, (file, name) in found.items():
         # Opened anew for each tensor: the pages of a mapped file count as ours until it is closed. And copied in any case, so
@@ -431,15 +430,12 @@ def load_weights(
             sums[target] = tensor.sum()
         _assign(module, target, tensor)
 
-    # One read for all of them, now that all copies are on their way.
-    finite = []
-    if sums:
-        finite = torch.stack([*sums.values()]).isfinite().tolist()
-    for target, sound in zip(sums, finite, strict=True):
-        if not sound and not _tensor(module, target).isfinite().all():
-            file, name = found[target]
-            remedy = "try --dtype bf16 or fp32, or download or copy it again" if dtype == torch.float16 else "use another copy"
-            raise InputError(f"{file}: tensor {name} of {label} holds NaN or infinity in {str(dtype)[6:]}: {remedy}")
+    for target in _not_finite(module, sums):
+        file, name = found[target]
+        remedy = "use another copy"
+        if dtype == torch.float16:
+            remedy = "try --dtype bf16 or fp32, or download or copy it again"
+        raise InputError(f"{file}: tensor {name} of {label} holds NaN or infinity in {str(dtype)[6:]}: {remedy}")
 
     # Parameters that share storage: a file may hold both, but then the same twice.
     for name, other in tied.items():
@@ -452,6 +448,20 @@ def load_weights(
     total = sum(expected[name].numel() for name in own)
     print(f"{label}: {len(found.keys() & own)}/{len(own)} tensors, {total:,} parameters from {folder}")
     return module
+
+
+def _not_finite(module: nn.Module, sums: dict[str, Tensor]) -> list[str]:
+    """Which of the parameters with these sums hold NaN or infinity."""
+    if not sums:
+        return []
+    # One read for all of them, now that all copies are on their way: a read for each would wait for the GPU each time.
+    finite = torch.stack([*sums.values()]).isfinite().tolist()
+    wrong = []
+    for name, sound in zip(sums, finite, strict=True):
+        # A sum may have merely overflowed, in fp16 above all: only then every number is looked at.
+        if not sound and not _tensor(module, name).isfinite().all():
+            wrong.append(name)
+    return wrong
 
 
 def _find_tensors(
@@ -516,26 +526,12 @@ def save_weights(
     """
     folder = Path(folder)
     total = sum(t.nbytes for t in tensors.values())
-
-    # Shards are filled in order; a tensor is never cut.
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        filled = sum(t.nbytes for t in shards[-1].values())
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    files = {}
-    index = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        files[file] = shard
-        for name in shard:
-            index[name] = file
+    files, index = _into_shards(tensors, stem, shard_bytes)
     texts = {"config.json": config} if config is not None else {}
 
     # The order in which they take their places: last the one without which the folder is no checkpoint.
-    if len(shards) == 1:
-        files = {f"{stem}.safetensors": shards[0]}
+    if len(files) == 1:
+        files = {f"{stem}.safetensors": tensors}
         order = [*texts, f"{stem}.safetensors"]
     else:
         texts[f"{stem}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
@@ -549,9 +545,10 @@ def save_weights(
         for file, value in texts.items():
             write_json(staging / file, value)
         for file, shard in files.items():
-            # A shard at a time: only one is in the host's memory beside the model. transformers asks for the format.
+            # A shard at a time, and gone before the next: the host may have no room for a copy of a whole model.
             on_host = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
             save_file(on_host, staging / file, metadata={"format": "pt"})
+            del on_host
             (staging / file).chmod(staging.stat().st_mode & 0o666)  # save_file's are for the owner alone, whatever the umask
             with open(staging / file, "rb+") as f:
                 os.fsync(f.fileno())
@@ -568,6 +565,29 @@ def save_weights(
     for file in order:
         os.replace(staging / file, folder / file)
     staging.rmdir()
+
+
+def _into_shards(
+    tensors: dict[str, Tensor], stem: str, shard_bytes: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """File -> its tensors, in files of at most so many bytes; and the index, tensor -> file."""
+    # Shards are filled in order; a tensor is never cut.
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        filled = sum(t.nbytes for t in shards[-1].values())
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+
+    # The names say how many there are, so they are known only now.
+    files = {}
+    index = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        files[file] = shard
+        for name in shard:
+            index[name] = file
+    return files, index
 
 
 def _is_shard(file: Path) -> bool:
