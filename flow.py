@@ -122,8 +122,8 @@ class FlowLoss(nn.Module):
         # What a sample reads of the text: the connector's rows of the tokens before its BOV. The connector runs once over all
         # tokens, since several samples of a document read the same ones.
         rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows])
-        connected = self.dit.crossattn_proj(samples.features)                          # (M, D_text)
-        context = connected.index_select(0, rows.to(device))                           # (M', D_text)
+        context = self.dit.crossattn_proj(samples.features)                            # (M, D_text)
+        context = context.index_select(0, rows.to(device))                             # (M', D_text)
         keys = Segments([len(r) for r in samples.rows], device)
 
         # In fp32, whatever the network computes in: a sum of many squares needs more than the two digits of bf16.
