@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from checkpoint import InputError
 from sketchbook.dialogues import KINDS, dialogue
@@ -33,14 +33,18 @@ from sketchbook.scenes import (
     COLOURS,
     OPPOSITE,
     PLACES,
+    RELATIONS,
     SUBJECTS,
     Scene,
     Thing,
     extent,
     fit,
     main_part,
+    outlines,
     part_map,
+    relation_cells,
     render,
+    small,
     touching,
     usual_colours,
 )
@@ -893,23 +897,122 @@ class Spoiler:
         return [("kept colour", self.painted_whole(self.last)), ("place", replace(self.scene, things=(halfway,)))]
 
 
+# Figures whose first part, drawn alone, looks like a shape.
+LOOKALIKES = (("cat", "circle"), ("castle", "square"), ("cup", "square"), ("flower", "circle"))
+
+
+class Forger:
+    """Makes wrong pictures out of a right one that are wrong in their pixels; None where a kind makes no sense."""
+
+    def __init__(self, scene: Scene, image: Image.Image, check: dict, previous: Image.Image | None, rng: random.Random):
+        self.scene, self.image, self.check, self.previous, self.rng = scene, image, check, previous, rng
+        self.size = image.width
+        self.unit = self.size / 64
+
+    def every(self) -> Iterator[tuple[str, Image.Image | None]]:
+        yield "border only right", self.border_only()
+        yield "one speck", self.specks(1)
+        yield "eight specks", self.specks(8)
+        yield "main part 15 % blot", self.blot(0.15)
+        yield "main part 30 % blot", self.blot(0.30)
+        yield "main part 30 % edge", self.blot(0.30, edge=True)
+        yield "new part 1.3x", self.larger(1.3)
+        yield "blank picture", render(Scene(self.scene.background), self.size)
+
+    def border_only(self) -> Image.Image | None:
+        """Another page, but for the outermost pixels."""
+        if not self.previous and not self.check.get("background"):
+            return None
+        other = self.rng.choice([b for b in BACKGROUNDS if b != self.scene.background])
+        wrong = render(replace(self.scene, background=other), self.size)
+        framed = self.image.copy()
+        framed.paste(wrong.crop((1, 1, self.size - 1, self.size - 1)), (1, 1))
+        return framed
+
+    def specks(self, number: int) -> Image.Image | None:
+        """Squares of 3 x 3, well away from things and from each other."""
+        pixels = np.asarray(self.image).copy()
+        side = round(3 * self.unit)
+        taken = grow((pixels != BACKGROUNDS[self.scene.background]).any(-1), round(4 * self.unit))
+        for _ in range(number):
+            room = np.argwhere(core(~taken, side)[side:-side, side:-side]) + side
+            if not len(room):
+                return None
+            y, x = self.rng.choice(room.tolist())
+            pixels[y:y + side, x:x + side] = COLOURS[self.rng.choice(NAMES)]
+            taken[y - side:y + 2 * side, x - side:x + 2 * side] = True
+        return Image.fromarray(pixels)
+
+    def blot(self, share: float, edge: bool = False) -> Image.Image | None:
+        """So much of a main part in another colour, about a point of it or along an edge."""
+        painted = [i for i, t in enumerate(self.scene.things) if main_part(t.subject) < t.drawn]
+        if not painted:
+            return None
+        spoiler = Spoiler(self.scene, self.check, None, self.rng)
+        wrong = np.asarray(render(spoiler.painted_whole(self.rng.choice(painted)), self.size))
+        pixels = np.asarray(self.image).copy()
+        ys, xs = np.nonzero((pixels != wrong).any(-1))
+        k = self.rng.randrange(len(ys))
+        distance = self.rng.choice((xs, ys, -xs, -ys)) if edge else (xs - xs[k]) ** 2 + (ys - ys[k]) ** 2
+        some = np.argsort(distance, kind="stable")[:round(share * len(ys))]
+        pixels[ys[some], xs[some]] = wrong[ys[some], xs[some]]
+        return Image.fromarray(pixels)
+
+    def larger(self, factor: float) -> Image.Image | None:
+        """The part drawn last, so many times as long and as wide about its middle."""
+        if self.check["op"] != "part":
+            return None
+        thing = self.scene.things[-1]
+        new = thing.drawn - 1
+        without = replace(self.scene, things=(*self.scene.things[:-1], replace(thing, drawn=new)))
+        image = render(without, 4 * self.size)
+        pen = ImageDraw.Draw(image)
+        shapes = outlines(thing.subject)[new]
+        points = np.concatenate(shapes)
+        middle = (points.min(0) + points.max(0)) / 2
+        for shape in shapes:
+            at = (middle + factor * (shape - middle)) * thing.size + (thing.x, thing.y)
+            pen.polygon((4 * self.unit * at - 0.5).ravel().tolist(), fill=COLOURS[thing.colours[new]])
+        return image.reduce(4)
+
+
 def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Image.Image:
     """The picture as an autoencoder may give it back: slightly blurred, with Gaussian noise."""
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.5)), dtype=np.float32)
     return Image.fromarray((pixels + rng.normal(0, sigma, pixels.shape)).clip(0, 255).astype(np.uint8))
 
 
-def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> dict[str, dict[str, tuple[int, int]]]:
-    """{kind: {test: (accepted, tried)}} over n pictures a kind: truth, worn truth, the frame before, one wrong attribute."""
+class Trial(NamedTuple):
+    """A picture and what it is held against."""
+    what: str                   # "truth", "worn", ...
+    image: Image.Image
+    check: dict
+    previous: Image.Image | None
+    text: str | None = None     # held against these words instead of the check
+    context: str = ""
+
+    def accepted(self) -> bool:
+        if self.text is None:
+            return judge(self.image, self.check, self.previous).ok
+        return judge_text(self.image, self.text, self.previous, self.context).ok
+
+
+def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None, forged=False, decode=None) -> dict[str, dict]:
+    """{kind: {test: (accepted, tried)}} over n pictures a kind: truth, worn truth, the frame before, one wrong attribute.
+
+    forged: also pictures wrong in their pixels, other pictures, other words, and lookalikes as a kind of its own. decode: also
+    the truth through this function, an autoencoder's.
+    """
+    kinds = {kind: trials_of(kind, seed, size, forged, decode) for kind in KINDS if kind not in ("question", "text")}
+    if forged:
+        kinds["lookalikes"] = lookalikes(seed, size)
     table = {}
-    for kind in KINDS:
-        if kind in ("question", "text"):
-            continue
+    for kind, trials in kinds.items():
         row: dict[str, list[int]] = {}
-        for tests in itertools.islice(trials_of(kind, seed, size), n):
-            for what, shown, check, previous in tests:
-                cell = row.setdefault(what, [0, 0])
-                cell[0] += judge(shown, check, previous).ok
+        for tests in itertools.islice(trials, n):
+            for trial in tests:
+                cell = row.setdefault(trial.what, [0, 0])
+                cell[0] += trial.accepted()
                 cell[1] += 1
         if progress:
             progress(kind, row)
@@ -917,35 +1020,113 @@ def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> d
     return table
 
 
-def trials_of(kind: str, seed: int, size: int) -> Iterator[list[tuple]]:
-    """For every picture of the assistant, without end: [(what it is, picture, check, picture before)]."""
+def trials_of(kind: str, seed: int, size: int, forged: bool = False, decode=None) -> Iterator[list[Trial]]:
+    """The trials of every picture of the assistant, without end."""
+    stranger = None             # the last picture of another dialogue, as (scene, picture)
     for at in itertools.count(seed):
         record = dialogue(at, "seen", {kind: 1.0}, size)
         rng, noise = random.Random(at + 1), np.random.default_rng(at + 1)
-        pictures = [c["image"] for m in record["messages"] for c in m["content"] if c["type"] == "image"]
         previous = before = None
-        for item, image in zip(record["truth"]["images"], pictures, strict=True):
+        for item, image, text, context in pictures_of(record):
             scene, check = Scene.from_json(item["scene"]), item["check"]
             if check:
-                tests = [("truth", image, check, previous)]
-                tests.append(("worn", worn(image, noise), check, previous and worn(previous, noise)))
+                tests = [Trial("truth", image, check, previous)]
+                tests.append(Trial("worn", worn(image, noise), check, previous and worn(previous, noise)))
+                if decode:
+                    tests.append(Trial("VAE", decode(image), check, previous and decode(previous)))
                 # Where nothing was done, an edit must fail; a whole scene may look like the one before.
                 if previous and check["op"] != "scene":
-                    tests.append(("before", previous, check, previous))
+                    tests.append(Trial("before", previous, check, previous))
                 for what, wrong in spoilt(scene, check, before, rng):
-                    tests.append((f"wrong {what}", render(wrong, size), check, previous))
+                    tests.append(Trial(f"wrong {what}", render(wrong, size), check, previous))
+                if forged:
+                    pictures = Forger(scene, image, check, previous, rng).every()
+                    tests += [Trial(what, wrong, check, previous) for what, wrong in pictures if wrong]
+                    if stranger and kept_names(stranger[0]) != kept_names(scene):
+                        tests.append(Trial("another prompt's picture", stranger[1], check, previous))
+                    tests += tricks(scene, check, previous, text, context, size)
                 yield tests
             previous, before = image, scene
+        stranger = (before, previous)
 
 
-def report(n: int = 150, size: int = 64) -> None:
-    """Prints the checker's own error rates kind by kind."""
+def pictures_of(record: dict) -> Iterator[tuple[dict, Image.Image, str, str]]:
+    """(entry of truth["images"], picture, text just before it, everything said before that)."""
+    context, entries = "", iter(record["truth"]["images"])
+    for message in record["messages"]:
+        text = ""
+        for item in message["content"]:
+            if item["type"] == "text":
+                text = item["text"]
+                continue
+            yield next(entries), item["image"], text, context
+            context, text = f"{context} {text}", ""
+        # The user's words may stand before or after a picture.
+        words = [item["text"] for item in message["content"] if item["type"] == "text"]
+        context += f" {' '.join(words)}" if message["role"] == "user" else f" {text}"
+
+
+def kept_names(scene: Scene) -> set[tuple[str, str]]:
+    return {(thing.subject, thing.main) for thing in scene.things}
+
+
+def tricks(scene: Scene, check: dict, previous: Image.Image | None, text: str, context: str, size: int) -> list[Trial]:
+    """The right words, then true words about another picture, and that picture."""
+    if ("circle", "blue") in kept_names(scene):
+        return []
+    circle = fit("circle", 1, usual_colours("circle", "blue"), 30, 32, 32)
+    picture = render(Scene(scene.background, (circle,)), size)
+    return [Trial("sentence trick", picture, check, previous, f"{text} Here is a blue circle.", context)]
+
+
+def lookalikes(seed: int, size: int) -> Iterator[list[Trial]]:
+    """Edits of pictures in which a shape stands beside a figure that once looked like it: of the right one, of the other."""
+    for at in itertools.count(seed):
+        rng = random.Random(f"lookalikes {at}")
+        names = rng.choice(LOOKALIKES)
+        page = rng.choice(list(BACKGROUNDS))
+        first, second, new = rng.sample(list(COLOURS), 3)
+        places = relation_cells(rng, rng.choice(RELATIONS))
+        things = [small(rng, s, usual_colours(s, c), cell) for s, c, cell in zip(names, (first, second), places, strict=True)]
+        previous = render(Scene(page, tuple(things)), size)
+        i = rng.randrange(2)
+        if rng.random() < 0.5:
+            text = f"I removed the {names[i]}."
+            removed = [Scene(page, (things[1 - k],)) for k in (i, 1 - i)]
+            right, wrong = (render(scene, size) for scene in removed)
+        else:
+            text = f"The {names[i]} is {new} now."
+            spoilers = [painted_in(things[k], new) for k in range(2)]
+            scenes = [Scene(page, tuple(spoilers[k] if k == j else things[k] for k in range(2))) for j in (i, 1 - i)]
+            right, wrong = (render(scene, size) for scene in scenes)
+        yield [Trial("early stage, right", right, {}, previous, text), Trial("early stage, other", wrong, {}, previous, text)]
+
+
+def painted_in(thing: Thing, colour: str) -> Thing:
+    main = main_part(thing.subject)
+    return replace(thing, colours=(*thing.colours[:main], colour, *thing.colours[main + 1:]))
+
+
+# What `report` sums up: the name of the line, and how the tests in it begin.
+LINES = {
+    "truth": "truth", "worn truth": "worn", "truth through the VAE": "VAE",
+    "early stage beside, right one": "early stage, right",
+    "frame before": "before", "wrong attribute": "wrong", "border only right": "border", "one speck": "one speck",
+    "eight specks": "eight specks", "main part 15 % blot": "main part 15", "main part 30 % blot": "main part 30 % blot",
+    "main part 30 % along an edge": "main part 30 % edge", "new part 1.3 times as long": "new part", "blank picture": "blank",
+    "another prompt's picture": "another", "sentence trick": "sentence", "early stage beside, wrong one": "early stage, other",
+}
+
+
+def report(n: int = 150, size: int = 64, decode=None) -> None:
+    """Prints the checker's own error rates, kind by kind and in all. decode: a function of pictures, or None."""
     def line(kind, row):
         print(f"{kind:11s} " + "  ".join(f"{what} {ok}/{tried}" for what, (ok, tried) in row.items()), flush=True)
 
-    table = error_rates(n, size=size, progress=line)
-    for name, match in (("truth accepted", "truth"), ("worn truth accepted", "worn"), ("frame before accepted", "before"),
-                        ("wrong attribute accepted", "wrong")):
-        cells = [cell for row in table.values() for what, cell in row.items() if what.startswith(match)]
+    table = error_rates(n, size=size, progress=line, forged=True, decode=decode)
+    print(f"\n{'':32s} accepted     tried")
+    for name, beginning in LINES.items():
+        cells = [cell for row in table.values() for what, cell in row.items() if what.startswith(beginning)]
         accepted, tried = sum(c[0] for c in cells), sum(c[1] for c in cells)
-        print(f"{name:26s} {100 * accepted / max(1, tried):6.2f} % of {tried}")
+        if tried:
+            print(f"{name:32s} {accepted:8d}  {tried:8d}  {100 * accepted / tried:6.2f} %")
