@@ -9,14 +9,14 @@
 A dialogue is free-running: the user's turns are given one after the other, and every answer is made from the dialogue so far,
 with the model's own words and pictures in it. `METRICS`, each with its number of cases and a 95 % Wilson interval:
 
-* text complete: an answer says everything that the request asks for. Per answer.
+* text complete: an answer says everything that the request asks for, before its pictures where it owes any. Per answer.
 * named details: every detail that the user names is in the words and in the pictures of the answer (details.py). Per detail.
 * pictures drawn: as many pictures as the request asks for, or more. Per answer that owes pictures.
 * only where due: in all answers of a dialogue as many pictures as are due, each after a text of its own that says what it
   shows, in a lesson one step each; none where none is due. Per dialogue.
 * image consistency: what had to stay is as in the picture really shown before; in a story, the hero keeps its colours. It asks
   nothing of what had to change: handing the picture before back passes here, and fails in the next. Per picture that builds on
-  one before it, if the checker can tell in that one what the text speaks of.
+  one before it; where the checker cannot tell in that one what the text speaks of, or the text tells of no change, it has not.
 * image-text: a picture shows what the text written just before it claims, and what the text leaves alone has stayed. Where the
   request leaves a colour open the model chooses, and is held to its own words. Per picture.
 * whole dialogue: all of this throughout, every answer ended by the model itself.
@@ -84,6 +84,7 @@ CATEGORIES = {"single object": "one", "two objects": "two", "counting": "count",
 ASKED = {"single object": "one thing by its name", "two objects": "two things by their names", "counting": "so many things",
          "colours": "a thing in a colour", "position": "one thing beside, above or below another",
          "colour attribution": "two things, each in its own colour"}  # fmt: skip
+EDITS = ("recolour", "remove", "add", "add_part", "move", "background")  # kinds whose picture changes the one before
 IDLE = ("question", "text")  # kinds of dialogue whose first request owes no picture
 GUIDANCES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
@@ -210,6 +211,11 @@ def hero_stayed(picture: Image.Image, before: Image.Image | None, hero: str) -> 
     return None if old is None else colours(picture) == old
 
 
+def builds_on_one(kind: str, number: int) -> bool:
+    """Whether a picture of an answer (its number from 0) has to keep something of the one before it."""
+    return kind in EDITS or (kind in ("lesson", "story") and number > 0)
+
+
 def well_placed(turn: dict, texts: list[str], said: str) -> bool:
     """Whether pictures stand exactly where they are due. texts: what is before every picture, and after the last."""
     least, most = expected_images(turn)
@@ -268,7 +274,9 @@ class Case:
         row |= {"drawn": len(pictures), "placed": well_placed(turn, texts, self.said)}
         if turn["kind"] == "question":
             row |= {"sort": sort_of(turn), "words": turn["words"]}
-        row["text"] = bool("".join(texts).strip()) and text_complete(turn, texts, self.said)
+        # What is asked for must be said of a picture: after the last one it would be said of none.
+        told = texts[:-1] if len(pictures) >= least_most[0] > 0 else texts
+        row["text"] = bool("".join(texts).strip()) and text_complete(turn, told, self.said)
         if turn["kind"] == "question":
             row["named"] = [{"of": "answer", "told": row["text"], "shown": True}]
         else:
@@ -281,6 +289,8 @@ class Case:
                 stays = verdict.stayed
                 if turn["kind"] == "story":
                     stays, story = hero_stayed(picture, story, turn["need"][0]["objects"][0]["subject"]), picture
+                if stays is None and builds_on_one(turn["kind"], j):
+                    stays = False  # a picture that cannot be read is not one that has kept everything
                 scores = {k: round(float(v), 3) for k, v in verdict.scores.items()}
                 rows.append({"shows": bool(verdict.ok), "stays": stays, "reasons": verdict.reasons, "scores": scores})
             self.said += f" {text}"

@@ -3,7 +3,9 @@
 import argparse
 import sys
 
-from checkpoint import InputError
+from pathlib import Path
+
+from checkpoint import BUNDLED, InputError
 from sketchbook import checker, dialogues
 from sketchbook.dialogues import KINDS, SPLITS
 
@@ -27,10 +29,29 @@ def main() -> None:
         elif given.command == "show":
             dialogues.show(given.out or "sheet.png", given.n, given.seed, given.split, kinds, given.size)
         else:
-            checker.report(given.n, given.size)
+            checker.report(given.n, given.size, bundled_vae())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def bundled_vae():
+    """A function that encodes and decodes a picture with the miniature's VAE; None where there is none."""
+    folder = Path(BUNDLED) / "vae"
+    if not folder.is_dir():
+        return None
+    # torch takes seconds to import, and only this needs it.
+    import torch
+
+    from vae import VAE, to_image, to_tensor
+
+    vae = VAE.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def decode(picture):
+        return to_image(vae.decode_latents(vae.encode_latents(to_tensor(picture)[None]))[0])
+
+    return decode
 
 
 if __name__ == "__main__":

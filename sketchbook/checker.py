@@ -1,14 +1,26 @@
 """The checker of sketchbook: says whether a picture shows what it must, and whether a text says what it must.
 
 It knows only the picture, the picture before it and a statement of what had to happen; it works by analysis through synthesis.
-`see` takes a picture apart: the background is the median of the border, every pixel gets the nearest colour of the palette,
+`see` takes a picture apart: the page has the colour of the border, every pixel gets the nearest colour of the palette,
 connected foreground is a thing, and a thing is the subject whose part map, stretched over its box, explains it best. `judge`
 compares that with a check (the form is told in dialogues.py). Steps and edits are judged against the picture really shown
 before them: what had to change has changed, to the right colour at the right place, and what had to stay has stayed. The
 thresholds (changed core 85 %, picture kept 97 %, foreground kept 93 %) were fixed before any model was trained.
 
 `claims` reads the statements back out of an answer's sentences, so that `judge_text` measures whether the picture fits the text
-just before it, whatever the request was, and `text_complete` whether the text answers the request.
+just before it, whatever the request was, and `text_complete` whether the text answers the request. All that is said before a
+picture must be true of it. Sentences that say what there is are taken together: "I drew a red house. Here is a blue circle."
+wants both and nothing else. Beside a step or an edit such a sentence may also speak of the picture before.
+
+What stays tolerated, in pixels of a picture of 64 x 64:
+
+* on the page, apart from what was there before: marks of up to 3 joined pixels, on 3 % of the page together; a tint that is
+  nearer to the right page than halfway to the next; anything nearly as pale, and anything within 2 pixels of a thing
+* in a thing: wrong colours along the edges of its parts, in lines one pixel wide, and in blots of up to 6 pixels or 8 % of a
+  part; a silhouette that overlaps the right one in three quarters or so
+* in a step: a new part up to 2 pixels astray, of up to 1.4 times its area (1.18 times as long)
+* in what had to stay: the same edges and lines, spots of up to 6 pixels, 3 % of all and 7 % of the foreground together
+* in a text: what is only announced ("let us draw a red house"), things without a colour, and all words after the picture
 
     python -m sketchbook check --n 150
 """
@@ -18,13 +30,13 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from checkpoint import InputError
 from sketchbook.dialogues import KINDS, dialogue
@@ -33,14 +45,18 @@ from sketchbook.scenes import (
     COLOURS,
     OPPOSITE,
     PLACES,
+    RELATIONS,
     SUBJECTS,
     Scene,
     Thing,
     extent,
     fit,
     main_part,
+    outlines,
     part_map,
+    relation_cells,
     render,
+    small,
     touching,
     usual_colours,
 )
@@ -48,6 +64,18 @@ from sketchbook.words import MOVES, NUMBERS, RELATION_WORDS, plural
 
 CHANGED, KEPT, KEPT_FOREGROUND = 0.85, 0.97, 0.93
 MATCH = 0.72                 # least score of a thing that is recognised: silhouette IoU x agreement of colours inside the parts
+STAGE_MATCH = MATCH - 0.07   # least score in the picture before, where it is known what to look for
+
+# Lengths and areas are in pixels of a picture of 64 x 64. Those below lie between what the VAE makes of true pictures and what
+# a person would call wrong.
+THING = 14                   # least area of a thing
+SPECK = 4                    # least area of a mark on the page that counts
+SCATTERED = 0.03             # largest share of the page that smaller marks may cover
+BLOT, BLOT_SHARE = 6, 0.08   # largest solid area in a wrong colour, and its share of a part; within either it is no fault
+LARGER = 1.4                 # largest area of a new part, in shares of the area due
+STAIN = 42.0                 # distance from the page in RGB at which a pixel is a mark; two pages lie 53 apart or more
+TINT = 26.0                  # how far the page may be from its own colour: not halfway to another page
+
 NAMES = list(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 
@@ -77,6 +105,9 @@ class View:
     background: str
     labels: np.ndarray
     things: list[Seen]
+    tint: float                 # how far the page is from the colour that it should have
+    marks: np.ndarray           # (H, W) mask of what is neither page nor thing
+    unit: float                 # pixels of this picture in one of 64
 
 
 @dataclass
@@ -105,6 +136,16 @@ def grow(mask: np.ndarray, steps: int = 1) -> np.ndarray:
 def core(mask: np.ndarray, steps: int = 1) -> np.ndarray:
     """Erosion: pixels whose neighbourhood lies in the mask."""
     return ~grow(~mask, steps)
+
+
+def solid(mask: np.ndarray) -> np.ndarray:
+    """What of a (H, W) mask is made of squares of 2 x 2 pixels: no lone pixels, no thin lines."""
+    corner = np.zeros_like(mask)
+    corner[:-1, :-1] = mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:]
+    whole = corner.copy()
+    whole[1:] |= corner[:-1]
+    whole[:, 1:] |= whole[:, :-1].copy()
+    return whole
 
 
 def uniform(labels: np.ndarray) -> np.ndarray:
@@ -141,17 +182,13 @@ def components(mask: np.ndarray, least: float) -> list[np.ndarray]:
     return sorted((m for m in found.values() if m.sum() >= least), key=lambda m: -int(m.sum()))
 
 
-def label(image: Image.Image) -> tuple[str, np.ndarray]:
-    """(background, labels (H, W)): every pixel by its nearest colour; that of the background is the median of the border."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    page = np.median(border, axis=0)
-    name = min(BACKGROUNDS, key=lambda b: float(np.abs(np.array(BACKGROUNDS[b]) - page).sum()))
+def label(pixels: np.ndarray, page: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(labels, distance from the page), both (H, W): every pixel by its nearest colour, that of the page among them."""
     distance = ((pixels - np.concatenate([page[None], PALETTE])[:, None, None]) ** 2).sum(-1)       # (1 + colours, H, W)
     # A mixed pixel of an edge takes one of the pure colours beside it: half-covered black on white is not brown.
     pure = (distance < 45.0 ** 2) & (distance == distance.min(0))
     beside = grow(pure)
-    return name, np.where(beside | ~beside.any(0), distance, np.inf).argmin(0)
+    return np.where(beside | ~beside.any(0), distance, np.inf).argmin(0), np.sqrt(distance[0])
 
 
 @lru_cache(20_000)
@@ -187,6 +224,23 @@ def explain(labels: np.ndarray, thing: Seen, subject: str, drawn: int) -> tuple[
     return float(overlap * right / max(total, 1)), tuple(colours)
 
 
+def blotted(view: View, thing: Seen) -> list[str]:
+    """The parts of a thing with a blot of another colour. Their edges do not count, nor does a thing that is nothing known."""
+    if thing.subject is None:
+        return []
+    x0, y0, x1, y1 = thing.box
+    window = view.labels[y0:y1, x0:x1]
+    found = []
+    _, cores = template(thing.subject, thing.drawn, *window.shape)
+    for part, inner, colour in zip(SUBJECTS[thing.subject].parts, cores, thing.colours, strict=False):
+        wrong = np.zeros(window.size, dtype=bool)
+        wrong[inner] = window.ravel()[inner] != NAMES.index(colour) + 1
+        blot = int(solid(wrong.reshape(window.shape)).sum())
+        if blot > max(BLOT * view.unit ** 2, BLOT_SHARE * len(inner)):
+            found.append(part.name)
+    return found
+
+
 def recognise(labels: np.ndarray, thing: Seen, candidates) -> Seen:
     """The thing with the best of the candidates (subject, drawn) filled in."""
     for subject, drawn in candidates:
@@ -202,14 +256,28 @@ EVERY = [(s, k) for s, subject in SUBJECTS.items() for k in range(1, len(subject
 
 def see(image: Image.Image, candidates=None) -> View:
     """A picture taken apart; candidates: which (subject, parts drawn) to consider, default whole subjects and small forms."""
-    background, labels = label(image)
-    least = 14 * (image.width / 64) ** 2
-    things = []
-    for mask in components(labels > 0, least):
+    unit = image.width / 64
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    page = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    background = min(BACKGROUNDS, key=lambda b: float(np.abs(np.array(BACKGROUNDS[b]) - page).sum()))
+    labels, distance = label(pixels, page)
+
+    things, marks = [], np.zeros(labels.shape, dtype=bool)
+    for mask in components(labels > 0, 1):
+        if mask.sum() < THING * unit ** 2:
+            marks |= mask
+            continue
         ys, xs = np.nonzero(mask)
         thing = Seen(mask, (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1))
         things.append(recognise(labels, thing, WHOLE if candidates is None else candidates))
-    return View(background, labels, things)
+
+    # The page is all that is not a thing, inside as at the border; the rim of things is mixed with them.
+    taken = labels > 0
+    free = ~grow(taken & ~marks, round(2 * unit))
+    inside = np.median(pixels[free], axis=0) if free.any() else page
+    tint = max(float(np.linalg.norm(colour - BACKGROUNDS[background])) for colour in (page, inside))
+    marks |= free & (distance > STAIN)
+    return View(background, labels, things, tint, marks, unit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -241,9 +309,10 @@ class Judge:
 
     def __init__(self, image: Image.Image, previous: Image.Image | None):
         self.view = see(image)
-        self.before = see(previous, EVERY) if previous is not None else None
-        self.unit = image.width / 64
+        self.before = see(previous, ()) if previous is not None else None
+        self.unit = self.view.unit
         self.reasons, self.scores, self.stayed = [], {}, True
+        self.clean()
 
     def need(self, ok, reason: str) -> bool:
         if not ok:
@@ -254,25 +323,57 @@ class Judge:
         """A need of what was there before: that it is still so."""
         self.stayed &= self.need(ok, reason)
 
+    def clean(self) -> None:
+        """The page has one colour, and nothing on it but things and what was on it before."""
+        self.need(self.view.tint <= TINT, f"the page is not {self.view.background} all over")
+        marks = self.view.marks
+        if self.before:
+            marks = marks & ~grow(self.before.marks, round(self.unit))
+        specks = components(marks, SPECK * self.unit ** 2)
+        self.need(not specks, f"{len(specks)} speck(s) on the page")
+        self.need(marks.mean() <= SCATTERED, f"{marks.mean():.0%} of the page is dirty")
+
+    def unblotted(self, thing: Seen, before: Sequence[str] = ()) -> None:
+        """No part of a thing has a blot, but those that had one before."""
+        parts = [name for name in blotted(self.view, thing) if name not in before]
+        self.need(not parts, f"blots on the {' and '.join(parts)} of the {thing.subject}")
+
     def find(self, view: View, subject: str | None, colour: str | None = None, part: str | None = None) -> Seen | None:
         """The thing of a view that fits a subject (or has a part) and a main colour best; None if there is none."""
-        best = None
-        for thing in view.things:
-            names = [s for s in SUBJECTS if s == subject or (subject is None and part in [p.name for p in SUBJECTS[s].parts])]
-            one = Seen(thing.mask, thing.box)
-            recognise(view.labels, one, [(s, k) for s in names for k in range(1, len(SUBJECTS[s].parts) + 1)])
-            fits = one.score >= MATCH - 0.07 and (colour is None or one.colour in (colour, None))
-            if fits and (best is None or one.score > best.score):
-                best = one
-        return best
+        names = [s for s in SUBJECTS if s == subject or (subject is None and part in [p.name for p in SUBJECTS[s].parts])]
+        stages = [(s, k) for s, k in EVERY if s in names]
+        fits = [recognise(view.labels, Seen(thing.mask, thing.box), stages) for thing in view.things]
+        fits = [one for one in fits if one.score >= STAGE_MATCH and (colour is None or one.colour in (colour, None))]
+        if len(fits) < 2:
+            return fits[0] if fits else None
+
+        def lead(one: Seen) -> float:
+            # A circle looks like the head of a cat, but it looks like a circle, too; a cat looks like nothing else.
+            others = [(s, k) for s, k in WHOLE if s not in names]
+            return one.score - recognise(view.labels, Seen(one.mask, one.box), others).score
+
+        return max(fits, key=lead)
 
     def changed(self, where: np.ndarray, name: str | None) -> None:
         """The core of a region has the colour (None: the background)."""
         inner = core(where, round(self.unit))
         inner = inner if inner.sum() >= 4 else where
-        right = float((self.view.labels[inner] == (NAMES.index(name) + 1 if name else 0)).mean()) if inner.any() else 0.0
+        fits = self.view.labels == (NAMES.index(name) + 1 if name else 0)
+        right = float(fits[inner].mean()) if inner.any() else 0.0
         self.scores["changed"] = right
         self.need(right >= CHANGED, f"the region to change is only {right:.0%} {name or 'background'}")
+        blot = int(solid(inner & ~fits).sum())
+        most = max(BLOT * self.unit ** 2, BLOT_SHARE * inner.sum())
+        self.need(blot <= most, f"the region to change has a blot of {blot} pixels")
+
+    def sized(self, where: np.ndarray, name: str) -> None:
+        """A new part, wherever it came to lie, is not larger than the region due."""
+        colour = NAMES.index(name) + 1
+        new = (self.view.labels == colour) & (self.before.labels != colour)
+        # Its own enlargement is within reach of the region, other news are not.
+        area = float((new & grow(where, round(5 * self.unit))).sum() / max(1, where.sum()))
+        self.scores["area"] = area
+        self.need(area <= LARGER, f"the new part is {area:.1f} times as large as it should be")
 
     def kept(self, apart: np.ndarray, margin: float = 2.0) -> None:
         """Everything but the region `apart` and a margin about it is as before; edges do not count."""
@@ -283,9 +384,9 @@ class Judge:
             score = float(same[where].mean()) if where.any() else 1.0
             self.scores[key] = score
             self.stay(score >= least, f"{key}: only {score:.0%}")
-        spot = int(core(fixed & ~same).sum())                   # a small solid change hides in a percentage
+        spot = int(solid(fixed & ~same).sum())                  # a small solid change hides in a percentage
         self.scores["spot"] = spot
-        self.stay(spot <= 3 * self.unit ** 2, f"something else changed ({spot} pixels at its core)")
+        self.stay(spot <= BLOT * self.unit ** 2, f"something else changed ({spot} pixels)")
 
     def page(self, check: dict) -> None:
         wanted = check.get("background")
@@ -295,33 +396,67 @@ class Judge:
         self.stay(self.view.background == self.before.background,
                   f"the background became {self.view.background} from {self.before.background}")
 
+    def verdict(self) -> Verdict:
+        return Verdict(not self.reasons, self.reasons, self.scores, self.stayed if "kept" in self.scores else None)
+
     # -- one method for each op
 
     def scene(self, check: dict) -> None:
+        self.scenes([check])
+
+    def scenes(self, checks: list[dict]) -> None:
+        """Every check holds, and there is nothing that none of them names."""
+        named = []
+        for check in checks:
+            things, reasons = self.shown(self.view, check)
+            named += things
+            self.reasons += reasons
+        left = [t for t in self.view.things if all(t.mask is not n.mask for n in named)]
+        self.need(not left, f"{len(left)} thing(s) too many: " + ", ".join(f"{t.colour} {t.subject}" for t in left))
+        self.scores["match"] = min((t.score for t in self.view.things), default=0.0)
+
+    def remark(self, check: dict, previous: Image.Image | None) -> None:
+        """A scene told beside a step or an edit is there, among other things, or was there before."""
+        reasons = self.shown(self.view, check)[1]
+        if reasons and previous is not None:
+            reasons = self.shown(see(previous), check)[1] and reasons
+        self.reasons += reasons
+
+    def shown(self, view: View, check: dict) -> tuple[list[Seen], list[str]]:
+        """The things of a view that a scene names, and what is wrong with them."""
+        reasons = []
+
+        def need(ok, reason: str) -> None:
+            if not ok:
+                reasons.append(reason)
+
+        wanted = check.get("background")
+        need(wanted in (None, view.background), f"the background is {view.background}, not {wanted}")
         objects = check.get("objects") or []
-        self.page(check)
-        left = [t for t in self.view.things]
-        chosen = []
-        for o in sorted(objects, key=lambda o: o.get("colour") is None):
+        left, named, first = list(view.things), [], {}
+        for k, o in sorted(enumerate(objects), key=lambda item: item[1].get("colour") is None):
             if "drawn" in o:                                    # a stage of a drawing that need not be a whole thing
                 left = [self.at_stage(t, o["subject"], o["drawn"]) for t in left]
             fits = [t for t in left if t.subject == o["subject"] and t.score >= MATCH and o.get("colour") in (None, t.colour)]
             count = o.get("count", 1)
-            self.need(len(fits) >= count, f"{count} {o.get('colour') or ''} {o['subject']} expected, {len(fits)} found")
+            need(len(fits) >= count, f"{count} {o.get('colour') or ''} {o['subject']} expected, {len(fits)} found")
             fits = fits[:count]
             for t in fits:
                 names = [p.name for p in SUBJECTS[t.subject].parts]
                 for name, colour in (o.get("parts") or {}).items():
                     i = names.index(name) if name in names else len(names)
-                    self.need(i < t.drawn and t.colours[i] == colour, f"the {name} is not {colour}")
+                    need(i < t.drawn and t.colours[i] == colour, f"the {name} is not {colour}")
+                dirty = blotted(view, t)
+                need(not dirty, f"blots on the {' and '.join(dirty)} of the {t.subject}")
             left = [t for t in left if all(t is not f for f in fits)]
-            chosen.append((o, fits))
-        self.need(not left, f"{len(left)} thing(s) too many: " + ", ".join(f"{t.colour} {t.subject}" for t in left))
-        self.scores["match"] = min((t.score for t in self.view.things), default=0.0)
+            named += fits
+            if fits:
+                first[k] = fits[0]
         for i, word, j in check.get("relations") or []:
-            a, b = (next((f[0] for o, f in chosen if o is objects[k] and f), None) for k in (i, j))
-            if a and b:
-                self.need(stands(a, word, b, self.unit), f"the {a.subject} is not {word} of the {b.subject}")
+            if i in first and j in first:
+                a, b = first[i], first[j]
+                need(stands(a, word, b, self.unit), f"the {a.subject} is not {word} of the {b.subject}")
+        return named, reasons
 
     def at_stage(self, thing: Seen, subject: str, drawn: int) -> Seen:
         """The thing read as a stage of a drawing, where that explains it about as well as anything."""
@@ -337,6 +472,7 @@ class Judge:
         self.scores["match"] = thing.score
         if self.need(thing.score >= 0.82, f"it does not look like the {check['part']} of a {subject} ({thing.score:.2f})"):
             self.need(thing.colours[0] == check["colour"], f"the {check['part']} is {thing.colours[0]}, not {check['colour']}")
+            self.unblotted(thing)
             x, y, size = frame(thing, subject, 1)
             x0, y0, x1, y1 = (v * size for v in extent(subject, len(SUBJECTS[subject].parts)))
             side, slack = self.view.labels.shape[0], 3 * self.unit
@@ -354,11 +490,12 @@ class Judge:
         index = [p.name for p in SUBJECTS[subject].parts].index(part)
         if index and thing.drawn != index:                      # the picture before is read as it must have been
             again = recognise(self.before.labels, Seen(thing.mask, thing.box), [(subject, index)])
-            if not self.need(again.score >= MATCH - 0.07, f"the picture before is not a {subject} that waits for its {part}"):
+            if not self.need(again.score >= STAGE_MATCH, f"the picture before is not a {subject} that waits for its {part}"):
                 return
             thing = again
         where = region(thing, subject, thing.drawn, index, self.view.labels.shape)
         self.changed(where, check["colour"])
+        self.sized(where, check["colour"])
         self.kept(where)
         self.need(len(self.view.things) == len(self.before.things), "the new part does not belong to the drawing")
 
@@ -399,6 +536,7 @@ class Judge:
         thing = new[0]
         self.need(thing.score >= MATCH and thing.subject == check["subject"], f"the new thing is a {thing.subject}")
         self.need(thing.colour == check["colour"], f"the new thing is {thing.colour}, not {check['colour']}")
+        self.unblotted(thing)
         self.kept(thing.mask)
         anchor = self.find(self.before, check.get("anchor"))
         if check.get("relation") and self.need(anchor is not None, f"no {check.get('anchor')} in the picture before"):
@@ -412,6 +550,7 @@ class Judge:
                 and self.need(new is not None, f"no {check.get('subject')} any more")):
             return
         self.stay(new.colours == old.colours, "its colours changed")
+        self.unblotted(new, blotted(self.before, old))
         self.stay(len(self.view.things) == len(self.before.things), "the number of things changed")
         x0, y0, x1, y1 = new.box
         ox0, oy0, ox1, oy1 = old.box
@@ -461,7 +600,7 @@ def judge(image: Image.Image, check: dict, previous: Image.Image | None = None) 
         raise InputError(f"a {check['op']} is judged against the picture before it; pass previous=")
     court = Judge(image, previous if check["op"] not in ("scene", "start") else None)
     getattr(court, check["op"])(check)
-    return Verdict(not court.reasons, court.reasons, court.scores, court.stayed if "kept" in court.scores else None)
+    return court.verdict()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -495,6 +634,8 @@ TURNED = re.compile(
 ON_PAGE = re.compile(rf"\b({PAGE}) (?:background|paper|page)\b|\bbackground (?:is )?(?:now )?({PAGE})\b")
 ANY_COLOUR = re.compile(rf"\b({COLOUR})\b")
 ANY_SUBJECT = re.compile(rf"\b({SUBJECT})\b")
+# "This is how you draw a red house", "let's draw a red house", "I will draw a red house": not yet, and maybe not here.
+ANNOUNCED = re.compile(r"\b(?:how|let us|lets?|ll|will|shall|want|can|going to|like to|step)\b")
 STEP = re.compile(rf"\b(?:draw|start|paint|put|add|place)\b.*\b(?:for|as) the ({PART})\b")
 REMOVED = re.compile(r"\b(?:removed|gone|took|without|erased)\b")
 ADDED = re.compile(r"\b(?:added|put|now there is)\b")
@@ -661,6 +802,8 @@ def claim_scene(said: Said) -> dict | None:
     # A thing without a colour is one that is spoken of, not shown.
     if not said.things or not (said.things[0].colour or said.things[0].paint):
         return None
+    if ANNOUNCED.search(said.words):
+        return None
     objects = []
     for m in said.mentions:
         if m.subject:
@@ -675,14 +818,27 @@ def claim_scene(said: Said) -> dict | None:
 
 
 def judge_text(image: Image.Image, text: str, previous: Image.Image | None = None, context: str = "") -> Verdict:
-    """Whether a picture shows what the text just before it claims; context: everything said before that text."""
+    """Whether a picture shows all that the text just before it claims; context: everything said before that text."""
     stated = claims(text, context)
     if not stated:
         return Verdict(False, [f"the text states nothing about the picture: {text!r}"])
-    check = stated[-1]
-    if check["op"] not in ("scene", "start") and previous is None:
-        return Verdict(False, [f"a {check['op']} without a picture before it"])
-    return judge(image, check, previous)
+    if previous is None and any(claim["op"] == "scene" for claim in stated):
+        # "Here is a red house. The background is grey." tells of one picture: there is none to change.
+        stated = [claim | {"op": "scene"} if claim["op"] == "background" else claim for claim in stated]
+    scenes = [claim for claim in stated if claim["op"] == "scene"]
+    changes = [claim for claim in stated if claim["op"] != "scene"]
+    builds = [claim for claim in changes if claim["op"] != "start"]
+    if builds and previous is None:
+        return Verdict(False, [f"a {builds[0]['op']} without a picture before it"])
+    court = Judge(image, previous if builds else None)
+    for claim in changes:
+        getattr(court, claim["op"])(claim)
+    if changes:
+        for claim in scenes:
+            court.remark(claim, previous)
+    else:
+        court.scenes(scenes)
+    return court.verdict()
 
 
 def states(claim: dict, need: dict) -> bool:
@@ -896,23 +1052,122 @@ class Spoiler:
         return [("kept colour", self.painted_whole(self.last)), ("place", replace(self.scene, things=(halfway,)))]
 
 
+# Figures whose first part, drawn alone, looks like a shape.
+LOOKALIKES = (("cat", "circle"), ("castle", "square"), ("cup", "square"), ("flower", "circle"))
+
+
+class Forger:
+    """Makes wrong pictures out of a right one that are wrong in their pixels; None where a kind makes no sense."""
+
+    def __init__(self, scene: Scene, image: Image.Image, check: dict, previous: Image.Image | None, rng: random.Random):
+        self.scene, self.image, self.check, self.previous, self.rng = scene, image, check, previous, rng
+        self.size = image.width
+        self.unit = self.size / 64
+
+    def every(self) -> Iterator[tuple[str, Image.Image | None]]:
+        yield "border only right", self.border_only()
+        yield "one speck", self.specks(1)
+        yield "eight specks", self.specks(8)
+        yield "main part 15 % blot", self.blot(0.15)
+        yield "main part 30 % blot", self.blot(0.30)
+        yield "main part 30 % edge", self.blot(0.30, edge=True)
+        yield "new part 1.3x", self.larger(1.3)
+        yield "blank picture", render(Scene(self.scene.background), self.size)
+
+    def border_only(self) -> Image.Image | None:
+        """Another page, but for the outermost pixels."""
+        if not self.previous and not self.check.get("background"):
+            return None
+        other = self.rng.choice([b for b in BACKGROUNDS if b != self.scene.background])
+        wrong = render(replace(self.scene, background=other), self.size)
+        framed = self.image.copy()
+        framed.paste(wrong.crop((1, 1, self.size - 1, self.size - 1)), (1, 1))
+        return framed
+
+    def specks(self, number: int) -> Image.Image | None:
+        """Squares of 3 x 3, well away from things and from each other."""
+        pixels = np.asarray(self.image).copy()
+        side = round(3 * self.unit)
+        taken = grow((pixels != BACKGROUNDS[self.scene.background]).any(-1), round(4 * self.unit))
+        for _ in range(number):
+            room = np.argwhere(core(~taken, side)[side:-side, side:-side]) + side
+            if not len(room):
+                return None
+            y, x = self.rng.choice(room.tolist())
+            pixels[y:y + side, x:x + side] = COLOURS[self.rng.choice(NAMES)]
+            taken[y - side:y + 2 * side, x - side:x + 2 * side] = True
+        return Image.fromarray(pixels)
+
+    def blot(self, share: float, edge: bool = False) -> Image.Image | None:
+        """So much of a main part in another colour, about a point of it or along an edge."""
+        painted = [i for i, t in enumerate(self.scene.things) if main_part(t.subject) < t.drawn]
+        if not painted:
+            return None
+        spoiler = Spoiler(self.scene, self.check, None, self.rng)
+        wrong = np.asarray(render(spoiler.painted_whole(self.rng.choice(painted)), self.size))
+        pixels = np.asarray(self.image).copy()
+        ys, xs = np.nonzero((pixels != wrong).any(-1))
+        k = self.rng.randrange(len(ys))
+        distance = self.rng.choice((xs, ys, -xs, -ys)) if edge else (xs - xs[k]) ** 2 + (ys - ys[k]) ** 2
+        some = np.argsort(distance, kind="stable")[:round(share * len(ys))]
+        pixels[ys[some], xs[some]] = wrong[ys[some], xs[some]]
+        return Image.fromarray(pixels)
+
+    def larger(self, factor: float) -> Image.Image | None:
+        """The part drawn last, so many times as long and as wide about its middle."""
+        if self.check["op"] != "part":
+            return None
+        thing = self.scene.things[-1]
+        new = thing.drawn - 1
+        without = replace(self.scene, things=(*self.scene.things[:-1], replace(thing, drawn=new)))
+        image = render(without, 4 * self.size)
+        pen = ImageDraw.Draw(image)
+        shapes = outlines(thing.subject)[new]
+        points = np.concatenate(shapes)
+        middle = (points.min(0) + points.max(0)) / 2
+        for shape in shapes:
+            at = (middle + factor * (shape - middle)) * thing.size + (thing.x, thing.y)
+            pen.polygon((4 * self.unit * at - 0.5).ravel().tolist(), fill=COLOURS[thing.colours[new]])
+        return image.reduce(4)
+
+
 def worn(image: Image.Image, rng: np.random.Generator, sigma: float = 8.0) -> Image.Image:
     """The picture as an autoencoder may give it back: slightly blurred, with Gaussian noise."""
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(0.5)), dtype=np.float32)
     return Image.fromarray((pixels + rng.normal(0, sigma, pixels.shape)).clip(0, 255).astype(np.uint8))
 
 
-def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> dict[str, dict[str, tuple[int, int]]]:
-    """{kind: {test: (accepted, tried)}} over n pictures a kind: truth, worn truth, the frame before, one wrong attribute."""
+class Trial(NamedTuple):
+    """A picture and what it is held against."""
+    what: str                   # "truth", "worn", ...
+    image: Image.Image
+    check: dict
+    previous: Image.Image | None
+    text: str | None = None     # held against these words instead of the check
+    context: str = ""
+
+    def accepted(self) -> bool:
+        if self.text is None:
+            return judge(self.image, self.check, self.previous).ok
+        return judge_text(self.image, self.text, self.previous, self.context).ok
+
+
+def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None, forged=False, decode=None) -> dict[str, dict]:
+    """{kind: {test: (accepted, tried)}} over n pictures a kind: truth, worn truth, the frame before, one wrong attribute.
+
+    forged: also pictures wrong in their pixels, other pictures, other words, and lookalikes as a kind of its own. decode: also
+    the truth through this function, an autoencoder's.
+    """
+    kinds = {kind: trials_of(kind, seed, size, forged, decode) for kind in KINDS if kind not in ("question", "text")}
+    if forged:
+        kinds["lookalikes"] = lookalikes(seed, size)
     table = {}
-    for kind in KINDS:
-        if kind in ("question", "text"):
-            continue
+    for kind, trials in kinds.items():
         row: dict[str, list[int]] = {}
-        for tests in itertools.islice(trials_of(kind, seed, size), n):
-            for what, shown, check, previous in tests:
-                cell = row.setdefault(what, [0, 0])
-                cell[0] += judge(shown, check, previous).ok
+        for tests in itertools.islice(trials, n):
+            for trial in tests:
+                cell = row.setdefault(trial.what, [0, 0])
+                cell[0] += trial.accepted()
                 cell[1] += 1
         if progress:
             progress(kind, row)
@@ -920,35 +1175,113 @@ def error_rates(n: int = 150, seed: int = 0, size: int = 64, progress=None) -> d
     return table
 
 
-def trials_of(kind: str, seed: int, size: int) -> Iterator[list[tuple]]:
-    """For every picture of the assistant, without end: [(what it is, picture, check, picture before)]."""
+def trials_of(kind: str, seed: int, size: int, forged: bool = False, decode=None) -> Iterator[list[Trial]]:
+    """The trials of every picture of the assistant, without end."""
+    stranger = None             # the last picture of another dialogue, as (scene, picture)
     for at in itertools.count(seed):
         record = dialogue(at, "seen", {kind: 1.0}, size)
         rng, noise = random.Random(at + 1), np.random.default_rng(at + 1)
-        pictures = [c["image"] for m in record["messages"] for c in m["content"] if c["type"] == "image"]
         previous = before = None
-        for item, image in zip(record["truth"]["images"], pictures, strict=True):
+        for item, image, text, context in pictures_of(record):
             scene, check = Scene.from_json(item["scene"]), item["check"]
             if check:
-                tests = [("truth", image, check, previous)]
-                tests.append(("worn", worn(image, noise), check, previous and worn(previous, noise)))
+                tests = [Trial("truth", image, check, previous)]
+                tests.append(Trial("worn", worn(image, noise), check, previous and worn(previous, noise)))
+                if decode:
+                    tests.append(Trial("VAE", decode(image), check, previous and decode(previous)))
                 # Where nothing was done, an edit must fail; a whole scene may look like the one before.
                 if previous and check["op"] != "scene":
-                    tests.append(("before", previous, check, previous))
+                    tests.append(Trial("before", previous, check, previous))
                 for what, wrong in spoilt(scene, check, before, rng):
-                    tests.append((f"wrong {what}", render(wrong, size), check, previous))
+                    tests.append(Trial(f"wrong {what}", render(wrong, size), check, previous))
+                if forged:
+                    pictures = Forger(scene, image, check, previous, rng).every()
+                    tests += [Trial(what, wrong, check, previous) for what, wrong in pictures if wrong]
+                    if stranger and kept_names(stranger[0]) != kept_names(scene):
+                        tests.append(Trial("another prompt's picture", stranger[1], check, previous))
+                    tests += tricks(scene, check, previous, text, context, size)
                 yield tests
             previous, before = image, scene
+        stranger = (before, previous)
 
 
-def report(n: int = 150, size: int = 64) -> None:
-    """Prints the checker's own error rates kind by kind."""
+def pictures_of(record: dict) -> Iterator[tuple[dict, Image.Image, str, str]]:
+    """(entry of truth["images"], picture, text just before it, everything said before that)."""
+    context, entries = "", iter(record["truth"]["images"])
+    for message in record["messages"]:
+        text = ""
+        for item in message["content"]:
+            if item["type"] == "text":
+                text = item["text"]
+                continue
+            yield next(entries), item["image"], text, context
+            context, text = f"{context} {text}", ""
+        # The user's words may stand before or after a picture.
+        words = [item["text"] for item in message["content"] if item["type"] == "text"]
+        context += f" {' '.join(words)}" if message["role"] == "user" else f" {text}"
+
+
+def kept_names(scene: Scene) -> set[tuple[str, str]]:
+    return {(thing.subject, thing.main) for thing in scene.things}
+
+
+def tricks(scene: Scene, check: dict, previous: Image.Image | None, text: str, context: str, size: int) -> list[Trial]:
+    """The right words, then true words about another picture, and that picture."""
+    if ("circle", "blue") in kept_names(scene):
+        return []
+    circle = fit("circle", 1, usual_colours("circle", "blue"), 30, 32, 32)
+    picture = render(Scene(scene.background, (circle,)), size)
+    return [Trial("sentence trick", picture, check, previous, f"{text} Here is a blue circle.", context)]
+
+
+def lookalikes(seed: int, size: int) -> Iterator[list[Trial]]:
+    """Edits of pictures in which a shape stands beside a figure that once looked like it: of the right one, of the other."""
+    for at in itertools.count(seed):
+        rng = random.Random(f"lookalikes {at}")
+        names = rng.choice(LOOKALIKES)
+        page = rng.choice(list(BACKGROUNDS))
+        first, second, new = rng.sample(list(COLOURS), 3)
+        places = relation_cells(rng, rng.choice(RELATIONS))
+        things = [small(rng, s, usual_colours(s, c), cell) for s, c, cell in zip(names, (first, second), places, strict=True)]
+        previous = render(Scene(page, tuple(things)), size)
+        i = rng.randrange(2)
+        if rng.random() < 0.5:
+            text = f"I removed the {names[i]}."
+            removed = [Scene(page, (things[1 - k],)) for k in (i, 1 - i)]
+            right, wrong = (render(scene, size) for scene in removed)
+        else:
+            text = f"The {names[i]} is {new} now."
+            spoilers = [painted_in(things[k], new) for k in range(2)]
+            scenes = [Scene(page, tuple(spoilers[k] if k == j else things[k] for k in range(2))) for j in (i, 1 - i)]
+            right, wrong = (render(scene, size) for scene in scenes)
+        yield [Trial("early stage, right", right, {}, previous, text), Trial("early stage, other", wrong, {}, previous, text)]
+
+
+def painted_in(thing: Thing, colour: str) -> Thing:
+    main = main_part(thing.subject)
+    return replace(thing, colours=(*thing.colours[:main], colour, *thing.colours[main + 1:]))
+
+
+# What `report` sums up: the name of the line, and how the tests in it begin.
+LINES = {
+    "truth": "truth", "worn truth": "worn", "truth through the VAE": "VAE",
+    "early stage beside, right one": "early stage, right",
+    "frame before": "before", "wrong attribute": "wrong", "border only right": "border", "one speck": "one speck",
+    "eight specks": "eight specks", "main part 15 % blot": "main part 15", "main part 30 % blot": "main part 30 % blot",
+    "main part 30 % along an edge": "main part 30 % edge", "new part 1.3 times as long": "new part", "blank picture": "blank",
+    "another prompt's picture": "another", "sentence trick": "sentence", "early stage beside, wrong one": "early stage, other",
+}
+
+
+def report(n: int = 150, size: int = 64, decode=None) -> None:
+    """Prints the checker's own error rates, kind by kind and in all. decode: a function of pictures, or None."""
     def line(kind, row):
         print(f"{kind:11s} " + "  ".join(f"{what} {ok}/{tried}" for what, (ok, tried) in row.items()), flush=True)
 
-    table = error_rates(n, size=size, progress=line)
-    for name, match in (("truth accepted", "truth"), ("worn truth accepted", "worn"), ("frame before accepted", "before"),
-                        ("wrong attribute accepted", "wrong")):
-        cells = [cell for row in table.values() for what, cell in row.items() if what.startswith(match)]
+    table = error_rates(n, size=size, progress=line, forged=True, decode=decode)
+    print(f"\n{'':32s} accepted     tried")
+    for name, beginning in LINES.items():
+        cells = [cell for row in table.values() for what, cell in row.items() if what.startswith(beginning)]
         accepted, tried = sum(c[0] for c in cells), sum(c[1] for c in cells)
-        print(f"{name:26s} {100 * accepted / max(1, tried):6.2f} % of {tried}")
+        if tried:
+            print(f"{name:32s} {accepted:8d}  {tried:8d}  {100 * accepted / tried:6.2f} %")

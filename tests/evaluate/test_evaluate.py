@@ -260,6 +260,53 @@ def test_what_the_checker_calls_a_change_of_the_rest_is_an_inconsistency():
     assert tried == set(stays)
 
 
+def test_a_picture_that_cannot_be_read_has_kept_nothing():
+    edits = [r for kind in EDITS for r in single(kind, 2)]
+    for words in ("Mine.", "Here is a red house."):
+        found = report(Faulty(edits, lambda record, parts, words=words: [words, *parts[1:]]))
+        assert found.share("stays") == Share(0, len(edits))
+    records = draw_records("story", "seen", 4, 7, 64, lambda r: r["truth"]["turns"][0]["images"][0] > 2)
+    blank = SimpleNamespace(image=Image.new("RGB", (64, 64), "white"))
+    right = report(Corpus(records)).share("stays")
+    assert right.right == right.n
+    hidden = report(Faulty(records, lambda record, parts: [*parts[:1], blank, *parts[2:]]))  # none saw the hero at first
+    assert hidden.share("stays").n == right.n and hidden.share("stays").right == right.n - len(records)
+
+
+def test_neither_blank_pictures_nor_those_of_others_nor_more_words_pass():
+    """Each would do if a checker looked at one sentence, or at a border, alone."""
+    records = [r for split in ("held_out", "seen") for kind in KINDS if kind not in exam.IDLE for r in single(kind, 2, split)]
+    others = {id(r): o for r, o in zip(records, records[1:] + records[:1], strict=True)}
+    circle = shown(Scene("white", (fit("circle", 1, usual_colours("circle", "blue"), 30, 32, 32),)))
+
+    def each_picture(parts, new):
+        return [p if isinstance(p, str) else new(k) for k, p in enumerate(parts)]
+
+    def blank(record, parts):
+        return each_picture(parts, lambda k: shown(Scene(scene_at(record).background)))
+
+    def strange(record, parts):
+        pictures = [p["image"] for m in others[id(record)]["messages"] for p in m["content"] if p["type"] == "image"]
+        return each_picture(parts, lambda k: SimpleNamespace(image=pictures[k % len(pictures)]))
+
+    def twice(record, parts):
+        told = [f"{p} Here is a blue circle." if isinstance(p, str) else p for p in parts]
+        return each_picture(told, lambda k: circle)
+
+    def afterwards(record, parts):
+        told = [p for p in parts if isinstance(p, str)]
+        return [p for _ in told for p in ("Here is a blue circle.", circle)] + told
+
+    assert report(Corpus(records)).share("whole").share == 1
+    for spoil in (blank, strange, twice, afterwards):
+        found = report(Faulty(records, spoil))
+        assert found.share("whole").right == 0, spoil
+        if spoil is not afterwards:
+            assert found.share("shows").share < 0.01, (spoil, found.share("shows"))
+        else:
+            assert found.share("text").share < 0.01, found.share("text")
+
+
 # ---------------------------------------------------------------------------------------------------------------- free running
 
 
