@@ -66,8 +66,8 @@ CHANGED, KEPT, KEPT_FOREGROUND = 0.85, 0.97, 0.93
 MATCH = 0.72                 # least score of a thing that is recognised: silhouette IoU x agreement of colours inside the parts
 STAGE_MATCH = MATCH - 0.07   # least score in the picture before, where it is known what to look for
 
-# Lengths and areas are in pixels of a picture of 64 x 64. Those below lie between what the VAE makes of true pictures and what
-# a person would call wrong.
+# Lengths and areas are in pixels of a picture of 64 x 64. These limits lie between what the VAE makes of true pictures and what
+# a person would call wrong. They are younger than those above: they were chosen with pictures of the bundled model in sight.
 THING = 14                   # least area of a thing
 SPECK = 4                    # least area of a mark on the page that counts
 SCATTERED = 0.03             # largest share of the page that smaller marks may cover
