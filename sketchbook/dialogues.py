@@ -73,7 +73,6 @@ from sketchbook.words import (
     a,
     articles,
     is_are,
-    listing,
     noun_phrase,
     part_phrase,
     plural,
@@ -179,7 +178,9 @@ class Dialogue:
         # Habits of typing.
         text = text[:-1] if text[-1] in ".?!" and self.chance(0.2) else text
         text = text.lower() if self.chance(0.2) else text
+        text = hurried(self.rng, text) if self.chance(0.06) else text
         text = mistyped(self.rng, text) if self.chance(0.08) else text
+        text = text.upper() if self.chance(0.02) else text
         pictures = [{"type": "image", "image": scene} for scene in scenes]
         words = [{"type": "text", "text": text}]
         self.messages.append({"role": "user", "content": pictures + words if self.chance(0.7) else words + pictures})
@@ -211,6 +212,14 @@ class Dialogue:
         """'the car', or 'the red car' where there are two, and sometimes where there is one."""
         alone = sum(t.subject == thing.subject for t in self.scene.things) == 1
         return f"the {thing.subject}" if alone and self.chance(0.5) else f"the {thing.main} {thing.subject}"
+
+
+SMALL_WORDS = re.compile(r"\b(?:an?|the|to|of|is|are|be|it|its|please|i|me|that|should|would) ", re.IGNORECASE)
+
+
+def hurried(rng: random.Random, text: str) -> str:
+    """Without some of its small words: "want learn draw house with blue door"."""
+    return SMALL_WORDS.sub(lambda match: match[0] if rng.random() < 0.4 else "", text)
 
 
 def mistyped(rng: random.Random, text: str) -> str:
@@ -813,7 +822,7 @@ def dialogue(seed: int, split: str = "train", kinds: dict[str, float] | None = N
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
-# For pretraining: pictures alone, pictures described, pictures in motion
+# For pretraining: pictures alone, pictures in motion
 
 
 def allowed(rng, make):
@@ -830,62 +839,10 @@ def pictures(seed: int, n: int, size: int = 64) -> list[Image.Image]:
     return [render(allowed(rng, lambda r: ((random_scene(r),), None))[0][0], size) for _ in range(n)]
 
 
-def place_words(thing: Thing) -> str:
-    """'at the top left', 'in the middle', by thirds of the picture."""
-    cx, cy = thing.centre
-    row = "top" if cy < 26 else "bottom" if cy > 38 else ""
-    column = "left" if cx < 26 else "right" if cx > 38 else ""
-    if not row and not column:
-        return "in the middle"
-    return f"at the {row} {column}".strip() if row else f"on the {column}"
-
-
-def describe(scene: Scene, rng: random.Random | None = None) -> str:
-    """What a picture shows: subjects, colours of all parts, numbers, places, background. Without rng in fixed words."""
-    rng = rng or random.Random(0)
-    groups = {}
-    for t in scene.things:
-        groups.setdefault((t.subject, t.drawn, t.colours[:t.drawn]), []).append(t)
-    said = []
-    for group in groups.values():
-        t, where = group[0], f" {place_words(group[0])}" if len(group) == 1 else ""
-        if t.drawn < SUBJECTS[t.subject].small:                 # not yet what it is going to be
-            parts = zip(SUBJECTS[t.subject].parts[:t.drawn], t.colours, strict=False)
-            said.append(f"{listing([part_phrase(p.name, c) for p, c in parts])} of {a(t.subject)}{where}")
-        else:
-            said.append(noun_phrase(t.subject, t.main, len(group)) + with_parts(t) + where)
-    lead = rng.choice(["The picture shows", "I see", "There is" if len(scene.things) == 1 else "There are"])
-    end = rng.choice([f" on a {scene.background} background.", f". The background is {scene.background}.",
-                      f" on {scene.background} paper."])
-    return sentence(f"{lead} {said[0] if len(said) == 1 else ', '.join(said[:-1]) + ', and ' + said[-1]}{end}")
-
-
 def painted(d: Dialogue, size: int) -> list[dict]:
     """The messages with pictures in place of scenes."""
     return [{"role": m["role"], "content": [{"type": "image", "image": render(c["image"], size)} if c["type"] == "image" else c
                                             for c in m["content"]]} for m in d.messages]
-
-
-def looking(seed: int, size: int = 64) -> dict:
-    """A record with one picture of the user and a description or answers: how the language model learns to see."""
-
-    def make(r):
-        d, scene = Dialogue(r), random_scene(r)
-        if r.random() < 0.6:
-            d.ask(d.pick(ASK["describe"]), scene)
-            d.answer("looking")
-            d.say(describe(scene, r))
-            return (scene,), d
-        items = questions(d, scene)
-        for k, item in enumerate(r.sample(items, min(len(items), r.randint(1, 4)))):
-            d.ask(d.pick(item.asks), *(() if k else (scene,)))
-            d.answer("looking", words=item.words, avoid=item.avoid)
-            d.say(item.reply)
-        return (scene,), d
-
-    _, d = allowed(random.Random(f"looking {seed}"), make)
-    return {"messages": painted(d, size), "kind": "looking", "held_out": False, "held_out_by": [],
-            "truth": {"images": [{**i, "scene": i["scene"].to_json()} for i in d.images], "turns": d.turns}}
 
 
 def film(d: Dialogue, frames: int) -> tuple[list[Scene], str]:

@@ -1,10 +1,11 @@
 """How people word what they want drawn: requests put together from parts, and what each of them names.
 
-A whole sentence ("Show me how to draw {x}.") or an opening and a verb are the frame; the thing is worded ("a pink house", "a
-house in pink", "a pair of ducks"); what else is wanted is attached, behind the noun ("whose door is black"), behind the
-sentence (", and make its door black") or before it. The parts stand in grammar.json, {category: {"train": [...], "held_out":
-[...]}}, with the placeholders of words.GRAMMAR. The two lists of each category were written by two people who never saw the
-other's: with the held-out ones an exam asks whether a model understands a detail however it is attached.
+A whole sentence ("Show me how to draw {x}."), an opening and a verb, or a fragment ("{x}, step by step") are the frame; the
+thing is worded ("a pink house", "a house in pink", "a pair of ducks"); what else is wanted is attached, behind the noun
+("whose door is black"), behind the sentence (", and make its door black") or before it; and some talk of other things first.
+The parts stand in grammar.json, {category: {"train": [...], "held_out": [...]}}, with the placeholders of words.GRAMMAR. The
+two lists of each category were written by two people who never saw the other's: with the held-out ones an exam asks whether a
+model understands a detail however it is attached.
 
     text, named = request(d, "lesson", [Wanted("house", "pink", parts={"door": "black"})])
 
@@ -24,8 +25,7 @@ from dataclasses import dataclass, field
 
 from sketchbook.words import ASK, GRAMMAR_WAYS, NUMBERS, a, is_are, listing, noun_phrase, part_phrase, plural
 
-VERBS = {"lesson": "lesson_verb", "story": "story_verb"}  # every other kind asks for one picture
-COMPOSED = 0.5     # of the frames are put together; the others are whole sentences of requests.json
+FRAMES = {"whole": 0.35, "composed": 0.35, "fragment": 0.3}  # shares of requests.json, of opening and verb, of the other forms
 
 
 @dataclass
@@ -57,8 +57,10 @@ def request(d, kind: str, wanted: list[Wanted], *, join: str = " and ", relation
     """
     around = Around()
     x = join.join(worded(d, one, around, alone=len(wanted) == 1 and not company) for one in wanted)
-    if company:
-        x += way(d, "company", y=noun_phrase(company.subject, company.colour))
+    y = noun_phrase(company.subject, company.colour) if company else None
+    met = y and d.chance(0.35)                                  # a frame of its own for two
+    if y and not met:
+        x += way(d, "company", y=y)
 
     # The page and the number of pictures stand behind the thing, or behind the whole request.
     if page and d.chance(0.6):
@@ -72,31 +74,50 @@ def request(d, kind: str, wanted: list[Wanted], *, join: str = " and ", relation
         else:
             x += number
 
-    text = framed(d, kind, x)
+    if met:
+        text = way(d, "story_met", x=x, y=y)
+    else:
+        text = framed(d, kind, x, bare=len(wanted) == 1 and wanted[0].count == 1)
     for tail in around.after:
         text = joined(text, tail)
     if d.chance(0.12):
         text = joined(text, d.pick(GRAMMAR_WAYS["closing"]))
     if around.before:
         text = around.before + lowered(text, around.before)
+
+    # Many tell first, or last, for whom it is and how they are.
+    if d.chance(0.12):
+        text = f"{d.pick(GRAMMAR_WAYS['chatter_before'])} {capital(text)}"
+    if d.chance(0.08):
+        text = f"{text if text[-1] in '.?!' else text + '.'} {capital(d.pick(GRAMMAR_WAYS['chatter_after']))}"
     return text, named(wanted, relation, page, pictures, company)
 
 
-def framed(d, kind: str, x: str) -> str:
-    """The sentence about a thing."""
-    sentences = ASK[kind if kind in VERBS else "one"]
-    if not d.chance(COMPOSED):
-        return d.pick(sentences).format(x=x)
-    text = d.pick(GRAMMAR_WAYS[VERBS.get(kind, "one_verb")]).format(x=x)
+def framed(d, kind: str, x: str, bare: bool) -> str:
+    """The sentence about a thing. bare: it is a single one, whose article may be left out."""
+    form = d.rng.choices(list(FRAMES), list(FRAMES.values()))[0]
+    kind = kind if kind in ("lesson", "story") else "one"
+    if form == "whole":
+        return d.pick(ASK[kind]).format(x=x)
+    if form == "fragment":
+        if bare and kind != "story" and d.chance(0.25):
+            return d.pick(GRAMMAR_WAYS[f"{kind}_bare"]).format(bare=x.split(" ", 1)[1])
+        return d.pick(GRAMMAR_WAYS[f"{kind}_frame"]).format(x=x)
+
+    text = d.pick(GRAMMAR_WAYS[f"{kind}_verb"]).format(x=x)
     if d.chance(0.5):
         text = f"{d.pick(GRAMMAR_WAYS['opening'])} {text}"
     return text + ("?" if text.startswith(("can ", "could ", "would ", "will ")) and d.chance(0.7) else ".")
 
 
+def capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def joined(text: str, tail: str) -> str:
     """A request and what is said behind it: a clause takes the place of its full stop, a sentence comes after it."""
     if tail.startswith(". "):
-        return f"{text if text[-1] in '.?!' else text + '.'} {tail[2:3].upper()}{tail[3:]}"
+        return f"{text if text[-1] in '.?!' else text + '.'} {capital(tail[2:])}"
     end = text[-1] if text[-1] in ".?!" else ""
     return text.rstrip(".?!") + tail + ("" if tail[-1] in ".?!" else end)
 
@@ -104,7 +125,7 @@ def joined(text: str, tail: str) -> str:
 def lowered(text: str, before: str) -> str:
     """A request behind "with a blue door: " begins small, unless with "I" or after a full stop."""
     if before.rstrip().endswith((".", "!", "?")):
-        return text[0].upper() + text[1:]
+        return capital(text)
     return text if text.startswith(("I ", "I'")) else text[0].lower() + text[1:]
 
 

@@ -39,6 +39,7 @@ from model import PRESETS as MLLM_PRESETS
 from pipeline import Settings, write_manifest
 from records.stream import Stream
 from sketchbook import dialogues as sketchbook
+from sketchbook import looking
 from sketchbook.checker import judge
 from sketchbook.eye import SeeingLoss, lesson
 from sketchbook.scenes import BACKGROUNDS, COLOURS, SUBJECTS
@@ -210,15 +211,15 @@ class MLLMConfig(TrainConfig):
 def corpus(n: int) -> Iterator[str]:
     """All text of n dialogues of each source, for the tokenizer."""
     for seed in range(n):
-        for record in (sketchbook.dialogue(seed), sketchbook.looking(seed)):
+        for record in (sketchbook.dialogue(seed), looking.record(seed)):
             for message in record["messages"]:
                 yield from (p["text"] for p in message["content"] if p["type"] == "text")
         yield sketchbook.clip(seed, frames=2)[0]
 
 
 def reading(c: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, seed: int) -> Document:
-    looking = torch.rand((), generator=generator(c.seed, 1, seed)).item() < c.looking
-    record = sketchbook.looking(seed, c.size) if looking else sketchbook.dialogue(seed, size=c.size)
+    about_a_picture = torch.rand((), generator=generator(c.seed, 1, seed)).item() < c.looking
+    record = looking.record(seed, size=c.size) if about_a_picture else sketchbook.dialogue(seed, size=c.size)
     return tokenize(record, tokenizer, processor, pictures=False)
 
 

@@ -131,6 +131,8 @@ GRAMMAR = {
     "attach_all": "parts", "attach": "p c be?", "tail": "p c be?", "front": "parts",
     "paint": "c", "paint_tail": "c", "pair": "xs", "several": "xs n? d?",
     "page": "b", "page_tail": "b", "steps": "n? d?", "length": "n? d?", "company": "y",
+    "lesson_frame": "x", "lesson_bare": "bare", "one_frame": "x", "one_bare": "bare", "story_frame": "x", "story_met": "x y",
+    "chatter_before": "", "chatter_after": "",
 }
 # Held out from dialogues, but the pretraining of the language model asks it too ("describe"): it says nothing about the new.
 # It stays so that every seed gives what it has always given.
