@@ -47,16 +47,26 @@ class InputError(ValueError):
 
 def abandon_stdout() -> None:
     """For a BrokenPipeError: `| head` has seen enough, and the interpreter must not write to the pipe again when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # What is still in the buffer is flushed at the end: it then goes to the null device.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name ("cpu", "cuda", "cuda:1", "mps"); "auto" is the accelerator, or the CPU where there is none."""
+    # What there is of each kind. torch.device takes any name, and only the first tensor on it would tell that there is none.
     mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(mps),
+    }
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if mps else "cpu"
     kind, _, index = name.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(kind)
+    count = there.get(kind)
     if count is None or (index and not index.isdecimal()):
         raise InputError(f"device {name}: unknown, choose auto, cpu, cuda, cuda:N or mps")
     if int(index or 0) >= count:
@@ -75,6 +85,7 @@ def parse_dtype(name: str, device: str | torch.device = "cpu") -> torch.dtype:
 
 def make_out(out: Path) -> None:
     """The folder for results; an InputError now and not after the work if nothing can be written there."""
+    # Permissions do not tell it all (a full disk, a network's file system, a container): to write something does.
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe-{os.getpid()}"
@@ -93,6 +104,7 @@ def resolve(source: str | Path, subfolder: str | None = None, revision: str | No
     docstring; subfolder and revision add to it. Only json, safetensors and txt files are fetched. The Hub is not asked for
     what looks like a path (`looks_local`).
     """
+    # A folder goes before the Hub: what lies here needs no network, and cannot have changed since.
     local = base / source if base else Path(source).expanduser()
     if local.exists():
         folder = local / subfolder if subfolder else local
@@ -102,17 +114,23 @@ def resolve(source: str | Path, subfolder: str | None = None, revision: str | No
             inside = ", ".join(sorted(f.name for f in local.iterdir() if f.is_dir())) or "no folder"
             raise InputError(f"{folder}: no such folder: {local} holds {inside}")
         return folder
+    # A path with a typing error can have the form owner/name. The Hub would be asked for a stranger's repository.
     if looks_local(source, base):
         raise InputError(no_folder(source, base))
+
     hub = HUB_NAME.fullmatch(str(source))
     if hub is None:
         raise InputError(f"{source}: no such folder, and a Hub name would have the form owner/name: check the path")
-    repo, revision = hub["repo"], revision or hub["revision"] or "main"
+    repo = hub["repo"]
+    revision = revision or hub["revision"] or "main"
     subfolder = "/".join(filter(None, (hub["folder"], subfolder)))
     try:
         # Files that are complete in the cache are not fetched again, and a partial one never gets its final name.
-        patterns = [f"{subfolder}/{p}".lstrip("/") for p in ("*.json", "*.safetensors", "*.txt")]
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / subfolder
+        patterns = []
+        for pattern in ("*.json", "*.safetensors", "*.txt"):
+            patterns.append(f"{subfolder}/{pattern}".lstrip("/"))
+        snapshot = snapshot_download(repo, revision=revision, allow_patterns=patterns)
+        folder = Path(snapshot) / subfolder
     except Exception as e:  # the transports raise types of their own, without a common base
         raise InputError(_hub_problem(e, repo, revision, source)) from e
     if not folder.is_dir():
@@ -129,7 +147,10 @@ def looks_local(source: str | Path, base: Path | None = None) -> bool:
     first = str(source).split("/")[0]
     if first in ("", ".", "..") or first.startswith("~"):
         return True
-    here = first == "runs" or Path(first).is_dir() or (base is not None and (base / first).is_dir())
+    # Where a folder of the first name is, the rest was meant to be in it; runs/ is one before the first training has made it.
+    here = first == "runs" or Path(first).is_dir()
+    if base is not None:
+        here = here or (base / first).is_dir()
     return here and "/" in str(source) and "@" not in str(source)
 
 
@@ -138,17 +159,25 @@ def no_folder(source: str | Path, base: Path | None = None) -> str:
     path = Path(source).expanduser()
     if base is not None and (base / path.parts[0]).is_dir():
         path = base / path
+    # The last folder on the way that is there, and the first name that is not.
     above = next(f for f in path.parents if f.is_dir() or f == f.parent)
     missing = path.relative_to(above).parts[0]
-    names = sorted(f.name for f in above.iterdir() if f.is_dir() and not f.name.startswith(".")) if above.is_dir() else []
+    names = []
+    if above.is_dir():
+        names = sorted(f.name for f in above.iterdir() if f.is_dir() and not f.name.startswith("."))
     close = difflib.get_close_matches(missing, names, 1)
-    inside = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "no folder"
+    inside = ", ".join(names[:8]) or "no folder"
+    if len(names) > 8:
+        inside += ", ..."
     remedy = f"did you mean {above / close[0]}?" if close else f"{above.resolve()} holds {inside}"
     return f"{source}: no such folder: there is no {missing} there: {remedy}"
 
 
 def _hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> str:
-    page, cause = f"{constants.ENDPOINT}/{repo}", e
+    page = f"{constants.ENDPOINT}/{repo}"
+    cause = e
+    # Nothing in the cache: that is either what was asked for, offline, or only the last thing that was tried. Then what came
+    # before it is the reason.
     if isinstance(e, errors.LocalEntryNotFoundError):
         part = "complete " if isinstance(e, errors.IncompleteSnapshotError) else ""
         absent = f"{source}: no such folder, and {repo}@{revision} is not {part}in the cache"
@@ -158,6 +187,7 @@ def _hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> 
     line = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
     if isinstance(cause, errors.HfHubHTTPError):
         line = f"HTTP {cause.response.status_code}: {cause.server_message or cause.response.reason_phrase}"
+    # From the particular to the general: a gated repository is to the library a kind of missing one.
     if isinstance(cause, errors.GatedRepoError):
         return f"{repo}: access is gated: accept its licence at {page}, then run `hf auth login`"
     if isinstance(cause, errors.RepositoryNotFoundError):
@@ -175,7 +205,8 @@ def _hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> 
 
 def read_text(path: str | Path) -> str:
     """A UTF-8 file; InputError where it is missing, unreadable, or a Git LFS pointer."""
-    _refuse_pointer(path := Path(path))
+    path = Path(path)
+    _refuse_pointer(path)
     try:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as e:
@@ -184,6 +215,7 @@ def read_text(path: str | Path) -> str:
 
 def read_json(path: str | Path) -> dict:
     """A JSON file that holds one object. A field given twice, or as NaN or Infinity, which JSON does not have, is refused."""
+    # Parsed, JSON takes many times its size: a file of gigabytes would end the process, not raise an error.
     if Path(path).is_file() and Path(path).stat().st_size > JSON_BYTES:
         raise InputError(f"{path}: {Path(path).stat().st_size:,} bytes are no configuration: download or copy it again")
     text = read_text(path)
@@ -201,16 +233,20 @@ def _object(pairs: list[tuple[str, typing.Any]]) -> dict:
     """What json.loads calls for every object."""
     out = {}
     for name, value in pairs:
+        # Python would take the last one, another reader the first.
         if name in out:
             raise ValueError(f"field {name!r:.60} is there twice")
-        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"field {name!r:.60} is not a finite number")
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"field {name!r:.60} is not a finite number")
         out[name] = value
     return out
 
 
 def write_json(path: str | Path, value: dict) -> None:
     """The file appears whole or not at all."""
+    # A rename is whole or not at all, but it may come to the disk before the bytes of the file: fsync first.
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as f:
         f.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -234,30 +270,50 @@ def config_from_json(cls: type, values: dict, where: str | Path, ignore: Collect
     A field without default must be there; an unknown one is an error unless it begins with "_" or is in `ignore`.
     A list becomes a tuple where the annotation says tuple[...], and an int a float where it says float.
     """
-    hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+
+    # An unknown field is mostly a misspelt one: passed over, its default would count, and the model would be another.
     for key in values:
         if key not in known and key not in ignore and not key.startswith("_"):
             close = difflib.get_close_matches(key, known, 1)
             name = key if key.isprintable() and len(key) < 60 else f"{key!r:.60}"
-            raise InputError(f"{where}: unknown field {name}: " + (f"did you mean {close[0]}?" if close else "remove it"))
+            remedy = f"did you mean {close[0]}?" if close else "remove it"
+            raise InputError(f"{where}: unknown field {name}: {remedy}")
     for key, field in known.items():
-        if key not in values and field.default is MISSING and field.default_factory is MISSING:
+        has_default = field.default is not MISSING or field.default_factory is not MISSING
+        if key not in values and not has_default:
             raise InputError(f"{where}: field {key} is missing: is this the config.json of a {cls.__name__}?")
-    return cls(**{k: _checked(v, hints[k], f"{where}: field {k}", ignore) for k, v in values.items() if k in known})
+
+    checked = {}
+    for key, value in values.items():
+        if key in known:
+            checked[key] = _checked(value, hints[key], f"{where}: field {key}", ignore)
+    return cls(**checked)
 
 
 def _checked(value: typing.Any, hint: typing.Any, where: str, ignore: Collection[str]) -> typing.Any:
-    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    # tuple[int, ...] is of the kind tuple with arguments; a plain int is its own kind.
+    kind = typing.get_origin(hint) or hint
+    args = typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):  # X | None
-        return None if value is None and type(None) in args else _checked(value, args[0], where, ignore)
+        if value is None and type(None) in args:
+            return None
+        return _checked(value, args[0], where, ignore)
     if is_dataclass(kind) and isinstance(value, dict):
         return config_from_json(kind, value, where, ignore)
+
+    # Each element against its own annotation, or all against the only one that there is.
     if kind in (tuple, list) and isinstance(value, (tuple, list)):
-        kinds = args[:1] * len(value) if kind is list or args[-1] is Ellipsis else args
+        kinds = args
+        if kind is list or args[-1] is Ellipsis:
+            kinds = args[:1] * len(value)
         if len(kinds) == len(value):
             return kind(_checked(v, k, where, ignore) for v, k in zip(value, kinds, strict=True))
+    # JSON writes 1.0 as 1. An int of hundreds of digits has no float.
     elif kind is float and type(value) is int and abs(value) < 10**300:
         return float(value)
+    # The very type: to isinstance, True is an int.
     elif kind is typing.Any or type(value) is kind:
         return value
     raise InputError(f"{where} is {json.dumps(value):.80}, but {hint if args else kind.__name__} is expected")
@@ -270,10 +326,13 @@ def check_bounds(config: typing.Any, where: str, bounds: dict[str, tuple[float, 
     """
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
-        for number in value if isinstance(value, (list, tuple)) else [value]:
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        for number in numbers:
+            # Written so that NaN fails, too: it is neither below nor above anything.
             if number is not None and not low <= number <= high:
                 shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
-                shown = f"{shown:.20}..." if len(shown) > 24 else shown
+                if len(shown) > 24:
+                    shown = f"{shown:.20}..."
                 raise InputError(f"{where}: {name} is {shown}, but it can only be from {low:,} to {high:,}")
 
 
@@ -298,14 +357,17 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
             if pickled[0].endswith((".pt", ".pth")):  # as NVIDIA and Wan publish, with more in it than tensors
                 remedy = "see `python -m tools.convert --help`"
             raise InputError(f"{folder}: only safetensors is loaded, not {pickled[0]}: {remedy}")
-        raise InputError(f"{folder}: no {' or '.join(f'{s}.safetensors' for s in STEMS)} here, nor an index of shards")
+        names = " or ".join(f"{stem}.safetensors" for stem in STEMS)
+        raise InputError(f"{folder}: no {names} here, nor an index of shards")
     if entries[0].suffix != ".json":
         return {entries[0]: list(_open(entries[0]).keys())}
 
     # An index must name just what its shards hold: a shard of another saving would else go unnoticed.
     files = {}
     index = read_json(entries[0]).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(f, str) and f == Path(f).name for f in index.values()):
+    # Names of files beside it alone: a path could lead anywhere on the disk.
+    sound = isinstance(index, dict) and all(isinstance(f, str) and f == Path(f).name for f in index.values())
+    if not sound:
         raise InputError(f"{entries[0]}: no weight_map from tensors to files beside it: download or copy it again")
     for name, file in index.items():
         files.setdefault(folder / file, []).append(name)
@@ -348,8 +410,7 @@ def load_weights(
     tied = getattr(module, "tied", {})
     found = _find_tensors(expected, tied, folder, rename, label)
 
-    # NaN and infinities survive in a sum, which takes one pass over memory; it is read only when all is loaded, so that no GPU
-    # is waited for. Whether a sum that is not finite has merely overflowed (in fp16 it may) is then looked up.
+    # NaN and infinities survive in a sum, which takes one pass over memory while it is still in the cache.
     sums: dict[str, Tensor] = {}
     for target, (file, name) in found.items():
         # Opened anew for each tensor: the pages of a mapped file count as ours until it is closed. And copied in any case, so
@@ -363,16 +424,18 @@ def load_weights(
             raise InputError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(want.shape)}")
         if tensor.is_floating_point() != want.is_floating_point():
             raise InputError(f"{file}: tensor {name} is {tensor.dtype}: quantised weights are not read, use the original ones")
-        tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        tensor = tensor.to(device, kept, copy=True)
         if tensor.is_floating_point():
             sums[target] = tensor.sum()
         _assign(module, target, tensor)
-    finite = torch.stack([*sums.values()]).isfinite().tolist() if sums else []
-    for target, sound in zip(sums, finite, strict=True):
-        if not sound and not _tensor(module, target).isfinite().all():
-            file, name = found[target]
-            remedy = "try --dtype bf16 or fp32, or download or copy it again" if dtype == torch.float16 else "use another copy"
-            raise InputError(f"{file}: tensor {name} of {label} holds NaN or infinity in {str(dtype)[6:]}: {remedy}")
+
+    for target in _not_finite(module, sums):
+        file, name = found[target]
+        remedy = "use another copy"
+        if dtype == torch.float16:
+            remedy = "try --dtype bf16 or fp32, or download or copy it again"
+        raise InputError(f"{file}: tensor {name} of {label} holds NaN or infinity in {str(dtype)[6:]}: {remedy}")
 
     # Parameters that share storage: a file may hold both, but then the same twice.
     for name, other in tied.items():
@@ -380,10 +443,25 @@ def load_weights(
             raise InputError(f"{folder}: {name} is not {other}, yet config.json ties them: is it of the same model?")
         _assign(module, name, module.get_parameter(other))
 
+    # Said at every load: a number that is not the model's is the first sign of a wrong folder.
     own = expected.keys() - tied.keys()
     total = sum(expected[name].numel() for name in own)
     print(f"{label}: {len(found.keys() & own)}/{len(own)} tensors, {total:,} parameters from {folder}")
     return module
+
+
+def _not_finite(module: nn.Module, sums: dict[str, Tensor]) -> list[str]:
+    """Which of the parameters with these sums hold NaN or infinity."""
+    if not sums:
+        return []
+    # One read for all of them, now that all copies are on their way: a read for each would wait for the GPU each time.
+    finite = torch.stack([*sums.values()]).isfinite().tolist()
+    wrong = []
+    for name, sound in zip(sums, finite, strict=True):
+        # A sum may have merely overflowed, in fp16 above all: only then every number is looked at.
+        if not sound and not _tensor(module, name).isfinite().all():
+            wrong.append(name)
+    return wrong
 
 
 def _find_tensors(
@@ -392,6 +470,7 @@ def _find_tensors(
     """Parameter -> (file, name there), of all that are expected; InputError where names are missing, left over or double."""
     found: dict[str, tuple[Path, str]] = {}
     extra: list[str] = []
+    # The names are in the heads of the files: nothing of the weights is read yet.
     for file, names in weight_files(folder).items():
         for name in names:
             target = rename(name) if rename else name
@@ -421,9 +500,13 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     owner = module.get_submodule(parent)
+    # Past nn.Module's own assignment, which takes no plain tensor for a parameter. To copy into a meta tensor does nothing.
     if leaf in owner._parameters:
         trained = owner._parameters[leaf].requires_grad
-        owner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=trained)
+        # One parameter in two places stays one: its gradient is the sum of both uses.
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=trained)
+        owner._parameters[leaf] = tensor
     else:
         owner._buffers[leaf] = tensor
 
@@ -443,20 +526,12 @@ def save_weights(
     """
     folder = Path(folder)
     total = sum(t.nbytes for t in tensors.values())
-
-    # Shards are filled in order; a tensor is never cut.
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
-    index = {name: file for file, shard in files.items() for name in shard}
+    files, index = _into_shards(tensors, stem, shard_bytes)
     texts = {"config.json": config} if config is not None else {}
 
     # The order in which they take their places: last the one without which the folder is no checkpoint.
-    if len(shards) == 1:
-        files = {f"{stem}.safetensors": shards[0]}
+    if len(files) == 1:
+        files = {f"{stem}.safetensors": tensors}
         order = [*texts, f"{stem}.safetensors"]
     else:
         texts[f"{stem}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": index}
@@ -470,7 +545,10 @@ def save_weights(
         for file, value in texts.items():
             write_json(staging / file, value)
         for file, shard in files.items():
-            save_file({n: t.detach().cpu().contiguous() for n, t in shard.items()}, staging / file, metadata={"format": "pt"})
+            # A shard at a time, and gone before the next: the host may have no room for a copy of a whole model.
+            on_host = {name: t.detach().cpu().contiguous() for name, t in shard.items()}
+            save_file(on_host, staging / file, metadata={"format": "pt"})
+            del on_host
             (staging / file).chmod(staging.stat().st_mode & 0o666)  # save_file's are for the owner alone, whatever the umask
             with open(staging / file, "rb+") as f:
                 os.fsync(f.fileno())
@@ -480,11 +558,41 @@ def save_weights(
 
     # Out with the old, index first: shards without one are no checkpoint either. In with the new.
     old = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-    for file in sorted((f for f in folder.iterdir() if old.fullmatch(f.name)), key=lambda f: "-of-" in f.name):
+    outdated = [f for f in folder.iterdir() if old.fullmatch(f.name)]
+    outdated.sort(key=_is_shard)
+    for file in outdated:
         file.unlink()
     for file in order:
         os.replace(staging / file, folder / file)
     staging.rmdir()
+
+
+def _into_shards(
+    tensors: dict[str, Tensor], stem: str, shard_bytes: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """File -> its tensors, in files of at most so many bytes; and the index, tensor -> file."""
+    # Shards are filled in order; a tensor is never cut.
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        filled = sum(t.nbytes for t in shards[-1].values())
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+
+    # The names say how many there are, so they are known only now.
+    files = {}
+    index = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        files[file] = shard
+        for name in shard:
+            index[name] = file
+    return files, index
+
+
+def _is_shard(file: Path) -> bool:
+    """Whether it is one of several files that only an index makes loadable."""
+    return "-of-" in file.name
 
 
 # ------------------------------------------------------------------------------------------------------- the folder of a run
@@ -507,7 +615,11 @@ def sync(path: Path) -> None:
 def write_checksums(folder: Path) -> None:
     """Checksums of every file, as sha256sum writes them; then all of it to the disk."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
-    (folder / SUMS).write_text("".join(f"{sha256(f)}  {f.relative_to(folder).as_posix()}\n" for f in files))
+    text = ""
+    for file in files:
+        text += f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n"
+    (folder / SUMS).write_text(text)
+    # Files, and the folders with their names: a file is lost if only the folder does not know of it.
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
@@ -520,6 +632,7 @@ def verify(checkpoint: Path, part: str = "") -> str:
         return ""  # of a version without checksums
     for line in (checkpoint / SUMS).read_text(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
+        # That it is there costs nothing to see; its checksum means to read it all.
         if name.startswith(part) and not (checkpoint / name).is_file():
             return f"{name} is missing"
         if name.startswith(part) and sha256(checkpoint / name) != digest:
@@ -529,7 +642,12 @@ def verify(checkpoint: Path, part: str = "") -> str:
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(Path(run).glob("step_*/"), key=lambda f: (len(f.name), f.name))
+    return sorted(Path(run).glob("step_*/"), key=_step_order)
+
+
+def _step_order(folder: Path) -> tuple[int, str]:
+    """By number, also beyond the digits that the names were padded to: a longer number is a larger one."""
+    return len(folder.name), folder.name
 
 
 def newest_sound(run: str | Path, part: str = "") -> Path:
@@ -548,7 +666,10 @@ def newest_sound(run: str | Path, part: str = "") -> Path:
 
 def parts_in(folder: Path) -> list[str]:
     """Names of the parts that a folder, or any checkpoint of a run, holds."""
-    return sorted({f.parent.name for pattern in ("*/config.json", "step_*/*/config.json") for f in folder.glob(pattern)})
+    names = set()
+    for pattern in ("*/config.json", "step_*/*/config.json"):
+        names |= {f.parent.name for f in folder.glob(pattern)}
+    return sorted(names)
 
 
 def is_run(folder: Path) -> bool:
@@ -556,6 +677,7 @@ def is_run(folder: Path) -> bool:
     config = folder / "config.json"
     if list_checkpoints(folder) or (folder / "state.json").is_file() and not config.is_file():
         return True
+    # A run that has not saved yet holds its own settings alone.
     return config.is_file() and {"out", "steps", "save_every"} <= read_json(config).keys()
 
 
@@ -576,6 +698,7 @@ def part_folder(source: str | Path, part: str, *, base: Path | None = None) -> P
         raise InputError(f"{source}: a training run that holds {', '.join(held)}, no {part}: take one that holds it")
     if list_checkpoints(folder):
         return newest_sound(folder, part) / part
+    # Asked for by name, a damaged checkpoint is an error: to take another one would not be what was asked for.
     if problem := verify(folder, f"{part}/"):
         raise InputError(f"{folder}: {problem}: take another checkpoint of the run, or name the run itself")
     return inside

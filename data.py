@@ -62,6 +62,9 @@ def example() -> dict:
 
 # ---------------------------------------------------------------------------------------------------------- documents
 
+# Pixels along a side of a patch of the DiT where nobody says otherwise: that of Cosmos' with Wan's VAE.
+PATCH = 16
+
 
 @dataclass
 class Document:
@@ -74,6 +77,7 @@ class Document:
     pictures: list[Tensor]  # (3, H, W) bytes for the VAE; empty if they were not asked for
     name: str = ""  # where its record stands: FILE:LINE, SHARD:MEMBER or seed:NUMBER
     drawn: list[int] | None = None  # some of the targets, in the order of their draw; None: no choice was made
+    patch: int = PATCH  # pixels along a side of a patch of the DiT, of which `pictures` are whole numbers
 
     def __len__(self) -> int:
         return len(self.rendered.ids)
@@ -104,8 +108,8 @@ class Document:
         return sum(map(self.latents_of, self.trained))
 
     def latents_of(self, target: int) -> int:
-        """A patch is 2 x 2 latents, each of 8 x 8 pixels."""
-        return sum(picture[0].numel() // 256 for picture in self.pictures[: target + 1])
+        """Those of the picture with this number and of all before it."""
+        return sum(picture[0].numel() // self.patch**2 for picture in self.pictures[: target + 1])
 
     def __getstate__(self) -> dict:
         """Pickled as arrays, which travel between processes ten times faster than tensors."""
@@ -131,13 +135,14 @@ def tokenize(
     max_patches: int | None = None,
     pictures: bool = True,
     max_area: int | None = None,
+    patch: int = PATCH,
     targets_only: bool = False,
 ) -> Document | None:
     """A valid record to a document. Its pictures are paths (relative to `folder`), data URLs, bytes or open images.
 
     max_tokens, max_patches: a longer dialogue loses its last messages until it fits and ends with the assistant's; when nothing
         is left of it, it is refused. It is never cut inside a message: an answer that stops anywhere teaches to stop anywhere.
-    pictures: also prepare the pictures for the VAE, with at most max_area pixels each.
+    pictures: also prepare the pictures for the VAE, with at most max_area pixels each, in whole patches of the DiT.
     targets_only: None for a document without a picture of the assistant's.
     """
     messages = normalise(record, folder)
@@ -155,7 +160,7 @@ def tokenize(
         patches.append((pixels * 255).round().byte())
         grids.append(grid)
         if pictures:
-            whole.append(((to_tensor(image, max_area=max_area) + 1) * 127.5).round().byte())
+            whole.append(((to_tensor(image, patch, max_area) + 1) * 127.5).round().byte())
     merged = [processor.merged(grid) for grid in grids]
 
     # Rendered anew without its last exchange until it fits: only a rendering knows how long it is.
@@ -181,7 +186,7 @@ def tokenize(
     if targets_only and not any(span.role == "assistant" for span in rendered.images):
         return None
     positions, _ = mrope_positions(rendered.ids, merged[:n], tokenizer.image_pad)
-    return Document(rendered, positions, torch.cat(patches[:n]) if n else None, grids[:n], whole[:n])
+    return Document(rendered, positions, torch.cat(patches[:n]) if n else None, grids[:n], whole[:n], patch=patch)
 
 
 def to_float(picture: Tensor) -> Tensor:
@@ -354,13 +359,14 @@ def loader(
     seed: int = 0,
     pictures: bool = True,
     max_area: int | None = None,
+    patch: int = PATCH,
     targets_only: bool = False,
     **options,
 ) -> Iterator[tuple[list[Document], dict]]:
     """What the stages read: `batches` of tokenised documents from a `Stream`, with the position to save beside a checkpoint.
 
     tokens, patches, latents, documents, lookahead: those of `batches`; no document alone is over the budget. position: the last
-    one of every rank, in a list. max_tokens defaults to `tokens`; it, pictures, max_area and targets_only are those of
+    one of every rank, in a list. max_tokens defaults to `tokens`; it, pictures, max_area, patch and targets_only are those of
     `tokenize`, targets that of `prepare`, other options those of `Stream`.
     """
     ready = partial(
@@ -374,6 +380,7 @@ def loader(
         max_patches=patches,
         pictures=pictures,
         max_area=max_area,
+        patch=patch,
         targets_only=targets_only,
     )
     stream = Stream(source, seed, prepare=ready, ahead=max(16, documents or 0), **options)

@@ -42,6 +42,7 @@ class Ranks:
     """This process among its peers: one plain process, or one rank under torchrun (NCCL on GPUs, gloo on CPUs)."""
 
     def __init__(self, device: str = "auto", timeout: float = 900.0):
+        # torchrun says in the environment who we are; without it there is one process, of rank 0.
         check_restarts()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
@@ -50,7 +51,8 @@ class Ranks:
         flush_denormals()
         if self.size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            limit = datetime.timedelta(seconds=timeout + 5)  # later than `_watch`, which knows where the rank is
+            # Later than `_watch`, which knows where the rank is.
+            limit = datetime.timedelta(seconds=timeout + 5)
             dist.init_process_group(backend, timeout=limit)
         self.wrapped: list[DistributedDataParallel] = []
         self.lock: typing.TextIO | None = None
@@ -62,6 +64,7 @@ class Ranks:
 
     def claim(self, out: str) -> None:
         """Make the run's folder ours. What is wrong with it is told before anything is loaded, by one rank."""
+        # All ranks learn of it, and all end: one that ended alone would leave the others waiting for it.
         problem = self.first(self._claim(Path(out)) if self.main else "")
         if problem and self.main:
             raise InputError(problem)
@@ -103,6 +106,8 @@ class Ranks:
     def alive(self) -> None:
         """A rank that does not get here again in time says so, prints the stacks of its threads and data workers, and ends;
         so do its peers."""
+        # Two watches: a thread that can say what has happened, and a second later one in C, which needs no interpreter lock and
+        # comes through where some library holds it.
         self.due = time.monotonic() + self.timeout
         faulthandler.dump_traceback_later(self.timeout + 1, exit=True, file=sys.__stderr__)
 
@@ -112,6 +117,7 @@ class Ranks:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        # In short naps: `alive` moves the moment on while we sleep.
         while (left := self.due - time.monotonic()) > 0:
             time.sleep(min(left, 1))
         print(f"error: rank {self.rank} did not come on for {self.timeout:g} s: it hangs, or it waits for a rank that hangs or "
@@ -128,6 +134,7 @@ class Ranks:
         if self.size == 1:
             return value
         self.alive()
+        # In float64: counts of tokens stay whole numbers beyond 2^24.
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
@@ -138,7 +145,14 @@ class Ranks:
         for value in stats.values():
             flat += value if isinstance(value, tuple) else [value]
         summed = iter(self.sum(flat))
-        return {k: [next(summed), next(summed)] if isinstance(v, tuple) else next(summed) for k, v in stats.items()}
+        # Back in the order in which they were laid flat.
+        totals = {}
+        for name, value in stats.items():
+            if isinstance(value, tuple):
+                totals[name] = [next(summed), next(summed)]
+            else:
+                totals[name] = next(summed)
+        return totals
 
     def gather(self, value: object) -> list:
         """That value of every rank."""
@@ -165,6 +179,7 @@ class Ranks:
         if self.size == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
+        # Views of the buckets that are sent: gradients are in memory once, not a second time beside what is exchanged.
         wrapped = DistributedDataParallel(
             module,
             device_ids=ids,
@@ -176,14 +191,17 @@ class Ranks:
 
     def micro_batches(self, module: nn.Module, batches: list) -> Iterator:
         """Each micro-batch of a step; only with the last one the ranks exchange gradients."""
+        # A sum is sent as well once as after every part of it.
         for batch in batches[:-1]:
-            with contextlib.nullcontext() if self.size == 1 else module.no_sync():
+            apart = contextlib.nullcontext() if self.size == 1 else module.no_sync()
+            with apart:
                 yield batch
         yield batches[-1]
 
     def backward(self, share: Tensor) -> float:
         """Gradients of this rank's share of the step's loss. Returns the share."""
-        (share * self.size).backward()  # DDP takes the mean over ranks
+        # DDP takes the mean over ranks. The shares are parts of one loss, whose gradient is their sum: size times the mean.
+        (share * self.size).backward()
         return share.item()
 
     def close(self) -> None:
@@ -229,12 +247,14 @@ def take_lock(file: typing.TextIO, patience: float) -> bool:
 
     The kernel frees it when the process ends, however it ends, and over NFS the server does.
     """
+    # POSIX locks, which NFS knows too. They belong to the process and are not inherited, so a data worker cannot keep one.
     until = time.monotonic() + patience
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as e:
+            # POSIX allows either to say that somebody else has it.
             if e.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
         if time.monotonic() >= until:
@@ -246,5 +266,7 @@ def lost_peer(error: RuntimeError) -> str:
     """What to say of an error if it means that another rank is gone; empty if it is an error of this rank's own."""
     if not isinstance(error, dist.DistError) and "gloo" not in str(error):
         return ""
-    reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0].splitlines()[0]
+    # The first sentence, without the place in gloo's sources.
+    text = re.sub(r"\[/\S+\] ", "", str(error))
+    reason = text.split(". ")[0].splitlines()[0]
     return f"rank {os.environ.get('RANK', 0)} has lost another rank, whose own output says more: {reason}"

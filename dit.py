@@ -164,10 +164,11 @@ class Pack:
 def pack_images(sizes: list[list[tuple[int, int]]], device: str | torch.device = "cpu") -> Pack:
     """sizes: per sample its images' (rows, columns) in patches, in time order."""
     shapes = [shape for sample in sizes for shape in sample]
-    if not shapes or not all(sizes) or min(min(s) for s in shapes) < 1:
+    smallest = min((min(shape) for shape in shapes), default=0)
+    if not all(sizes) or smallest < 1:
         raise InputError(f"a pack needs samples of at least one image of at least 1x1 patches, got {sizes}")
     h, w = torch.tensor(shapes).T                                                      # (I,)
-    patches = h * w
+    patches = h * w                                                                    # (I,)
 
     # The number of a patch in its image is its place in the pack less the place where its image begins.
     images = torch.arange(len(shapes)).repeat_interleave(patches)                      # (N,)
@@ -201,8 +202,9 @@ class Targets:
         # A chunk lies in one image, so its first patch speaks for all.
         first = wanted[:: pack.chunk]
         self.chunks = first.nonzero()[:, 0].to(device)  # (P / chunk,) the same for whole chunks
+        # The painted patches are a pack of their own, in which the samples are shorter.
         samples = wanted.split(pack.segments.lengths)
-        self.segments = Segments([int(part.sum()) for part in samples], device)  # the painted patches of each sample
+        self.segments = Segments([int(part.sum()) for part in samples], device)
 
 
 def patchify(latent: Tensor, patch: int = 2) -> Tensor:
@@ -231,7 +233,9 @@ class Modulation(nn.Module):
         self.linear_2 = nn.Linear(rank, parts * width, bias=False)
 
     def forward(self, emb: Tensor, lora: Tensor) -> Tensor:
-        own = linear32(linear32(emb, self.linear_1), self.linear_2)                    # (T, parts * D)
+        # Down to the rank and up again: a plain D x 3D in each of three sub-layers would be a third of all weights.
+        low = linear32(emb, self.linear_1)                                             # (T, rank)
+        own = linear32(low, self.linear_2)                                             # (T, parts * D)
         # The output's modulation has no gate: of what is shared it takes the shift and scale that come first.
         return own + lora[:, : self.linear_2.out_features]
 
@@ -258,7 +262,8 @@ class TimeEmbedder(nn.Module):
         mlp = self.t_embedder
         hidden = F.silu(linear32(e, mlp.linear_1))                                     # (T, D)
         lora = linear32(hidden, mlp.linear_2)                                          # (T, 3D)
-        return F.rms_norm(e, e.shape[1:], self.norm.weight.float(), self.norm.eps), lora
+        normed = F.rms_norm(e, e.shape[1:], self.norm.weight.float(), self.norm.eps)   # (T, D)
+        return normed, lora
 
 
 class Attention(nn.Module):
@@ -284,11 +289,13 @@ class Attention(nn.Module):
 
     def kv(self, x: Tensor, *rope: Tensor) -> tuple[Tensor, Tensor]:
         parts = joint(x, self.to_k, self.to_v)
+        # From one product, keys first: its heads in two halves.
         if len(parts) == 1:
             k, v = self.heads_of(parts[0]).chunk(2, 1)
         else:
             k = self.heads_of(parts[0])
             v = self.heads_of(parts[1])
+        # Keys are normed like queries, so that no product of the two grows without bound in training. Values are not.
         k = norm_rope(k, self.norm_k.weight, self.norm_k.eps, *rope)
         return k, v                                                                    # 2 x (N, heads, head_dim)
 
@@ -300,7 +307,8 @@ class Attention(nn.Module):
         if len(parts) == 1:
             qk, v = self.heads_of(parts[0]).split((2 * self.heads, self.heads), 1)
             gains = torch.stack((self.norm_q.weight, self.norm_k.weight))              # (2, head_dim)
-            q, k = norm_rope(qk, gains, self.norm_q.eps, *rope).chunk(2, 1)
+            qk = norm_rope(qk, gains, self.norm_q.eps, *rope)                          # (N, 2 heads, head_dim)
+            q, k = qk.chunk(2, 1)
             return q, k, v
 
         q, k, v = map(self.heads_of, parts)
@@ -346,6 +354,7 @@ class Block(nn.Module):
 
         With targets, the other patches only give keys and values, and are left out of what is returned.
         """
+        # Nine rows for three sub-layers: a shift and a scale of what each reads, and a gate of what it adds.
         dtype = working_dtype(self.attn1.to_q.weight)
         shift1, scale1, gate1, *others, index = modulation(table, rows, x)
 
@@ -376,7 +385,9 @@ class Block(nn.Module):
         y = self.attn2.out(attention(q, k, v, segments, keys))
         x, h = gate_add_modulate(x, gate2, y, shift3, scale3, index, dtype)            # (G, n, D), (N, D)
 
-        return gate_add(x, gate3, self.ff(h), index)                                   # (G, n, D)
+        # MLP: each patch by itself, on what it has gathered.
+        y = self.ff(h)                                                                 # (N, D)
+        return gate_add(x, gate3, y, index)                                            # (G, n, D)
 
 
 def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
@@ -437,7 +448,7 @@ class DiT(nn.Module):
             elif isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
 
-        # What opens only in training.
+        # What opens only in training. Not all factors of a product may be zero: then none would ever get a gradient.
         closed = [m.linear_2 for m in self.modules() if isinstance(m, Modulation)]
         for linear in (*closed, self.time_embed.t_embedder.linear_2, self.proj_out):
             nn.init.zeros_(linear.weight)
@@ -466,7 +477,8 @@ class DiT(nn.Module):
             lora = torch.cat((shift, 1 + scale, gate), 1)
             tables = []
             for block in self.transformer_blocks:
-                parts = [norm(emb, lora) for norm in (block.norm1, block.norm2, block.norm3)]
+                norms = (block.norm1, block.norm2, block.norm3)
+                parts = [norm(emb, lora) for norm in norms]
                 tables.append(torch.cat(parts, 1))                                     # (T, 9D)
             tables.append(self.norm_out(emb, lora))                                    # (T, 2D)
             return tables
@@ -529,7 +541,8 @@ class DiT(nn.Module):
         n = len(pack.image_ids)
         images = len(pack.shapes)
         if x.shape[0] != n or condition.shape != (images,):
-            raise ValueError(f"pack of {n} patches, {images} images: x is {tuple(x.shape)}, condition {tuple(condition.shape)}")
+            given = f"x is {tuple(x.shape)}, condition {tuple(condition.shape)}"
+            raise ValueError(f"pack of {n} patches, {images} images: {given}")
         x = self._embed(x, condition, pack, padding)                                   # (G, n, D)
 
         # Modulations are computed per time, not per patch; of each chunk we note the row that it is modulated by.
@@ -548,25 +561,42 @@ class DiT(nn.Module):
         # Conditions are done with once the last block has read their keys and values.
         last = len(self.transformer_blocks) - 1
         for i, block in enumerate(self.transformer_blocks):
-            own_kv = kv[i] if kv else None
-            inputs = (x, table[i], rows, rope, pack.segments, context, own_kv, keys, targets if i == last else None)
+            inputs = (
+                x,
+                table[i],
+                rows,
+                rope,
+                pack.segments,
+                context,
+                kv[i] if kv else None,
+                keys,
+                targets if i == last else None,
+            )
+            # Of a block only its input is kept; the backward pass computes the rest again.
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)                                                     # (G, n, D)
+
+        # The last block has left the conditions out: the chunks that are there still are the targets'.
         if targets is not None:
             rows = rows.index_select(0, targets.chunks)
         return self._velocity(x, table[-1], rows)                                      # (N, C4)
 
     def _embed(self, x: Tensor, condition: Tensor, pack: Pack, padding: Tensor | None) -> Tensor:
         """Patches (N, C4) and, as further channels, their masks -> the stream (G, n, D): G chunks of n patches."""
+        # The mask tells each patch whether it is a clean picture's: pixels alone could be taken for either.
         patch = self.config.patch_size[1] ** 2
         mask = condition.to(x.dtype)[pack.image_ids, None].expand(-1, patch)           # (N, 4)
         inputs = [x, mask]
-        if self.config.concat_padding_mask:
-            inputs.append(torch.zeros_like(mask) if padding is None else padding.to(x.dtype))
+        # A pack has no padding, but the published weights expect the channel.
+        if self.config.concat_padding_mask and padding is None:
+            inputs.append(torch.zeros_like(mask))
+        elif self.config.concat_padding_mask:
+            inputs.append(padding.to(x.dtype))
         weight = self.patch_embed.proj.weight
-        x = self.patch_embed.proj(torch.cat(inputs, 1).to(weight.dtype))               # (N, D)
+        channels = torch.cat(inputs, 1).to(weight.dtype)                               # (N, C4 + 4 [+ 4])
+        x = self.patch_embed.proj(channels)                                            # (N, D)
         # Autocast gives 16 bits; the stream that all blocks add to stays in the dtype of the weights.
         return x.to(weight.dtype).unflatten(0, (-1, pack.chunk))                       # (G, n, D)
 

@@ -49,8 +49,18 @@ def train_times(n: int, shift: float = 5.0, generator: torch.Generator | None = 
 
     The median is shift / (1 + shift). Cosmos-Predict2.5 draws from a table of 1000 such values; this is its continuous form.
     """
+    # The sigmoid of a normal puts most times in the middle: near data and near noise v is easily guessed, and teaches little.
     u = torch.randn(n, generator=generator).sigmoid()
-    return shift * u / (1 + (shift - 1) * u)
+    # The odds of noise to data, t / (1 - t), are multiplied by shift. Large pictures need it: neighbouring pixels are alike, so
+    # that more noise is needed to hide as much.
+    odds_up = shift * u
+    return odds_up / (1 + (shift - 1) * u)
+
+
+def patch_grid(latent: Tensor, patch: int) -> tuple[int, int]:
+    """(rows, columns) of patches that a latent (C, H, W) is cut into."""
+    height, width = latent.shape[-2:]
+    return height // patch, width // patch
 
 
 @dataclass
@@ -79,10 +89,15 @@ class FlowLoss(nn.Module):
         device = samples.features.device
         patch = self.dit.config.patch_size[1]
 
-        # All pictures of all samples become one packed sequence; of each we note its sample and whether it is given.
-        grids = [[(z.shape[-2] // patch, z.shape[-1] // patch) for z in pictures] for pictures in samples.latents]
+        # All pictures of all samples become one packed sequence, so that pictures of any size share one batch without padding.
+        grids = []
+        for pictures in samples.latents:
+            grids.append([patch_grid(z, patch) for z in pictures])
         pack = pack_images(grids, device)
-        sample_of, is_given = [], []
+
+        # The pack knows the image of each patch; which sample that belongs to, and whether it is given, only we know.
+        sample_of = []
+        is_given = []
         for s, pictures in enumerate(samples.latents):
             for k in range(len(pictures)):
                 sample_of.append(s)
@@ -90,22 +105,34 @@ class FlowLoss(nn.Module):
         sample = torch.tensor(sample_of, device=device)                                # (I,)
         given = torch.tensor(is_given, device=device)                                  # (I,)
 
-        # Given pictures stay as they are; into a target goes as much noise as its sample's t says.
-        times = torch.where(given, self.condition_time, t.to(device)[sample])          # (I,)
+        # Given pictures have a time of their own, just above 0: the network learns to trust them as they are.
+        target_times = t.to(device)[sample]                                            # (I,)
+        times = torch.where(given, self.condition_time, target_times)                  # (I,)
         given_token = given[pack.image_ids][:, None]                                   # (N, 1)
         t_token = times[pack.image_ids][:, None]                                       # (N, 1)
-        x0 = torch.cat([patchify(z, patch) for pictures in samples.latents for z in pictures])         # (N, C4)
-        eps = torch.randn(x0.shape, generator=noise).to(device)                        # (N, C4)
-        x = torch.where(given_token, x0, interpolate(x0, eps, t_token))                # (N, C4)
+        patches = [patchify(z, patch) for pictures in samples.latents for z in pictures]
+        x0 = torch.cat(patches)                                                        # (N, C4)
 
-        # What a sample reads of the text: the connector's rows of the tokens before its BOV.
-        rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows]).to(device)
-        context = self.dit.crossattn_proj(samples.features).index_select(0, rows)      # (M', D_text)
+        # Drawn on the host, whose generator gives the same numbers wherever the training runs. Given pictures get their share,
+        # too, and do not use it: one draw for all is simpler than one for each target.
+        eps = torch.randn(x0.shape, generator=noise).to(device)                        # (N, C4)
+        mixed = interpolate(x0, eps, t_token)                                          # (N, C4)
+        x = torch.where(given_token, x0, mixed)                                        # (N, C4)
+
+        # What a sample reads of the text: the connector's rows of the tokens before its BOV. The connector runs once over all
+        # tokens, since several samples of a document read the same ones.
+        rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows])
+        context = self.dit.crossattn_proj(samples.features)                            # (M, D_text)
+        context = context.index_select(0, rows.to(device))                             # (M', D_text)
         keys = Segments([len(r) for r in samples.rows], device)
 
-        # The error counts on targets alone. Sums, not means: the caller divides by the tokens of all ranks.
+        # In fp32, whatever the network computes in: a sum of many squares needs more than the two digits of bf16.
         v = self.dit(x, times, given, pack, context, keys)                             # (N, C4)
-        error = (v.float() - velocity_target(x0, eps)).square().mean(1)                # (N,)
+        difference = v.float() - velocity_target(x0, eps)                              # (N, C4)
+        error = difference.square().mean(1)                                            # (N,)
+
+        # The error counts on targets alone. Sums, not means: the caller divides by the tokens of all ranks, or a rank with few
+        # of them would weigh each more.
         target = (~given_token[:, 0]).float()                                          # (N,)
         both = torch.stack((error * target, target))                                   # (2, N)
         per_sample = torch.zeros(2, len(samples.rows), device=device)
@@ -117,16 +144,24 @@ class FlowLoss(nn.Module):
 
 def shift_schedule(steps: int, shift: float = 5.0) -> Tensor:
     """Cosmos' schedule for its pre-trained weights: even steps from 0.999 to 0, shifted as in training. (steps + 1,) sigmas."""
+    # The shift of train_times: sampling spends its steps where training spent its samples. Not from 1: there x holds nothing
+    # of the data, and ln((1 - s) / s), which UniPC counts in, is -inf.
     u = torch.linspace(0.999, 0.0, steps + 1, dtype=torch.float64)
-    return (shift * u / (1 + (shift - 1) * u)).float()
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    return sigmas.float()
 
 
 def karras_schedule(steps: int, sigma_min: float = 0.01, sigma_max: float = 200.0, rho: float = 7.0) -> Tensor:
     """Cosmos' schedule for its post-trained weights: noise levels k of Karras (2206.00364, eq. 5) as k / (1 + k), then 0."""
+    # Even steps in the rho-th root of the noise level: the larger rho, the more of them at low noise, where details form.
     high = sigma_max ** (1 / rho)
     low = sigma_min ** (1 / rho)
-    k = (high + torch.linspace(0, 1, steps, dtype=torch.float64) * (low - high)) ** rho
-    return F.pad(k / (1 + k), (0, 1)).float()
+    fraction = torch.linspace(0, 1, steps, dtype=torch.float64)
+    k = (high + fraction * (low - high)) ** rho
+
+    # Karras adds noise to data that stays whole, x_0 + k eps. Divided by 1 + k that is our x_t with t = k / (1 + k).
+    t = k / (1 + k)
+    return F.pad(t, (0, 1)).float()
 
 
 # --------------------------------------------------------------------------------------------------------------- samplers
@@ -148,17 +183,24 @@ def sample_flow(
     in each step replaces a part of the noise in x by fresh noise(), shaped like x, so that later steps mend what earlier ones
     did wrong: DDIM's eta (Song et al. 2010.02502, eq. 16) for this flow; above 1, pictures vary less. progress(done, steps).
     """
+    # On the host: a step's coefficients are plain numbers, so no step reads one back from the device.
     s = sigmas.tolist()
     steps = len(s) - 1
-    if steps < 1 or s[-1] != 0 or any(a <= b for a, b in zip(s, s[1:], strict=False)) or not s[0] < 1:
+    stalls = any(a <= b for a, b in zip(s, s[1:], strict=False))
+    if steps < 1 or s[-1] != 0 or stalls or not s[0] < 1:
         raise InputError("a schedule falls from below 1 to 0 in at least one step")
     if method not in SAMPLERS:
         raise InputError(f"no sampler {method!r}; there are {', '.join(SAMPLERS)}")
+
+    # In fp32, whatever the network computes in: small steps are added up here, and bf16 has two digits to add them with.
     x = x.float()
     solver = UniPC(s)
     for i in range(steps):
         v = velocity(x, s[i]).float()
-        x = solver.step(i, x, v) if method == "unipc" else x + (s[i + 1] - s[i]) * v
+        if method == "unipc":
+            x = solver.step(i, x, v)
+        else:
+            x = x + (s[i + 1] - s[i]) * v
         # The last step ends in data, where there is no noise left to renew.
         if method == "ancestral" and s[i + 1]:
             x = renew_noise(x, v, s[i], s[i + 1], eta, noise())
@@ -169,21 +211,28 @@ def sample_flow(
 
 def renew_noise(x: Tensor, v: Tensor, before: float, after: float, eta: float, fresh_noise: Tensor) -> Tensor:
     """x at time `after`, a share of whose noise is exchanged for fresh noise of the same strength; v from the step before."""
+    # Noise per data is s / (1 - s). By how much it shrank says how much of the old noise the posterior of the step keeps.
     kept = (1 - before) * after / ((1 - after) * before)
-    fresh = min(1, eta * math.sqrt(1 - kept**2))                                       # share of the noise, in amplitude
-    eps = x + (1 - after) * v                                                          # all of it, as predicted
-    return x + after * ((math.sqrt(1 - fresh**2) - 1) * eps + fresh * fresh_noise)
+    # Amplitudes of independent noises add in squares: with kept^2 + fresh^2 = 1 the strength stays what the network expects.
+    fresh = min(1, eta * math.sqrt(1 - kept**2))
+    # All noise in x, as predicted: x = (1 - s) x_0 + s eps and v = eps - x_0 give eps = x + (1 - s) v.
+    eps = x + (1 - after) * v
+    old = math.sqrt(1 - fresh**2)
+    return x + after * ((old - 1) * eps + fresh * fresh_noise)
 
 
 class UniPC:
     """The memory of the multistep sampler: x_0 predictions m of the last two steps, and the corrected state before this step.
 
-    With lam = ln((1 - s) / s), a step from s_0 to s_1 has h = lam_1 - lam_0, E = e^-h - 1, and in terms of predictions
-        x_1 = (s_1 / s_0) x_0 - (1 - s_1) E (m_0 + sum of differences D of the m, weighted so that the order is met).
+    With lam = ln((1 - s) / s), a step from s_0 to s_1 has h = lam_1 - lam_0, E = e^-h - 1, and the flow is solved exactly by
+        x_1 = (s_1 / s_0) x_0 - (1 - s_1) E mean(m),
+    the mean of the predictions along the step, weighted by e^lam. (Here x_0 is the state at s_0.) Were m constant, any step
+    would be exact. Of the mean a method of order 2 knows m_0 and differences D of m to other points of time.
     """
 
     def __init__(self, sigmas: list[float]):
         self.s = sigmas
+        # Infinite at s = 0, where no noise is left; the last step takes a way of its own.
         self.lam = [math.log((1 - s) / s) if s > 0 else math.inf for s in sigmas]
         self.m: list[Tensor] = []  # predictions of the steps so far, newest last
         self.corrected: Tensor | None = None  # state at the start of the last step
@@ -191,37 +240,63 @@ class UniPC:
 
     def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
         """The state after step i, given x as predicted for its start and the velocity there."""
-        s, lam = self.s, self.lam
+        s = self.s
         m = x - s[i] * v                                                               # prediction of the data
 
-        # Redo the last step, now knowing the prediction at its end.
+        # Corrector: redo the last step, now that the prediction at its end is known. It costs no call of the network. The
+        # prediction itself is not made again from the better x: that would cost one.
         if i > 0:
-            h = lam[i] - lam[i - 1]
-            e = math.expm1(-h)
-            previous = self.m[-1]
-            rho, difference = 0.5, 0.0
-            if self.order == 2:
-                r = (lam[i - 2] - lam[i - 1]) / h
-                p = e / -h - 1
-                b1 = p / e
-                b2 = 2 * (p / -h - 0.5) / e
-                rho_old = (b2 - b1) / (r - 1)  # rho_old + rho = b1, r rho_old + rho = b2
-                rho = b1 - rho_old
-                difference = rho_old / r * (self.m[-2] - previous)
-            x = s[i] / s[i - 1] * self.corrected - (1 - s[i]) * e * (previous + difference + rho * (m - previous))
+            x = self._corrected(i, m)
         self.corrected = x
-        self.order = min(2, i + 1, len(s) - 1 - i)                                     # the last step is of order 1
+        # The first step has nothing to look back on. In the last one extrapolation has no later step to mend it.
+        self.order = min(2, i + 1, len(s) - 1 - i)
 
-        # Predict the next state. At s = 0, E is -1 and the step is the prediction itself.
+        # Predictor. At s = 0, E is -1 and the step is the prediction itself.
         if s[i + 1] == 0:
             return m
+        return self._predicted(i, x, m)
+
+    def _corrected(self, i: int, m: Tensor) -> Tensor:
+        """The state at s_i once more: from step i - 1, with m, the prediction at its end."""
+        s = self.s
+        lam = self.lam
+        h = lam[i] - lam[i - 1]
+        e = math.expm1(-h)  # not exp(-h) - 1, which loses digits in small steps
+        previous = self.m[-1]
+
+        # Order 1: a line between start and end, whose mean is half of the difference.
+        rho = 0.5
+        difference = 0.0
+
+        # Order 2: a parabola through one more prediction. On the clock tau = (lam - lam_0) / h the step goes from 0 to 1, and
+        # the prediction before it was made at tau = r < 0. b1 and b2 are the weighted means of tau and tau^2.
+        if self.order == 2:
+            r = (lam[i - 2] - lam[i - 1]) / h
+            p = e / -h - 1
+            b1 = p / e
+            b2 = 2 * (p / -h - 0.5) / e
+            # Both means come out right if rho_old + rho = b1 and r rho_old + rho = b2.
+            rho_old = (b2 - b1) / (r - 1)
+            rho = b1 - rho_old
+            difference = rho_old / r * (self.m[-2] - previous)
+
+        mean = previous + difference + rho * (m - previous)
+        return s[i] / s[i - 1] * self.corrected - (1 - s[i]) * e * mean
+
+    def _predicted(self, i: int, x: Tensor, m: Tensor) -> Tensor:
+        """The state at s_{i+1}, from x and the prediction m at s_i; m is remembered for the steps to come."""
+        s = self.s
+        lam = self.lam
         h = lam[i + 1] - lam[i]
         e = math.expm1(-h)
-        guess = m
+        # Order 2: the line through the last two predictions goes on as before, and the mean lies half a step ahead on it.
+        mean = m
         if self.order == 2:
-            guess = m + 0.5 * h / (lam[i - 1] - lam[i]) * (self.m[-1] - m)
+            half_step = 0.5 * h / (lam[i - 1] - lam[i])
+            mean = m + half_step * (self.m[-1] - m)
+        # Two are enough for order 2; older ones would only hold memory.
         self.m = [*self.m[-1:], m]
-        return s[i + 1] / s[i] * x - (1 - s[i + 1]) * e * guess
+        return s[i + 1] / s[i] * x - (1 - s[i + 1]) * e * mean
 
 
 # --------------------------------------------------------------------------------------------------------------- painting
@@ -252,60 +327,134 @@ def denoise(
     None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
     target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first. method, eta: sample_flow.
     """
-    if guidance != 1 and negative is None:
-        raise InputError(f"guidance {guidance} needs the contexts of the negative branch; without them it is 1")
-    contexts = [*positive] if guidance == 1 else [*positive, *negative]
     branches = 1 if guidance == 1 else 2
-    if not len(conditions) == len(sizes) == len(seeds) == len(contexts) // branches or len(contexts) % branches:
+    contexts = _contexts(positive, negative, guidance)
+    per_branch = len(contexts) // branches
+    if not len(conditions) == len(sizes) == len(seeds) == per_branch or len(contexts) % branches:
         raise InputError("denoise: conditions, sizes, contexts and seeds must be of one length")
     device = dit.proj_out.weight.device
     patch = dit.config.patch_size[1]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def noise() -> list[Tensor]:
-        """Noise (C, H, W) for each sample's target, from that sample's own generator."""
-        shapes = [(dit.config.out_channels, *size) for size in sizes]
-        return [torch.randn(shape, generator=g) for shape, g in zip(shapes, generators, strict=True)]
-
-    def fresh_noise() -> Tensor:
-        return torch.cat([patchify(z, patch) for z in noise()]).to(device)             # (P, C4)
-
-    # A sample is its clean pictures and then, as noise, the one to be painted; the branches of guidance share them.
-    latents = [[*clean, start] for clean, start in zip(conditions, noise(), strict=True)]
-    grids = [[(z.shape[1] // patch, z.shape[2] // patch) for z in sample] for sample in latents]
-    pack = pack_images(grids * branches, device)
-    start = torch.cat([patchify(z.float(), patch).to(device) for sample in latents for z in sample])   # (n, C4), one branch
-    given = [k < len(sample) - 1 for sample in latents for k in range(len(sample))]
-    targets = Targets(pack, given * branches)
-    painted = targets.rows[: len(targets.rows) // branches]                            # (P,) of the first branch
-    given = torch.tensor(given * branches)                                             # (I,)
+    # Each picture begins as noise. Everything else of the batch stays as it lies while the sampler walks.
+    noise = Noise([(dit.config.out_channels, *size) for size in sizes], seeds)
+    canvas = Canvas(conditions, noise.draw(), branches, patch, device)
+    pack = canvas.pack
+    given = canvas.given.to(device)
 
     # Whatever a step needs besides x is on the device before the first: nothing of the loop waits for it.
     kv = dit.context_kv(torch.cat(contexts).to(device))
     keys = Segments([len(c) for c in contexts], device)
     rope = dit.rope(pack.positions)
-
-    # A row of modulations for each time of the schedule, and one for clean pictures; then, of each step, every image's row.
     times = sigmas[:-1].tolist()
-    clean_time = 0.0 if condition_time is None else condition_time
-    table = dit.modulations(torch.tensor([*times, clean_time], device=device))
-    steps = torch.arange(len(times))[:, None]                                          # (steps, 1)
-    rows = torch.where(given & (condition_time is not None), len(times), steps).to(device)             # (steps, I)
-    given = given.to(device)
+    table, rows = _modulations(dit, times, canvas.given, condition_time, device)       # (T + 1, 9D) per block, (T, I)
 
     def velocity(x: Tensor, row: Tensor) -> Tensor:
         """x (P, C4): the painted patches at one time -> their guided velocity (P, C4); row (I,): each image's modulations."""
-        x = start.index_copy(0, painted, x).repeat(branches, 1)                        # (N, C4)
-        v = dit(x, None, given, pack, None, keys, kv=kv, modulations=(table, row), rope=rope, targets=targets)
+        x = canvas.start.index_copy(0, canvas.painted, x).repeat(branches, 1)          # (N, C4)
+        v = dit(
+            x,
+            None,
+            given,
+            pack,
+            None,
+            keys,
+            kv=kv,
+            modulations=(table, row),
+            rope=rope,
+            targets=canvas.targets,
+        )
         v = v.unflatten(0, (branches, -1))                                             # (branches, P, C4)
-        return v[0] if branches == 1 else torch.lerp(v[1], v[0], guidance)
+        if branches == 1:
+            return v[0]
+        # Beyond 1 this goes past v_pos, away from what the negative context asks for.
+        return torch.lerp(v[1], v[0], guidance)
 
+    # x and the row are all that differs between steps, so a recording of one step serves for the others.
     step = Graph(velocity) if graphs else velocity
 
     def velocity_at(x: Tensor, t: float) -> Tensor:
         return step(x, rows[times.index(t)])
 
-    x = sample_flow(velocity_at, start[painted], sigmas, method, progress, eta, fresh_noise)           # (P, C4)
-    shapes = [sample[-1] for sample in grids]
-    patches = x.split([h * w for h, w in shapes])
-    return [unpatchify(z, shape, patch) for z, shape in zip(patches, shapes, strict=True)]
+    def fresh_noise() -> Tensor:
+        patches = [patchify(z, patch) for z in noise.draw()]
+        return torch.cat(patches).to(device)                                           # (P, C4)
+
+    x = canvas.start[canvas.painted]                                                   # (P, C4)
+    x = sample_flow(velocity_at, x, sigmas, method, progress, eta, fresh_noise)        # (P, C4)
+    return canvas.pictures(x)
+
+
+def _contexts(positive: list[Tensor], negative: list[Tensor] | None, guidance: float) -> list[Tensor]:
+    """The contexts of all branches, the positive one first."""
+    # At guidance 1, v_neg + 1 (v_pos - v_neg) is v_pos: the negative branch cancels out, and half of the work is saved.
+    if guidance == 1:
+        return positive
+    if negative is None:
+        raise InputError(f"guidance {guidance} needs the contexts of the negative branch; without them it is 1")
+    return [*positive, *negative]
+
+
+class Noise:
+    """A stream of noise for each sample, from a generator of its own: it stays the same whatever else is in the batch."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], seeds: list[int]):
+        self.shapes = shapes
+        # On the host, so that a seed paints the same picture on every device.
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(self) -> list[Tensor]:
+        """The next noise of each sample, (C, H, W)."""
+        drawn = []
+        for shape, generator in zip(self.shapes, self.generators, strict=True):
+            drawn.append(torch.randn(shape, generator=generator))
+        return drawn
+
+
+class Canvas:
+    """How a batch lies before the DiT, and where in it the pictures are that are painted."""
+
+    def __init__(self, conditions: list[list[Tensor]], noise: list[Tensor], branches: int, patch: int, device: torch.device):
+        """conditions, noise: of each sample its clean latents (C, h, w), and (C, H, W) where its picture will be."""
+        # A sample is its clean pictures and then, as noise, the one to be painted: time runs from what is known to what is new.
+        self.grids = []
+        patches = []
+        is_given = []
+        for clean, start in zip(conditions, noise, strict=True):
+            latents = [*clean, start]
+            self.grids.append([patch_grid(z, patch) for z in latents])
+            patches += [patchify(z.float(), patch).to(device) for z in latents]
+            is_given += [True] * len(clean) + [False]
+        self.patch = patch
+        self.start = torch.cat(patches)  # (n, C4) of one branch: the branches share the pictures and differ in context
+
+        # The branches of guidance lie behind each other in one pack: one large call of the network instead of two small ones.
+        self.pack = pack_images(self.grids * branches, device)
+        self.given = torch.tensor(is_given * branches)  # (I,) on the host
+        self.targets = Targets(self.pack, is_given * branches)
+
+        # The sampler walks what is painted in the first branch alone: both stand at the same x in every step.
+        of_one_branch = len(self.targets.rows) // branches
+        self.painted = self.targets.rows[:of_one_branch]  # (P,) their places in start
+
+    def pictures(self, x: Tensor) -> list[Tensor]:
+        """The painted patches (P, C4) as latents (C, H, W), one for each sample."""
+        shapes = [sample[-1] for sample in self.grids]
+        patches = x.split([rows * columns for rows, columns in shapes])
+        return [unpatchify(z, shape, self.patch) for z, shape in zip(patches, shapes, strict=True)]
+
+
+def _modulations(
+    dit: DiT, times: list[float], given: Tensor, condition_time: float | None, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """What every block is modulated by, for all T steps at once: tables of T + 1 rows, and which row (T, I) each image reads.
+
+    Modulations depend on time alone. Row i is that of step i, the last one that of clean pictures.
+    """
+    clean_time = condition_time
+    if condition_time is None:
+        clean_time = 0.0  # nobody reads that row
+    table = dit.modulations(torch.tensor([*times, clean_time], device=device))
+    steps = torch.arange(len(times))[:, None]                                          # (T, 1)
+    has_own_time = given & (condition_time is not None)                                # (I,)
+    rows = torch.where(has_own_time, len(times), steps)                                # (T, I)
+    return table, rows.to(device)

@@ -44,6 +44,7 @@ def _leave(*_) -> None:
 
 def say(message: str) -> None:
     """On stderr, from within a signal's handler; whoever reads it may have been interrupted as well."""
+    # Not print: the signal may have come in the midst of one, and its buffer must not be entered twice.
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())
 
@@ -54,6 +55,7 @@ def end_now(message: str) -> None:
         sys.stdout.flush()
     if message:
         say(message)
+    # Past everything that runs at an exit: it might join a worker or a rank that does not end.
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(STATUS)
@@ -65,12 +67,18 @@ def heard() -> Iterator[None]:
     before = {}
     # Python lets only the main thread decide about signals.
     if threading.current_thread() is threading.main_thread():
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminate)):
+        wanted = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGTERM: _terminate,
+        }
+        for number, handler in wanted.items():
+            # Ignored by whoever started us, as shells do for their background jobs: it stays so.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
+        # A handler that was set from C is None to Python, and cannot be set again.
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 

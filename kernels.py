@@ -104,10 +104,26 @@ def jit(function):
 
 
 # --------------------------------------------------------------------------------------------------- attention: the kernels
+#
+# What the arguments of these kernels are called:
+#
+#     Q K V O DO LSE DELTA DQ DK DV     addresses; LSE and DELTA (query heads, total) hold L and delta of every query
+#     k_box v_box                       descriptors of K and V for the TMA unit, or the addresses again where there is none
+#     TILES CU_Q CU_K                   the list of tile_list; where the sequences begin, as Segments.cu
+#     sq hq, sk hk, ...                 steps, in elements, from token to token and from head to head of Q, K, V (v), O (o),
+#                                       DO (d), DQ (g), DK and DV (gk)
+#     scale scale_grad                  c = scale log2(e) of the scores, and plain scale of the gradients
+#     total group                       queries of the pack; query heads that share a KV head
+#     D DIM                             channels of a head, and the next power of two, since blocks have no other sizes
+#     BM BN                             queries and keys of a tile
+#     DOT                               precision of fp32 products; 16-bit ones are exact and added in fp32
+#
+# A tl.constexpr is known to the compiler: an `if` on one costs nothing at run time, only one branch is compiled.
 
 
 @jit
 def _segment(CU, s):
+    """First row of sequence s, and how many there are."""
     start = tl.load(CU + s)
     return start, tl.load(CU + s + 1) - start
 
@@ -115,15 +131,19 @@ def _segment(CU, s):
 @jit
 def _tile(pointer, first, stride, rows, dims):
     """Addresses of (rows, dims) counted from row `first`. first * stride can pass 2**31, an offset inside a tile cannot."""
-    return pointer + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + dims[None, :])
+    # The 64-bit part is one number for all threads; what each of them adds is in 32 bits, which takes half of the registers.
+    begin = pointer + tl.cast(first, tl.int64) * stride
+    return begin + (rows[:, None] * stride + dims[None, :])
 
 
 @jit
 def _read(pointer, first, stride, left, rows, dims, RAGGED: tl.constexpr, D: tl.constexpr):
     """A tile; rows from `left` on (another sequence's) and columns from D on become zeros. RAGGED: there may be such rows."""
     at = _tile(pointer, first, stride, rows, dims)
+    # Three loads for one: most tiles are whole, and a tile without a mask is copied without a compare for each address.
     if RAGGED:
-        return tl.load(at, mask=(rows < left)[:, None] & (dims < D)[None, :], other=0.0)
+        here = (rows < left)[:, None] & (dims < D)[None, :]
+        return tl.load(at, mask=here, other=0.0)
     elif D != dims.shape[0]:
         return tl.load(at, mask=(dims < D)[None, :], other=0.0)
     else:
@@ -131,122 +151,224 @@ def _read(pointer, first, stride, left, rows, dims, RAGGED: tl.constexpr, D: tl.
 
 
 @jit
-def _keys(pointer, box, head, first, stride, left, rows, dims, RAGGED: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr):
+def _keys(
+    pointer, box, head, first, stride, left, rows, dims,
+    RAGGED: tl.constexpr,
+    TMA: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
     """A tile of keys or values of one head. Whole ones are copied by the TMA unit, which needs no address from any thread."""
     if TMA and not RAGGED:
-        return box.load([first, head, 0]).reshape(rows.shape[0], dims.shape[0])
+        copied = box.load([first, head, 0])  # (BN, 1, DIM)
+        return copied.reshape(rows.shape[0], dims.shape[0])
     else:
         return _read(pointer, first, stride, left, rows, dims, RAGGED, D)
 
 
 @jit
+def _walk(m0, nq, nk, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """How far the queries from m0 on walk: keys before `whole` are read by every query of the tile, in tiles of BN without any
+    mask; keys from `end` on by none."""
+    whole = nk
+    end = nk
+    if CAUSAL:
+        # The first query of the tile reads the fewest keys, the last one the most. With more queries than keys it may be none.
+        read_by_first = m0 + nk - nq + 1
+        whole = tl.maximum(tl.minimum(nk, read_by_first), 0)
+        read_by_last = m0 + BM + nk - nq
+        end = tl.maximum(tl.minimum(nk, read_by_last), 0)
+    return whole // BN * BN, end
+
+
+@jit
 def _forward_step(
-    acc, l, m, q, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
-    D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    acc, l, m,
+    q, K, V, k_box, v_box,
+    kv_head, k0, n, nk, last,
+    sk, sv, scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Equations (1) to (4) for one tile of keys. last (BM,): the last key that each query reads."""
     cols = tl.arange(0, BN)
     dims = tl.arange(0, DIM)
     k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
+
+    # (1), still without c. It enters below, where s * scale - m' is one fused multiply-add: multiplying s here would be one
+    # more operation for each of BM * BN scores.
     s = tl.dot(q, tl.trans(k), input_precision=DOT)  # (BM, BN)
+    # -inf, not NEVER: a row without any key keeps m = NEVER, and 2^(-inf - NEVER) is 0 where 2^(NEVER - NEVER) would be 1.
     if MASKED:
         seen = (n + cols < nk)[None, :]
         if CAUSAL:
             seen = seen & (n + cols[None, :] <= last[:, None])
         s = tl.where(seen, s, float("-inf"))
-    higher = tl.maximum(m, tl.max(s, 1) * scale)
+
+    # (2) and (3). The scale is positive, so the largest score is the largest scaled score, too.
+    highest = tl.max(s, 1) * scale
+    higher = tl.maximum(m, highest)
     p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(m - higher)
+
+    # (4). p is rounded for the tensor cores, at most 1 and so without loss of range. Sum and accumulator stay in fp32.
     v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=DOT)
-    return acc, l * shrink + tl.sum(p, 1), higher
+    l = l * shrink + tl.sum(p, 1)
+    return acc, l, higher
 
 
 @jit
 def _forward(
-    Q, K, V, k_box, v_box, O, LSE, TILES, CU_Q, CU_K, total, sq, hq, sk, hk, sv, hv, so, ho, scale, group,
-    CAUSAL: tl.constexpr, TMA: tl.constexpr,
-    D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    Q, K, V, k_box, v_box, O, LSE,
+    TILES, CU_Q, CU_K, total,
+    sq, hq, sk, hk,
+    sv, hv, so, ho,
+    scale, group,
+    CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM queries of one head over all keys that it sees. Grid (query heads, tiles): the heads of one tile run at
     the same time, so that a key tile comes from memory once and for the rest of its group from the L2 cache."""
+    # Which tile this is was decided on the host, which knows the lengths: no program finds out that it has nothing to do.
     head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
     s = tl.load(tile)
     m0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
+
     rows = tl.arange(0, BM)
     dims = tl.arange(0, DIM)
+
+    # Grouped queries: several heads read the keys of one.
     kv_head = head // group
     K += kv_head * hk
     V += kv_head * hv
     q = _read(Q + head * hq, q0 + m0, sq, nq - m0, rows, dims, True, D)
+
+    # The last query reads the last key, also where there are more keys than queries, as with a cache.
     last = m0 + rows + (nk - nq)
-    # Keys before `whole` are read by every query of the tile, in tiles without any mask; keys from `end` on by none.
-    whole = nk
-    end = nk
-    if CAUSAL:
-        whole = tl.maximum(tl.minimum(nk, m0 + nk - nq + 1), 0)
-        end = tl.maximum(tl.minimum(nk, m0 + BM + nk - nq), 0)
-    whole = whole // BN * BN
+    whole, end = _walk(m0, nq, nk, CAUSAL, BM, BN)
+
+    # Two loops, so that the first has neither compares nor addresses in it: nearly all of the time is spent there.
     m = tl.full((BM,), NEVER, tl.float32)
     l = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DIM), tl.float32)
     for n in range(0, whole, BN):
         acc, l, m = _forward_step(
-            acc, l, m, q, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
-            False, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
+            acc, l, m,
+            q, K, V, k_box, v_box,
+            kv_head, k0, n, nk, last,
+            sk, sv, scale,
+            False, CAUSAL, TMA,
+            D, DIM, BN, DOT,
+        )  # fmt: skip
     for n in range(whole, end, BN):
         acc, l, m = _forward_step(
-            acc, l, m, q, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
-            True, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
+            acc, l, m,
+            q, K, V, k_box, v_box,
+            kv_head, k0, n, nk, last,
+            sk, sv, scale,
+            True, CAUSAL, TMA,
+            D, DIM, BN, DOT,
+        )  # fmt: skip
+
+    # A query that read no key has l = 0 and acc = 0, and 0 / 0 would be NaN: its result is 0.
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     real = rows < nq - m0
-    tl.store(_tile(O + head * ho, q0 + m0, so, rows, dims), o.to(O.dtype.element_ty), mask=real[:, None] & (dims < D)[None, :])
-    # +inf for a query without any key makes every p of its row 0 in the backward pass.
-    tl.store(LSE + head * total + q0 + m0 + rows, tl.where(l == 0.0, float("inf"), m + tl.log2(l)), mask=real)
+    at = _tile(O + head * ho, q0 + m0, so, rows, dims)
+    o = o.to(O.dtype.element_ty)
+    tl.store(at, o, mask=real[:, None] & (dims < D)[None, :])
+
+    # L alone goes to the backward pass, not m and l: (5) needs nothing else. +inf for a query without any key makes every p of
+    # its row 0 there.
+    lse_at = LSE + head * total + q0 + m0 + rows
+    lse = tl.where(l == 0.0, float("inf"), m + tl.log2(l))
+    tl.store(lse_at, lse, mask=real)
 
 
 @jit
-def _delta(O, DO, DELTA, total, so, ho, sd, hd, D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr):
+def _delta(
+    O, DO, DELTA,
+    total,
+    so, ho, sd, hd,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
     """delta_i = dO_i . O_i, equation (7), for BM rows of one head; sequences do not matter here."""
+    # A kernel of its own: _backward_dkv needs it of the same queries for every tile of keys.
     head = tl.program_id(0)
     m0 = tl.program_id(1) * BM
     rows = tl.arange(0, BM)
     dims = tl.arange(0, DIM)
     o = _read(O + head * ho, m0, so, total - m0, rows, dims, True, D).to(tl.float32)
     do = _read(DO + head * hd, m0, sd, total - m0, rows, dims, True, D).to(tl.float32)
-    tl.store(DELTA + head * total + m0 + rows, tl.sum(o * do, 1), mask=rows < total - m0)
+    at = DELTA + head * total + m0 + rows
+    tl.store(at, tl.sum(o * do, 1), mask=rows < total - m0)
 
 
 @jit
 def _dq_step(
-    dq, q, do, lse, delta, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
-    D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    dq, q, do, lse, delta,
+    K, V, k_box, v_box,
+    kv_head, k0, n, nk, last,
+    sk, sv, scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
+    """Equations (5), (8) and (9) for one tile of keys."""
     cols = tl.arange(0, BN)
     dims = tl.arange(0, DIM)
     k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
     v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=DOT) * scale - lse[:, None])  # (BM, BN)
+
+    # (5): with L known there is no maximum to follow, and nothing to correct afterwards.
+    s = tl.dot(q, tl.trans(k), input_precision=DOT)  # (BM, BN)
+    p = tl.exp2(s * scale - lse[:, None])
+    # Keys that are not there were read as zeros, but a score of 0 has a p: it is taken out afterwards.
     if MASKED:
         seen = (n + cols < nk)[None, :]
         if CAUSAL:
             seen = seen & (n + cols[None, :] <= last[:, None])
         p = tl.where(seen, p, 0.0)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision=DOT) - delta[:, None])
+
+    # (8) and (9), without the scale, which the sum gets once at its end.
+    dp = tl.dot(do, tl.trans(v), input_precision=DOT)
+    ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=DOT)
 
 
 @jit
 def _backward_dq(
-    Q, K, V, k_box, v_box, DO, LSE, DELTA, DQ, TILES, CU_Q, CU_K, total,
-    sq, hq, sk, hk, sv, hv, sd, hd, sg, hg, scale, scale_grad, group,
-    CAUSAL: tl.constexpr, TMA: tl.constexpr,
-    D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    Q, K, V, k_box, v_box, DO, LSE, DELTA, DQ,
+    TILES, CU_Q, CU_K, total,
+    sq, hq, sk, hk,
+    sv, hv, sd, hd,
+    sg, hg,
+    scale, scale_grad, group,
+    CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """dQ of BM queries, equation (9): the same walk over the keys as in the forward pass."""
     head = tl.program_id(0)
@@ -261,62 +383,102 @@ def _backward_dq(
     kv_head = head // group
     K += kv_head * hk
     V += kv_head * hv
+
+    # All that belongs to the queries is read once. Rows that are not there get L = +inf, so that their p is 0.
     q = _read(Q + head * hq, q0 + m0, sq, nq - m0, rows, dims, True, D)
     do = _read(DO + head * hd, q0 + m0, sd, nq - m0, rows, dims, True, D)
     lse = tl.load(LSE + head * total + q0 + m0 + rows, mask=real, other=float("inf"))
     delta = tl.load(DELTA + head * total + q0 + m0 + rows, mask=real, other=0.0)
+
     last = m0 + rows + (nk - nq)
-    whole = nk
-    end = nk
-    if CAUSAL:
-        whole = tl.maximum(tl.minimum(nk, m0 + nk - nq + 1), 0)
-        end = tl.maximum(tl.minimum(nk, m0 + BM + nk - nq), 0)
-    whole = whole // BN * BN
+    whole, end = _walk(m0, nq, nk, CAUSAL, BM, BN)
     dq = tl.zeros((BM, DIM), tl.float32)
     for n in range(0, whole, BN):
         dq = _dq_step(
-            dq, q, do, lse, delta, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
-            False, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
+            dq, q, do, lse, delta,
+            K, V, k_box, v_box,
+            kv_head, k0, n, nk, last,
+            sk, sv, scale,
+            False, CAUSAL, TMA,
+            D, DIM, BN, DOT,
+        )  # fmt: skip
     for n in range(whole, end, BN):
         dq = _dq_step(
-            dq, q, do, lse, delta, K, V, k_box, v_box, kv_head, k0, n, nk, last, sk, sv, scale,
-            True, CAUSAL, TMA, D, DIM, BN, DOT)  # fmt: skip
+            dq, q, do, lse, delta,
+            K, V, k_box, v_box,
+            kv_head, k0, n, nk, last,
+            sk, sv, scale,
+            True, CAUSAL, TMA,
+            D, DIM, BN, DOT,
+        )  # fmt: skip
     at = _tile(DQ + head * hg, q0 + m0, sg, rows, dims)
-    tl.store(at, (dq * scale_grad).to(DQ.dtype.element_ty), mask=real[:, None] & (dims < D)[None, :])
+    dq = (dq * scale_grad).to(DQ.dtype.element_ty)
+    tl.store(at, dq, mask=real[:, None] & (dims < D)[None, :])
 
 
 @jit
 def _dkv_step(
-    dk, dv, k, v, Q, DO, LSE, DELTA, DQ, q0, m, nq, first, sq, sd, sg, scale, scale_grad,
-    MASKED: tl.constexpr, DQ_TOO: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
+    dk, dv, k, v,
+    Q, DO, LSE, DELTA, DQ,
+    q0, m, nq, first,
+    sq, sd, sg,
+    scale, scale_grad,
+    MASKED: tl.constexpr,
+    DQ_TOO: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Equations (5) to (8) for one tile of queries, all transposed: scores are (BN, BM), so that p and ds are left operands
     and stay in registers. first (BN,): the first query that reads each key."""
     rows = tl.arange(0, BM)
     dims = tl.arange(0, DIM)
     real = rows < nq - m
+
+    # (5). Queries that are not there have L = +inf, so p = 0 and no need of a mask; keys that are not there are not stored.
     q = _read(Q, q0 + m, sq, nq - m, rows, dims, True, D)
-    lse = tl.load(LSE + q0 + m + rows, mask=real, other=float("inf"))  # p = 0 in rows that are not there
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=DOT) * scale - lse[None, :])
+    lse = tl.load(LSE + q0 + m + rows, mask=real, other=float("inf"))
+    s = tl.dot(k, tl.trans(q), input_precision=DOT)  # (BN, BM)
+    p = tl.exp2(s * scale - lse[None, :])
     if MASKED:
         p = tl.where(m + rows[None, :] >= first[:, None], p, 0.0)
+
+    # (6). The tensor cores get p rounded; for (8) it stays in fp32.
     do = _read(DO, q0 + m, sd, nq - m, rows, dims, True, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=DOT)
+
+    # (8).
     delta = tl.load(DELTA + q0 + m + rows, mask=real, other=0.0)
-    ds = (p * (tl.dot(v, tl.trans(do), input_precision=DOT) - delta[None, :])).to(q.dtype)
+    dp = tl.dot(v, tl.trans(do), input_precision=DOT)
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision=DOT)
+
+    # (9) in the same pass. Many programs add to the same queries: each addition is atomic, their order is nobody's. relaxed:
+    # nobody reads the sums before the kernel has ended.
     if DQ_TOO:
         dq = tl.dot(tl.trans(ds), k, input_precision=DOT) * scale_grad
-        tl.atomic_add(_tile(DQ, q0 + m, sg, rows, dims), dq, mask=real[:, None] & (dims < D)[None, :], sem="relaxed")
+        at = _tile(DQ, q0 + m, sg, rows, dims)
+        inside = real[:, None] & (dims < D)[None, :]
+        tl.atomic_add(at, dq, mask=inside, sem="relaxed")
     return dk, dv
 
 
 @jit
 def _backward_dkv(
-    Q, K, V, DO, LSE, DELTA, DQ, DK, DV, TILES, CU_Q, CU_K, total,
-    sq, hq, sk, hk, sv, hv, sd, hd, sg, hg, sgk, hgk, scale, scale_grad, group,
-    CAUSAL: tl.constexpr, DQ_TOO: tl.constexpr,
-    D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    Q, K, V, DO, LSE, DELTA, DQ, DK, DV,
+    TILES, CU_Q, CU_K, total,
+    sq, hq, sk, hk,
+    sv, hv, sd, hd,
+    sg, hg, sgk, hgk,
+    scale, scale_grad, group,
+    CAUSAL: tl.constexpr,
+    DQ_TOO: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one KV head, equations (6) and (8), over the queries of all heads that read it: one program
     owns its sums, so their order is fixed. With DQ_TOO the tile's share of dQ goes to fp32 memory by atomic additions."""
@@ -326,6 +488,8 @@ def _backward_dkv(
     n0 = tl.load(tile + 1)
     q0, nq = _segment(CU_Q, s)
     k0, nk = _segment(CU_K, s)
+
+    # Here the keys stay, and the queries come by.
     cols = tl.arange(0, BN)
     dims = tl.arange(0, DIM)
     k = _read(K + kv_head * hk, k0 + n0, sk, nk - n0, cols, dims, True, D)
@@ -334,6 +498,8 @@ def _backward_dkv(
     start = 0
     if CAUSAL:  # no query before reads any of these keys
         start = tl.maximum(n0 - (nk - nq), 0) // BM * BM
+
+    # Every head that read these keys sends them a gradient.
     dk = tl.zeros((BN, DIM), tl.float32)
     dv = tl.zeros((BN, DIM), tl.float32)
     for head in range(kv_head * group, kv_head * group + group):
@@ -344,53 +510,96 @@ def _backward_dkv(
         delta = DELTA + head * total
         for m in range(start, nq, BM):
             dk, dv = _dkv_step(
-                dk, dv, k, v, q, do, lse, delta, dq, q0, m, nq, first, sq, sd, sg, scale, scale_grad,
-                CAUSAL, DQ_TOO, D, DIM, BM, DOT)  # fmt: skip
+                dk, dv, k, v,
+                q, do, lse, delta, dq,
+                q0, m, nq, first,
+                sq, sd, sg,
+                scale, scale_grad,
+                CAUSAL, DQ_TOO,
+                D, DIM, BM, DOT,
+            )  # fmt: skip
     inside = (cols < nk - n0)[:, None] & (dims < D)[None, :]
-    tl.store(_tile(DK + kv_head * hgk, k0 + n0, sgk, cols, dims), (dk * scale_grad).to(DK.dtype.element_ty), mask=inside)
-    tl.store(_tile(DV + kv_head * hgk, k0 + n0, sgk, cols, dims), dv.to(DV.dtype.element_ty), mask=inside)
+    dk_at = _tile(DK + kv_head * hgk, k0 + n0, sgk, cols, dims)
+    tl.store(dk_at, (dk * scale_grad).to(DK.dtype.element_ty), mask=inside)
+    dv_at = _tile(DV + kv_head * hgk, k0 + n0, sgk, cols, dims)
+    tl.store(dv_at, dv.to(DV.dtype.element_ty), mask=inside)
 
 
 @jit
 def _decode(
-    Q, K, V, O, LSE, CU_K, K_LENGTHS, sq, hq, sk, hk, sv, hv, so, ho, scale, group,
-    STATIC: tl.constexpr, SPLITS: tl.constexpr,
-    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr,
+    Q, K, V, O, LSE,
+    CU_K, K_LENGTHS,
+    sq, hq, sk, hk,
+    sv, hv, so, ho,
+    scale, group,
+    STATIC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """One query per sequence: a tile holds the query heads of one KV head, which read the same keys. Grid (KV heads, splits,
     sequences). Each split takes an equal share of the keys; if there are several, O is (S * splits, heads, D) in fp32."""
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     s = tl.program_id(2)
+    # A static cache has room for more keys than there are yet. How many there are is on the device alone, so that a recorded
+    # graph reads it anew in every replay.
     k0, nk = _segment(CU_K, s)
     if STATIC:
         nk = tl.load(K_LENGTHS + s)
+
+    # What is a row of queries in _forward is a head here: the step from row to row is that from head to head.
     heads = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
+
+    # Shares are whole tiles: only the last one of a sequence is cut.
     share = tl.cdiv(tl.cdiv(nk, SPLITS), BN) * BN
     begin = split * share
     end = tl.minimum(begin + share, nk)
     K += kv_head * hk
     V += kv_head * hv
-    q = _read(Q + tl.cast(s, tl.int64) * sq + kv_head * group * hq, 0, hq, group, heads, dims, True, D)
+
+    own = Q + tl.cast(s, tl.int64) * sq + kv_head * group * hq
+    q = _read(own, 0, hq, group, heads, dims, True, D)
+
+    # Always masked: the memory behind the last key may hold anything, and what is waited for is memory, not compares.
     m = tl.full((ROWS,), NEVER, tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
     for n in range(begin, end, BN):
         acc, l, m = _forward_step(
-            acc, l, m, q, K, V, K, V, kv_head, k0, n, end, heads, sk, sv, scale,
-            True, False, False, D, DIM, BN, DOT)  # fmt: skip
+            acc, l, m,
+            q, K, V, K, V,
+            kv_head, k0, n, end, heads,
+            sk, sv, scale,
+            True, False, False,
+            D, DIM, BN, DOT,
+        )  # fmt: skip
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     out = tl.cast(s * SPLITS + split, tl.int64)
     at = _tile(O + out * so + kv_head * group * ho, 0, ho, heads, dims)
-    tl.store(at, o.to(O.dtype.element_ty), mask=(heads < group)[:, None] & (dims < D)[None, :])
+    o = o.to(O.dtype.element_ty)
+    tl.store(at, o, mask=(heads < group)[:, None] & (dims < D)[None, :])
+
+    # For _merge. -inf where this split had no key: its weight there is 2^-inf = 0.
     if SPLITS > 1:
         lse = tl.where(l == 0.0, float("-inf"), m + tl.log2(l))
-        tl.store(LSE + out * tl.num_programs(0) * group + kv_head * group + heads, lse, mask=heads < group)
+        lse_at = LSE + out * tl.num_programs(0) * group + kv_head * group + heads
+        tl.store(lse_at, lse, mask=heads < group)
 
 
 @jit
-def _merge(PARTS, LSE, O, so, ho, hq, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr):
+def _merge(
+    PARTS, LSE, O,
+    so, ho, hq,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
     """Splits joined: softmax over their log-sums weighs their outputs. Grid (query heads, sequences)."""
     head = tl.program_id(0)
     s = tl.program_id(1)
@@ -398,10 +607,18 @@ def _merge(PARTS, LSE, O, so, ho, hq, D: tl.constexpr, DIM: tl.constexpr, SPLITS
     dims = tl.arange(0, DIM)
     part = (s * SPLITS + slots) * hq + head
     lse = tl.load(LSE + part, mask=slots < SPLITS, other=float("-inf"))
-    weight = tl.exp2(lse - tl.maximum(tl.max(lse, 0), NEVER))
-    parts = _read(PARTS + tl.cast(s, tl.int64) * SPLITS * hq * D + head * D, 0, hq * D, SPLITS, slots, dims, True, D)
-    o = tl.sum(parts * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), 1e-30)
-    tl.store(O + tl.cast(s, tl.int64) * so + head * ho + dims, o.to(O.dtype.element_ty), mask=dims < D)
+
+    # A split's output is a mean over its keys, its 2^L the sum of their weights: the mean over all keys weighs means by sums.
+    # NEVER and the 1e-30 below are for a sequence without any key, where all L are -inf and all weights 0.
+    highest = tl.maximum(tl.max(lse, 0), NEVER)
+    weight = tl.exp2(lse - highest)
+    first = PARTS + tl.cast(s, tl.int64) * SPLITS * hq * D + head * D
+    parts = _read(first, 0, hq * D, SPLITS, slots, dims, True, D)
+    weighed = tl.sum(parts * weight[:, None], 0)
+    o = weighed / tl.maximum(tl.sum(weight, 0), 1e-30)
+    at = O + tl.cast(s, tl.int64) * so + head * ho + dims
+    tl.store(at, o.to(O.dtype.element_ty), mask=dims < D)
+
 
 # ---------------------------------------------------------------------------------------- attention: configurations, launches
 
@@ -441,11 +658,17 @@ def config(what: str, dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
     tiles = OTHER
     if dtype == torch.float32 or architecture == 0:
         tiles = EXACT
-    return tiles._replace(m=16) if what == "decode" else tiles
+    # A single query: more rows than the smallest product has would only be multiplied for nothing.
+    if what == "decode":
+        tiles = tiles._replace(m=16)
+    return tiles
 
 
 def _architecture(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    major, _ = torch.cuda.get_device_capability(device)
+    return major
 
 
 def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> str | None:
@@ -456,7 +679,8 @@ def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> st
         return f"no kernels for {q.device.type} tensors (TRITON_INTERPRET=1 runs them on the CPU, for tests)"
     if q.shape[2] not in HEAD_DIMS:
         return f"head dim {q.shape[2]} is none of {', '.join(map(str, HEAD_DIMS))}"
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    one_type = q.dtype == k.dtype == v.dtype
+    if q.dtype not in DTYPES or not one_type:
         return f"types {q.dtype}, {k.dtype}, {v.dtype} are not one of bf16, fp16, fp32"
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bits of bf16 numbers: use fp16 or fp32"
@@ -472,14 +696,29 @@ def attention(q, k, v, queries, keys, causal, scale, deterministic, k_lengths) -
             raise ValueError(f"attention: Segments on {segments.cu.device}, tensors on {q.device}")
     if scale is None:
         scale = q.shape[2] ** -0.5
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+    # Heads and tokens may lie any way, as in slices of a joint projection; only the channels of a head must be neighbours.
+    q = _whole_heads(q)
+    k = _whole_heads(k)
+    v = _whole_heads(v)
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    gradients = torch.is_grad_enabled() and wanted
     if k_lengths is not None and gradients:
         raise ValueError("attention: k_lengths is for sampling and has no backward pass")
+
+    # With a single query each, tiles of queries would be nearly empty. Only sampling has such sequences, so the kernel for them
+    # has no backward pass.
     one_query_each = len(queries) > 0 and set(queries.lengths) == {1}
     if one_query_each and not gradients:
         return _decode_packed(q, k, v, keys, scale, k_lengths)
     return _Flash.apply(q, k, v, queries, keys, causal, scale, deterministic)
+
+
+def _whole_heads(x: Tensor) -> Tensor:
+    """x (N, heads, D) with the channels of a head next to each other."""
+    if x.stride(2) == 1:
+        return x
+    return x.contiguous()
 
 
 def tile_list(rows, across, causal: bool, block: int, side: str) -> Tensor:
@@ -501,6 +740,8 @@ def tile_list(rows, across, causal: bool, block: int, side: str) -> Tensor:
             if causal and side == "keys":
                 visits = min(others, n - row)
             work.append((max(0, visits), s, row))
+
+    # Programs start in the order of the list. A long one that starts last would keep the GPU waiting for a single processor.
     work.sort(key=itemgetter(0), reverse=True)
     tiles = [(s, row) for _, s, row in work]
     on_host = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
@@ -512,15 +753,25 @@ def _constants(what: str, x: Tensor) -> tuple[Tiles, dict]:
     """The tiles of a kernel, and what a launch of it gets by name."""
     dim = max(16, triton.next_power_of_2(x.shape[2]))
     t = config(what, dim, x.dtype, _architecture(x.device))
+    # fp32 means fp32: TF32 would round the factors to ten bits.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    constants = {"D": x.shape[2], "DIM": dim, "BN": t.n, "DOT": precision, "num_warps": t.warps, "num_stages": t.stages}
+    constants = {
+        "D": x.shape[2],
+        "DIM": dim,
+        "BN": t.n,
+        "DOT": precision,
+        "num_warps": t.warps,
+        "num_stages": t.stages,
+    }
     return t, constants
 
 
 def _boxes(k: Tensor, v: Tensor, t: Tiles, dim: int) -> tuple:
     """(k, v, True) as the TMA unit's descriptors; (k, v, False) where there is no such unit or it cannot take these strides."""
+    # 0, the interpreter, takes descriptors too: so the tests walk the same lines as a Hopper.
     if _architecture(k.device) not in (0, 9) or not _tma_takes(k) or not _tma_takes(v):
         return k, v, False
+    # One head of one tile; a descriptor holds the shape of the whole tensor and what is copied of it at a time.
     box = [t.n, 1, dim]
     k_box = TensorDescriptor(k, list(k.shape), list(k.stride()), box)
     v_box = TensorDescriptor(v, list(v.shape), list(v.stride()), box)
@@ -531,7 +782,11 @@ def _tma_takes(x: Tensor) -> bool:
     """It counts in steps of 16 bytes."""
     if len(x) == 0 or x.data_ptr() % 16:
         return False
-    return all(step and step * x.element_size() % 16 == 0 for step in x.stride()[:2])
+    # A step of 0, as of an expanded tensor, is none to it.
+    for step in x.stride()[:2]:
+        if step == 0 or step * x.element_size() % 16:
+            return False
+    return True
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -547,17 +802,28 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sq, sk, causal, scale, deterministic):
         heads = q.shape[1]
-        group = heads // k.shape[1]
+        kv_heads = k.shape[1]
         o = _contiguous_like(q)
         lse = q.new_empty(heads, len(q), dtype=torch.float32)
+
         t, constants = _constants("forward", q)
         tiles = tile_list(sq, sk, causal, t.m, "queries")
         k_box, v_box, tma = _boxes(k, v, t, constants["DIM"])
+        # No tiles where no sequence has a query: o has no rows then.
         if len(tiles):
             with torch.cuda.device_of(q):
                 _forward[heads, len(tiles)](
-                    q, k, v, k_box, v_box, o, lse, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, o), scale * LOG2E, group,
-                    CAUSAL=causal, TMA=tma, BM=t.m, **constants)  # fmt: skip
+                    q, k, v, k_box, v_box, o, lse,
+                    tiles, sq.cu, sk.cu, len(q),
+                    *_strides(q, k, v, o),
+                    scale * LOG2E, heads // kv_heads,
+                    CAUSAL=causal,
+                    TMA=tma,
+                    BM=t.m,
+                    **constants,
+                )  # fmt: skip
+
+        # Neither s nor p is kept: (5) finds p again from q, k and L.
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.call = sq, sk, causal, scale, deterministic
         return o
@@ -566,33 +832,64 @@ class _Flash(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         sq, sk, causal, scale, deterministic = ctx.call
-        heads, kv_heads = q.shape[1], k.shape[1]
-        numbers = scale * LOG2E, scale, heads // kv_heads
-        if do.stride(2) != 1:
-            do = do.contiguous()
+        heads = q.shape[1]
+        kv_heads = k.shape[1]
+        group = heads // kv_heads
+        do = _whole_heads(do)
         delta = torch.empty_like(lse)
         dk = _contiguous_like(k)
         dv = _contiguous_like(v)
+
         # One kernel for all adds to dQ by atomic additions, which begin at zero and are in fp32.
-        dq = torch.empty_like(o) if deterministic else torch.zeros_like(o, dtype=torch.float32)
+        what = "dkv" if deterministic else "onepass"
+        if deterministic:
+            dq = torch.empty_like(o)
+        else:
+            dq = torch.zeros_like(o, dtype=torch.float32)
+        t, constants = _constants(what, q)
+
         with torch.cuda.device_of(q):
-            t, constants = _constants("dkv" if deterministic else "onepass", q)
+            # delta first: both other kernels read it.
             if len(q):
                 _delta[heads, triton.cdiv(len(q), 64)](
-                    o, do, delta, len(q), *_strides(o, do), D=constants["D"], DIM=constants["DIM"], BM=64)  # fmt: skip
+                    o, do, delta,
+                    len(q),
+                    *_strides(o, do),
+                    D=constants["D"],
+                    DIM=constants["DIM"],
+                    BM=64,
+                )  # fmt: skip
+
+            # dK and dV: here the tiles are of keys.
             tiles = tile_list(sk, sq, causal, t.n, "keys")
             if len(tiles):
                 _backward_dkv[kv_heads, len(tiles)](
-                    q, k, v, do, lse, delta, dq, dk, dv, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, do, dq, dk), *numbers,
-                    CAUSAL=causal, DQ_TOO=not deterministic, BM=t.m, **constants)  # fmt: skip
+                    q, k, v, do, lse, delta, dq, dk, dv,
+                    tiles, sq.cu, sk.cu, len(q),
+                    *_strides(q, k, v, do, dq, dk),
+                    scale * LOG2E, scale, group,
+                    CAUSAL=causal,
+                    DQ_TOO=not deterministic,
+                    BM=t.m,
+                    **constants,
+                )  # fmt: skip
+
+            # dQ, if it was not among them.
             if deterministic:
                 t, constants = _constants("dq", q)
                 tiles = tile_list(sq, sk, causal, t.m, "queries")
                 k_box, v_box, tma = _boxes(k, v, t, constants["DIM"])
                 if len(tiles):
                     _backward_dq[heads, len(tiles)](
-                        q, k, v, k_box, v_box, do, lse, delta, dq, tiles, sq.cu, sk.cu, len(q), *_strides(q, k, v, do, dq),
-                        *numbers, CAUSAL=causal, TMA=tma, BM=t.m, **constants)  # fmt: skip
+                        q, k, v, k_box, v_box, do, lse, delta, dq,
+                        tiles, sq.cu, sk.cu, len(q),
+                        *_strides(q, k, v, do, dq),
+                        scale * LOG2E, scale, group,
+                        CAUSAL=causal,
+                        TMA=tma,
+                        BM=t.m,
+                        **constants,
+                    )  # fmt: skip
         return dq.to(q.dtype), dk, dv, None, None, None, None, None
 
 
@@ -602,25 +899,43 @@ def _decode_packed(q, k, v, sk, scale, k_lengths) -> Tensor:
     kv_heads = k.shape[1]
     group = heads // kv_heads
     t, constants = _constants("decode", q)
+
+    # By the longest sequence, or by what a static cache has room for: the lengths themselves may be on the device alone.
     wanted = triton.cdiv(PROGRAMS, count * kv_heads)
     worthwhile = triton.cdiv(sk.longest, SPLIT_KEYS)
     splits = max(1, min(wanted, worthwhile))
+
+    # With one split its result is the result, and nothing reads lse. Parts of a result stay in fp32 until they are joined.
     o = _contiguous_like(q)
-    # With one split its result is the result, and nothing reads lse.
-    parts = lse = o
+    parts = o
+    lse = o
     if splits > 1:
         parts = q.new_empty(count * splits, heads, d, dtype=torch.float32)
         lse = q.new_empty(count * splits, heads, dtype=torch.float32)
+
+    # Any tensor will do where the cache is not static: STATIC then leaves out the line that reads it.
     lengths = sk.cu if k_lengths is None else k_lengths
     rows = max(t.m, triton.next_power_of_2(group))
     with torch.cuda.device_of(q):
         _decode[kv_heads, splits, count](
-            q, k, v, parts, lse, sk.cu, lengths, *_strides(q, k, v, parts), scale * LOG2E, group,
-            STATIC=k_lengths is not None, SPLITS=splits, ROWS=rows, **constants)  # fmt: skip
+            q, k, v, parts, lse,
+            sk.cu, lengths,
+            *_strides(q, k, v, parts),
+            scale * LOG2E, group,
+            STATIC=k_lengths is not None,
+            SPLITS=splits,
+            ROWS=rows,
+            **constants,
+        )  # fmt: skip
         if splits > 1:
             _merge[heads, count](
-                parts, lse, o, *_strides(o), heads, D=d, DIM=constants["DIM"], SPLITS=splits,
-                SLOTS=triton.next_power_of_2(splits))  # fmt: skip
+                parts, lse, o,
+                *_strides(o), heads,
+                D=d,
+                DIM=constants["DIM"],
+                SPLITS=splits,
+                SLOTS=triton.next_power_of_2(splits),
+            )  # fmt: skip
     return o
 
 
@@ -633,6 +948,7 @@ TOKENS = 8
 
 def _launch(kernel, grid: tuple[int, ...], x: Tensor, *args, BLOCK: int | None = None, **meta) -> None:
     """Start a kernel whose first argument is x, with a warp for every 512 elements of a row."""
+    # 16 elements for each of 32 threads: two loads of 16 bytes in bf16, on their way at the same time.
     if BLOCK is not None:
         meta["BLOCK"] = BLOCK
         meta["num_warps"] = min(16, max(1, BLOCK // 512))
@@ -644,6 +960,7 @@ def _launch(kernel, grid: tuple[int, ...], x: Tensor, *args, BLOCK: int | None =
 
 
 def _check_rows(*tensors: Tensor | None) -> None:
+    # The kernels get the step from row to row, and none inside a row.
     for t in tensors:
         if t is not None and t.stride(-1) != 1:
             raise ValueError(f"fused: {tuple(t.shape)} with strides {t.stride()} has no contiguous rows")
@@ -716,7 +1033,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dh):
         x, shift, scale, rows = ctx.saved_tensors
-        dx, _, parts = _launch_add_norm_backward(x, None, dh, None, None, shift, scale, rows, x.dtype, ctx.eps)
+        dx, _, parts = _launch_add_norm_backward(
+            x, None, dh,
+            None, None, shift, scale, rows,
+            x.dtype, ctx.eps,
+        )  # fmt: skip
         d_shift = _table_gradient(shift, parts[1], rows)
         d_scale = _table_gradient(scale, parts[2], rows)
         return dx, d_shift, d_scale, None, None, None
@@ -735,7 +1056,11 @@ class _GateAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ds):
         s, gate, y, rows = ctx.saved_tensors
-        dx, dy, parts = _launch_add_norm_backward(s, ds, None, gate, y, None, None, rows, s.dtype, 0.0)
+        dx, dy, parts = _launch_add_norm_backward(
+            s, ds, None,
+            gate, y, None, None, rows,
+            s.dtype, 0.0,
+        )  # fmt: skip
         d_gate = _table_gradient(gate, parts[0], rows)
         return dx, d_gate, dy, None
 
@@ -748,8 +1073,9 @@ class _AddNorm(torch.autograd.Function):
         s = torch.empty_like(x, dtype=stream)
         h = _new_rows(x, dtype)
         _launch_add_norm(x, gate, y, shift, scale, rows, s, h, eps)
-        # y is a factor of the gate's gradient alone.
-        ctx.save_for_backward(s, gate, y if gate is not None else None, shift, scale, rows)
+        # y is a factor of the gate's gradient alone. Of x and y only their sum is kept: the norm was taken of that.
+        kept_y = None if gate is None else y
+        ctx.save_for_backward(s, gate, kept_y, shift, scale, rows)
         ctx.eps = eps
         ctx.dtypes = x.dtype, y.dtype
         return s, h
@@ -758,7 +1084,11 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx, ds, dh):
         s, gate, y, shift, scale, rows = ctx.saved_tensors
         x_dtype, y_dtype = ctx.dtypes
-        dx, dy, parts = _launch_add_norm_backward(s, ds, dh, gate, y, shift, scale, rows, x_dtype, ctx.eps)
+        dx, dy, parts = _launch_add_norm_backward(
+            s, ds, dh,
+            gate, y, shift, scale, rows,
+            x_dtype, ctx.eps,
+        )  # fmt: skip
         # Without a gate what is added has the gradient of the stream.
         if gate is None:
             dy = dx.to(y_dtype).flatten(0, 1)
@@ -778,6 +1108,7 @@ def _table_gradient(table: Tensor | None, part: Tensor, rows: Tensor | None) -> 
     """What the programs summed, (G, splits, W) -> the gradient (T, 1, W) of the table, of which the chunks used `rows`."""
     if table is None:
         return None
+    # Two sums, both in a fixed order: first over the programs of a chunk, then over the chunks that used the same row.
     part = part.sum(1)                                                                 # (G, W)
     if rows is not None:
         part = part.new_zeros(len(table), part.shape[1]).index_add_(0, rows, part)     # (T, W)
@@ -790,35 +1121,63 @@ def _launch_add_norm(x, gate, y, shift, scale, rows, s, h, eps) -> None:
     if not x.is_contiguous() or (y is not None and not y.is_contiguous()):
         raise ValueError("fused: the stream and what is added to it must be contiguous")
     chunks, n, width = x.shape
+    # What is None is not read: each combination of parts is a kernel of its own, without a branch in it.
     _launch(
-        _add_norm_kernel, (chunks * n,), x, y, gate, shift, scale, rows, s, h, _step(gate), _step(shift), _step(scale), n,
-        width, eps, ADD=y is not None, GATE=gate is not None, NORM=scale is not None, CENTRE=shift is not None,
-        ROWS=rows is not None, BLOCK=_p2(width),
+        _add_norm_kernel,
+        (chunks * n,),
+        x, y, gate, shift, scale, rows, s, h,
+        _step(gate), _step(shift), _step(scale),
+        n, width, eps,
+        ADD=y is not None,
+        GATE=gate is not None,
+        NORM=scale is not None,
+        CENTRE=shift is not None,
+        ROWS=rows is not None,
+        BLOCK=_p2(width),
     )  # fmt: skip
 
 
 def _launch_add_norm_backward(s, ds, dh, gate, y, shift, scale, rows, dtype, eps) -> tuple[Tensor, Tensor | None, Tensor]:
     """From the gradients of s and h, where there are such: dx (G, n, W) in dtype, dy (with a gate), and the tables' sums
     (3, G, splits, W) in fp32, of gate, shift and scale."""
-    ds = None if ds is None else ds.contiguous()
-    dh = None if dh is None else dh.contiguous()
+    # Autograd hands over gradients as they come: expanded, transposed, or none at all.
+    if ds is not None:
+        ds = ds.contiguous()
+    if dh is not None:
+        dh = dh.contiguous()
     chunks, n, width = s.shape
     splits = triton.cdiv(n, TOKENS)
     dx = torch.empty_like(s, dtype=dtype)
     dy = None if gate is None else torch.empty_like(y)
     parts = torch.empty(3, chunks, splits, width, device=s.device)
     _launch(
-        _add_norm_backward_kernel, (chunks, splits), s, ds, dh, y, gate, scale, rows, dx, dy, parts, _step(gate), _step(scale),
-        n, width, eps, TOKENS=TOKENS, ADD=ds is not None, GATE=gate is not None, NORM=dh is not None, CENTRE=shift is not None,
-        ROWS=rows is not None, BLOCK=_p2(width),
+        _add_norm_backward_kernel,
+        (chunks, splits),
+        s, ds, dh, y, gate, scale, rows, dx, dy, parts,
+        _step(gate), _step(scale),
+        n, width, eps,
+        TOKENS=TOKENS,
+        ADD=ds is not None,
+        GATE=gate is not None,
+        NORM=dh is not None,
+        CENTRE=shift is not None,
+        ROWS=rows is not None,
+        BLOCK=_p2(width),
     )  # fmt: skip
     return dx, dy, parts
 
 
 @jit
 def _add_norm_kernel(
-    x, y, gate, shift, scale, rows, s, h, gate_row, shift_row, scale_row, n, width, eps,
-    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, gate, shift, scale, rows, s, h,
+    gate_row, shift_row, scale_row,
+    n, width, eps,
+    ADD: tl.constexpr,
+    GATE: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTRE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token per program: its row stays in registers between the sums over it and their use.
 
@@ -834,6 +1193,8 @@ def _add_norm_kernel(
     inside = c < width
     at = token * width + c
     v = _load(x + at, inside)
+
+    # The stream: what a sub-layer has made is added.
     if ADD:
         d = _load(y + at, inside)
         if GATE:
@@ -841,11 +1202,14 @@ def _add_norm_kernel(
         # Rounded as it is stored: the norm is that of what the stream will hold.
         v = (v + d).to(s.dtype.element_ty).to(tl.float32)
         tl.store(s + at, v, inside)
+
+    # Its norm, for the next sub-layer, out of registers: to read s again would be a quarter more bytes.
     if NORM:
         # What lies beyond the row becomes zero again, since it is in the next sum.
         if CENTRE:
             v = tl.where(inside, v - tl.sum(v) / width, 0.0)
-        v *= tl.rsqrt(tl.sum(v * v) / width + eps) * _load(scale + m * scale_row + c, inside)
+        r = tl.rsqrt(tl.sum(v * v) / width + eps)
+        v *= r * _load(scale + m * scale_row + c, inside)
         if CENTRE:
             v += _load(shift + m * shift_row + c, inside)
         tl.store(h + at, v, inside)
@@ -853,8 +1217,16 @@ def _add_norm_kernel(
 
 @jit
 def _add_norm_backward_kernel(
-    s, ds, dh, y, gate, scale, rows, dx, dy, parts, gate_row, scale_row, n, width, eps, TOKENS: tl.constexpr,
-    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    s, ds, dh, y, gate, scale, rows, dx, dy, parts,
+    gate_row, scale_row,
+    n, width, eps,
+    TOKENS: tl.constexpr,
+    ADD: tl.constexpr,
+    GATE: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTRE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With v the normalised row, r = 1 / rms and g = scale dh: ds += r (g - mean(g) - v mean(g v)), RMSNorm without mean(g).
 
@@ -867,6 +1239,9 @@ def _add_norm_backward_kernel(
         m = tl.load(rows + chunk)
     c = tl.arange(0, BLOCK)
     inside = c < width
+
+    # All tokens of a chunk share a row of the tables, so that row's gradient is a sum over them. It stays in registers while
+    # the tokens come by.
     to_gate = tl.zeros((BLOCK,), tl.float32)
     to_shift = tl.zeros((BLOCK,), tl.float32)
     to_scale = tl.zeros((BLOCK,), tl.float32)
@@ -884,18 +1259,23 @@ def _add_norm_backward_kernel(
             to_shift += g
             to_scale += g * v
             g *= _load(scale + m * scale_row + c, inside)
+            # A norm does not see what is added to all channels alike, nor (but for eps) what multiplies all of them: the
+            # gradient's parts in these two directions, along 1 and along v, are taken out.
             if CENTRE:
                 g -= tl.sum(g) / width
-            g = r * (g - v * (tl.sum(g * v) / width))
+            along = tl.sum(g * v) / width
+            g = r * (g - v * along)
         # What has come along the stream.
         if ADD:
             g += _load(ds + at, inside)
         # Through the product of gate and y.
         if GATE:
             to_gate += g * _load(y + at, inside)
-            tl.store(dy + at, g * _load(gate + m * gate_row + c, inside), inside)
+            dy_at = dy + at
+            tl.store(dy_at, g * _load(gate + m * gate_row + c, inside), inside)
         tl.store(dx + at, g, inside)
-    # parts (3, G, splits, W): of gate, shift, scale.
+
+    # parts (3, G, splits, W): of gate, shift, scale. Each program has a place of its own, so nobody waits and no order differs.
     programs = tl.num_programs(0) * tl.num_programs(1)
     out = parts + (chunk * tl.num_programs(1) + split) * width + c
     if GATE:
@@ -922,9 +1302,17 @@ class _NormRope(torch.autograd.Function):
             sin = sin.contiguous()
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         groups = _groups(weight)
+        heads = x.shape[1] // groups
+        # x with its own strides: the queries and keys of a joint projection lie between other columns, and are not copied out.
         _launch(
-            _norm_rope_kernel, (len(x), groups), x, weight, cos, sin, y, x.stride(0), x.stride(1), x.shape[1] // groups, eps,
-            NORM=weight is not None, ROPE=cos is not None, **_head_blocks(x, groups),
+            _norm_rope_kernel,
+            (len(x), groups),
+            x, weight, cos, sin, y,
+            x.stride(0), x.stride(1),
+            heads, eps,
+            NORM=weight is not None,
+            ROPE=cos is not None,
+            **_head_blocks(x, groups),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.eps = eps
@@ -934,15 +1322,24 @@ class _NormRope(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, cos, sin = ctx.saved_tensors
         groups = _groups(weight)
+        heads = x.shape[1] // groups
         programs = triton.cdiv(len(x), TOKENS)
         dy = dy.contiguous()
         dx = torch.empty_like(dy)
+        # Of the gain every program gives the sum over its tokens; the sum of those follows below.
         dw = None
         if weight is not None:
             dw = torch.empty(programs, groups, x.shape[2], device=x.device)
         _launch(
-            _norm_rope_backward_kernel, (programs, groups), dy, x, weight, cos, sin, dx, dw, len(x), x.stride(0), x.stride(1),
-            x.shape[1] // groups, ctx.eps, NORM=weight is not None, ROPE=cos is not None, TOKENS=TOKENS,
+            _norm_rope_backward_kernel,
+            (programs, groups),
+            dy, x, weight, cos, sin, dx, dw,
+            len(x),
+            x.stride(0), x.stride(1),
+            heads, ctx.eps,
+            NORM=weight is not None,
+            ROPE=cos is not None,
+            TOKENS=TOKENS,
             **_head_blocks(x, groups),
         )  # fmt: skip
         if weight is not None:
@@ -952,7 +1349,9 @@ class _NormRope(torch.autograd.Function):
 
 def _groups(weight: Tensor | None) -> int:
     """Groups of heads with a gain each."""
-    return len(weight) if weight is not None and weight.ndim == 2 else 1
+    if weight is not None and weight.ndim == 2:
+        return len(weight)
+    return 1
 
 
 def _head_blocks(x: Tensor, groups: int) -> dict[str, int]:
@@ -963,13 +1362,24 @@ def _head_blocks(x: Tensor, groups: int) -> dict[str, int]:
     _, heads, dim = x.shape
     h = _p2(heads // groups)
     d = _p2(dim // 2)
-    return {"HALF": dim // 2, "BLOCK_H": h, "BLOCK_D": d, "num_warps": min(8, max(1, h * d // 256))}
+    return {
+        "HALF": dim // 2,
+        "BLOCK_H": h,
+        "BLOCK_D": d,
+        "num_warps": min(8, max(1, h * d // 256)),
+    }
 
 
 @jit
 def _norm_rope_kernel(
-    x, w, cos, sin, y, x_row, x_head, heads, eps,
-    NORM: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, w, cos, sin, y,
+    x_row, x_head,
+    heads, eps,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program has one token's heads of one group; a holds channels i, b channels i + D/2, so the swap costs nothing."""
     token = tl.program_id(0).to(tl.int64)
@@ -982,17 +1392,23 @@ def _norm_rope_kernel(
     at = x + token * x_row + head * x_head + c
     a = _load(at, inside)
     b = _load(at + HALF, inside)
+
+    # Each head has a norm of its own, over both halves of its channels; the heads of a group share the gain.
     if NORM:
-        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
+        r = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
         gain = w + group * 2 * HALF + c
         a = a * r * _load(gain, row)
         b = b * r * _load(gain + HALF, row)
-    # Channel i turns with channel i + D/2, which is at hand.
+
+    # Channel i turns with channel i + D/2, which is at hand. The table has the sign: its first half holds -sin.
     if ROPE:
         t = token * 2 * HALF + c
         turned = a * _load(cos + t, row) + b * _load(sin + t, row)
         b = b * _load(cos + t + HALF, row) + a * _load(sin + t + HALF, row)
         a = turned
+
+    # Contiguous, whatever x was: attention reads it next.
     out = y + (token * tl.num_programs(1) * heads + head) * 2 * HALF + c
     tl.store(out, a, inside)
     tl.store(out + HALF, b, inside)
@@ -1000,9 +1416,16 @@ def _norm_rope_kernel(
 
 @jit
 def _norm_rope_backward_kernel(
-    dy, x, w, cos, sin, dx, dw, tokens, x_row, x_head, heads, eps,
-    NORM: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    dy, x, w, cos, sin, dx, dw,
+    tokens,
+    x_row, x_head,
+    heads, eps,
+    NORM: tl.constexpr,
+    ROPE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The rotation turned back, then the gradient of the norm as in _add_norm_backward_kernel, r computed again from x."""
     first = tl.program_id(0).to(tl.int64)
@@ -1027,14 +1450,17 @@ def _norm_rope_backward_kernel(
         if NORM:
             a = _load(x + token * x_row + head * x_head + c, inside)
             b = _load(x + token * x_row + head * x_head + c + HALF, inside)
-            r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+            squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
+            r = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
             a = a * r
             b = b * r
+            # The gain's gradient: over all heads of the group at once, over the tokens one by one.
             total_a += tl.sum(ga * a, 0)[None, :]
             total_b += tl.sum(gb * b, 0)[None, :]
             ga = ga * _load(w + group * 2 * HALF + c, row)
             gb = gb * _load(w + group * 2 * HALF + c + HALF, row)
-            mean = ((tl.sum(ga * a, 1) + tl.sum(gb * b, 1)) / (2 * HALF))[:, None]
+            along = tl.sum(ga * a, 1) + tl.sum(gb * b, 1)
+            mean = (along / (2 * HALF))[:, None]
             ga = r * (ga - a * mean)
             gb = r * (gb - b * mean)
         tl.store(dx + at, ga, inside)
@@ -1048,21 +1474,34 @@ def _norm_rope_backward_kernel(
 def rope_append(qkv, cos, sin, k_cache, v_cache, slots, heads) -> Tensor:
     kv_heads, dim = k_cache.shape[1:]
     _check_rows(qkv, cos, sin)
-    if not (k_cache[:1].is_contiguous() and v_cache[:1].is_contiguous() and k_cache.dtype == v_cache.dtype):
+    # Rows may be far apart, as those of one layer in a cache of all; inside a row head follows head.
+    rows_whole = k_cache[:1].is_contiguous() and v_cache[:1].is_contiguous()
+    if not (rows_whole and k_cache.dtype == v_cache.dtype):
         raise ValueError("fused: the rows of the cache must be contiguous, keys and values of one dtype")
     q = torch.empty(len(qkv), heads, dim, dtype=k_cache.dtype, device=qkv.device)
     _launch(
-        _rope_append_kernel, (len(qkv), heads + 2 * kv_heads), qkv, cos, sin, q, k_cache, v_cache, slots, qkv.stride(0),
-        cos.stride(0), sin.stride(0), k_cache.stride(0), v_cache.stride(0), heads, kv_heads,
-        HALF=dim // 2, BLOCK=_p2(dim // 2),
+        _rope_append_kernel,
+        (len(qkv), heads + 2 * kv_heads),
+        qkv, cos, sin, q, k_cache, v_cache, slots,
+        qkv.stride(0),
+        cos.stride(0),
+        sin.stride(0),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        heads, kv_heads,
+        HALF=dim // 2,
+        BLOCK=_p2(dim // 2),
     )  # fmt: skip
     return q
 
 
 @jit
 def _rope_append_kernel(
-    qkv, cos, sin, q, k, v, slots, row, cos_row, sin_row, k_row, v_row, heads, kv_heads,
-    HALF: tl.constexpr, BLOCK: tl.constexpr,
+    qkv, cos, sin, q, k, v, slots,
+    row, cos_row, sin_row, k_row, v_row,
+    heads, kv_heads,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head per program: with a single token there is nothing else to share among the processors."""
     token = tl.program_id(0).to(tl.int64)
@@ -1072,7 +1511,9 @@ def _rope_append_kernel(
     at = qkv + token * row + head * 2 * HALF + c
     a = _load(at, inside)
     b = _load(at + HALF, inside)
+    # From the device: a recorded graph then writes to a new row in every replay.
     slot = tl.load(slots + token)
+
     # A head of the values goes into the cache as it is, one of the keys turned; one of the queries into q.
     if head >= heads + kv_heads:
         out = v + slot * v_row + (head - heads - kv_heads) * 2 * HALF + c
@@ -1107,13 +1548,22 @@ class _SwiGLU(torch.autograd.Function):
         _check_rows(g, u)
         n, width = g.shape
         y = torch.empty(n, width, dtype=g.dtype, device=g.device)
-        _launch(_swiglu_kernel, (n, triton.cdiv(width, 1024)), g, u, y, g.stride(0), u.stride(0), width, BLOCK=1024)
+        # No sum runs along a row here, so rows are cut into pieces of any length.
+        _launch(
+            _swiglu_kernel,
+            (n, triton.cdiv(width, 1024)),
+            g, u, y,
+            g.stride(0), u.stride(0),
+            width,
+            BLOCK=1024,
+        )  # fmt: skip
         return y
 
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         dy = dy.contiguous()
+        # Laid out as the input is: with gate and up in one buffer, both gradients are written into one, too.
         d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         d_up = None
         if up is not None:
@@ -1122,8 +1572,12 @@ class _SwiGLU(torch.autograd.Function):
         dg, du = _halves(d_gate, d_up)
         n, width = g.shape
         _launch(
-            _swiglu_backward_kernel, (n, triton.cdiv(width, 1024)), dy, g, u, dg, du, g.stride(0), u.stride(0), dg.stride(0),
-            du.stride(0), width, BLOCK=1024,
+            _swiglu_backward_kernel,
+            (n, triton.cdiv(width, 1024)),
+            dy, g, u, dg, du,
+            g.stride(0), u.stride(0), dg.stride(0), du.stride(0),
+            width,
+            BLOCK=1024,
         )  # fmt: skip
         return d_gate, d_up
 
@@ -1136,7 +1590,13 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @jit
-def _swiglu_kernel(gate, up, y, g_row, u_row, width, BLOCK: tl.constexpr):
+def _swiglu_kernel(
+    gate, up, y,
+    g_row, u_row,
+    width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = silu(g) u for a piece of one row, with silu(g) = g sigmoid(g)."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width
@@ -1146,15 +1606,23 @@ def _swiglu_kernel(gate, up, y, g_row, u_row, width, BLOCK: tl.constexpr):
 
 
 @jit
-def _swiglu_backward_kernel(dy, gate, up, dg, du, g_row, u_row, dg_row, du_row, width, BLOCK: tl.constexpr):
+def _swiglu_backward_kernel(
+    dy, gate, up, dg, du,
+    g_row, u_row, dg_row, du_row,
+    width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """du = dy silu(g), and dg = dy u silu'(g)."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < width
     d = _load(dy + row * width + c, inside)
     g = _load(gate + row * g_row + c, inside)
     u = _load(up + row * u_row + c, inside)
+    # silu'(g) = sigma + g sigma', and the sigmoid's derivative is sigma (1 - sigma).
     sigma = tl.sigmoid(g)
-    tl.store(dg + row * dg_row + c, d * u * sigma * (1 + g * (1 - sigma)), inside)
+    dg_at = dg + row * dg_row + c
+    tl.store(dg_at, d * u * sigma * (1 + g * (1 - sigma)), inside)
     tl.store(du + row * du_row + c, d * g * sigma, inside)
 
 
@@ -1164,14 +1632,24 @@ def _swiglu_backward_kernel(dy, gate, up, dg, du, g_row, u_row, dg_row, du_row, 
 def standardise_into(out: Tensor, h: Tensor) -> None:
     _check_rows(out, h)
     n, width = h.shape
-    _launch(_standardise_kernel, (n,), h, out, h.stride(0), out.stride(0), width, BLOCK=_p2(width))
+    # out is a slice of the connector's wide input: one layer of the MLLM among all.
+    _launch(
+        _standardise_kernel,
+        (n,),
+        h, out,
+        h.stride(0), out.stride(0),
+        width,
+        BLOCK=_p2(width),
+    )  # fmt: skip
 
 
 @jit
 def _standardise_kernel(h, out, h_row, out_row, width, BLOCK: tl.constexpr):
+    """(h - mean) / (std + 1e-8) of one token."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     v = _load(h + row * h_row + c, c < width)
+    # The mean first, then the squares of what is left: E[h^2] - E[h]^2 would lose its digits where the mean is large.
     v = tl.where(c < width, v - tl.sum(v) / width, 0.0)
     std = tl.sqrt(tl.sum(v * v) / (width - 1))
     tl.store(out + row * out_row + c, v / (std + 1e-8), c < width)
@@ -1180,7 +1658,15 @@ def _standardise_kernel(h, out, h_row, out_row, width, BLOCK: tl.constexpr):
 def softmax_gradient(logits: Tensor, labels: Tensor, grad: bool) -> Tensor:
     """Losses (C,) of logits (C, V); with grad, softmax - onehot in place of the logits."""
     loss = torch.empty(len(logits), device=logits.device)                              # (C,)
-    _launch(_softmax_gradient_kernel, (len(logits),), logits, labels, loss, logits.shape[1], GRAD=grad, BLOCK=4096)
+    # A vocabulary is far longer than a block: a program walks along its row in steps of one.
+    _launch(
+        _softmax_gradient_kernel,
+        (len(logits),),
+        logits, labels, loss,
+        logits.shape[1],
+        GRAD=grad,
+        BLOCK=4096,
+    )  # fmt: skip
     return loss
 
 
@@ -1193,6 +1679,7 @@ def _softmax_gradient_kernel(logits, labels, loss, vocab, GRAD: tl.constexpr, BL
     row = logits + token * vocab
     # Read here: the sums below make all threads wait for each other, and behind them the logits are overwritten.
     own = tl.load(row + tl.maximum(label, 0)).to(tl.float32)
+
     # Each of BLOCK columns keeps a maximum and a sum under it, as in attention's equations (1) to (3), joined at the end.
     top = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -1202,8 +1689,13 @@ def _softmax_gradient_kernel(logits, labels, loss, vocab, GRAD: tl.constexpr, BL
         total = total * tl.exp(top - higher) + tl.exp(v - higher)
         top = higher
     highest = tl.max(top, 0)
-    log_z = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    z = tl.sum(total * tl.exp(top - highest), 0)
+    log_z = highest + tl.log(z)
+
+    # -log softmax of the label's logit. A negative label marks a token that is no target.
     tl.store(loss + token, tl.where(label >= 0, log_z - own, 0.0))
+
+    # The derivative of log_z by a logit is its softmax, that of own is 1 at the label.
     if GRAD:
         for start in range(0, vocab, BLOCK):
             v = tl.load(row + start + c, start + c < vocab, -1e30).to(tl.float32)

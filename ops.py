@@ -70,7 +70,8 @@ class Segments:
         """From boundaries (S + 1,). A tensor is read back, which on a GPU waits for all work queued before it."""
         if isinstance(cu, Segments):
             return cu
-        return cls([end - start for start, end in pairwise(cu.tolist())], device)
+        lengths = [end - start for start, end in pairwise(cu.tolist())]
+        return cls(lengths, device)
 
 
 # ----------------------------------------------------------------------------------------------- PyTorch or the kernels
@@ -106,8 +107,10 @@ def on_triton(x: Tensor) -> bool:
     known = x.dtype in kernels.DTYPES
     if _backend == "sdpa":
         return False
+    # auto may decline without a word; who asks for the kernels by name is told why he does not get them.
     if _backend == "auto":
-        return x.is_cuda and kernels.triton is not None and kernels.run_on(x.device) and known
+        there = x.is_cuda and kernels.triton is not None
+        return there and kernels.run_on(x.device) and known
     if not known:
         raise InputError(f"the kernels compute in fp32, bf16 and fp16, not in {x.dtype}: choose another back end")
     if not kernels.run_on(x.device):
@@ -153,7 +156,8 @@ def attention(
 def _check_attention(q, k, v, queries, keys, k_lengths) -> None:
     if len(queries) != len(keys):
         raise ValueError(f"attention: {len(queries)} query sequences but {len(keys)} key sequences")
-    if queries.total != q.shape[0] or keys.total != k.shape[0] or k.shape != v.shape:
+    fit = queries.total == q.shape[0] and keys.total == k.shape[0]
+    if not fit or k.shape != v.shape:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
         raise ValueError(f"attention: boundaries {queries.total}, {keys.total} do not fit {shapes}")
     if q.shape[1] % k.shape[1]:
@@ -184,13 +188,16 @@ def _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tenso
     Neighbours of the same lengths are a dense batch seen from the side, and any other sequence is a batch of one. A caller that
     sorts its sequences by length gets few calls.
     """
+    # A CPU may look at the lengths. Elsewhere looking would wait for the device.
+    if k_lengths is not None and k.device.type == "cpu":
+        return _attention_to_known_rows(q, k, v, k_lengths, scale)
     if k_lengths is not None:
-        # A CPU may look at the lengths. Elsewhere looking would wait for the device.
-        read_cache = _attention_to_known_rows if k.device.type == "cpu" else _attention_to_masked_rows
-        return read_cache(q, k, v, k_lengths, scale)
+        return _attention_to_masked_rows(q, k, v, k_lengths, scale)
+
     runs = _runs(zip(queries.lengths, keys.lengths, strict=True))
     rows_q = [count * lq for (lq, _), count in runs]
     rows_k = [count * lk for (_, lk), count in runs]
+
     # Split once: the backward pass of a split is one concatenation, that of a slice a full tensor of zeros each.
     qs = _split(q, rows_q)
     ks = _split(k, rows_k)
@@ -210,30 +217,44 @@ def _dense_attention(q, k, v, causal, scale, mask=None) -> Tensor:
     lq = q.shape[1]
     lk = k.shape[1]
     kv_heads = k.shape[2]
+
     # The last query reads all keys, so with fewer keys than queries the first ones read none.
     if causal and lq > lk:
         blind = lq - lk
         o = _dense_attention(q[:, blind:], k, v, True, scale)
         return F.pad(o, (0, 0, 0, 0, blind, 0))
+
+    # PyTorch wants heads before tokens. A transposed view will do: nothing is moved.
     q = q.transpose(1, 2)                                                               # (S, Hq, Lq, D)
     k = k.transpose(1, 2)                                                               # (S, Hkv, Lk, D)
     v = v.transpose(1, 2)
+
     # Decoding: the r heads that share keys become r queries of one head, so that each key is read once.
     if lq == 1:
         q = q.unflatten(1, (kv_heads, -1)).squeeze(3)                                   # (S, Hkv, r, D)
         o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         return o.flatten(1, 2)[:, None]                                                 # (S, 1, Hq, D)
+
     # is_causal aligns the first query with the first key. A cache needs the last ones aligned.
     is_causal = causal and lq == lk
     if causal and lq < lk:
         mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)      # (Lq, Lk)
     grouped = q.shape[1] != kv_heads
-    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    o = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=grouped,
+    )
     return o.transpose(1, 2)
 
 
 def _attention_to_known_rows(q, k, v, k_lengths, scale) -> Tensor:
     """One query per buffer of which the first rows count. Their number is known here, so the others are not read."""
+    # Through numpy, which reads the tensor's own memory.
     runs = _runs(np.from_dlpack(k_lengths).tolist())
     counts = [count for _, count in runs]
     qs = q.unflatten(0, (len(k_lengths), -1)).split(counts)                             # (count, 1, Hq, D)
@@ -255,7 +276,8 @@ def _attention_to_masked_rows(q, k, v, k_lengths, scale) -> Tensor:
     # What does not count may hold anything, NaN too, and 0 * NaN is NaN: the mask of the scores does not suffice.
     k = k.masked_fill(~counts[:, :, None, None], 0.0)
     v = v.masked_fill(~counts[:, :, None, None], 0.0)
-    return _dense_attention(q, k, v, False, scale, counts[:, None, None]).flatten(0, 1)  # (S, Hq, D)
+    o = _dense_attention(q, k, v, False, scale, counts[:, None, None])                  # (S, 1, Hq, D)
+    return o.flatten(0, 1)                                                              # (S, Hq, D)
 
 
 def _runs(lengths: Iterable) -> list[tuple]:
@@ -285,10 +307,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _NormRope.apply(x[:, None], weight, eps, None, None)[:, 0]
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
-    # Two thirds of the time that F.rms_norm takes on a CPU.
+    # Two thirds of the time that F.rms_norm takes on a CPU. In place where the tensor is our own: memory is what it waits for.
     n = x.float()
     n = n * _inverse_rms(n, eps)
-    return n.mul_(weight).to(x.dtype)
+    n.mul_(weight)
+    return n.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -315,7 +338,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None
     shift = _pick(shift, rows, x)                                                       # (G, 1, D)
     scale = _pick(scale, rows, x)                                                       # (G, 1, D)
     n = F.layer_norm(x, x.shape[-1:], eps=EPS)                                          # (G, n, D)
-    return torch.addcmul(shift, n, scale).flatten(0, 1).to(dtype)                       # (G * n, D)
+    # shift + n scale without a tensor for the product: one pass over memory less.
+    h = torch.addcmul(shift, n, scale)                                                  # (G, n, D)
+    return h.flatten(0, 1).to(dtype)                                                    # (G * n, D)
 
 
 def gate_add(x: Tensor, gate: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -353,7 +378,9 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps), (..., W) -> (..., 1). By the length of a row: one pass, and no tensor of squares."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     eps = norm.new_full((), eps)
-    return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    # The square of the length, by W, is the mean of the squares.
+    mean = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1])
+    return mean.rsqrt_()
 
 
 # ------------------------------------------------------------------------------------------ norm of heads and rotation
@@ -396,9 +423,11 @@ def rope_append(
         return kernels.rope_append(qkv, cos, sin, k_cache, v_cache, slots, heads)
     kv_heads, dim = k_cache.shape[1:]
     qkv = qkv.unflatten(1, (-1, dim))                                                   # (N, all heads, D)
+    # Queries and keys turn in one call. Values have no position: attention finds them by their keys.
     qk, v = qkv.split((heads + kv_heads, kv_heads), 1)
     qk = _rotate(qk, cos, sin).to(k_cache.dtype)
     q, k = qk.split((heads, kv_heads), 1)
+    # By index, not by a slice: where the rows are need not be known to the host.
     k_cache.index_copy_(0, slots, k)
     v_cache.index_copy_(0, slots, v.to(v_cache.dtype))
     return q.contiguous()
@@ -442,6 +471,7 @@ def join(*layers: nn.Linear) -> None:
         parts = [getattr(layer, name) for layer in layers]
         if parts[0] is None:
             continue
+        # Through .data, so that the parameters stay the same objects: optimizers and DDP hold on to them.
         whole = torch.cat([p.detach() for p in parts])
         views = whole.split([len(p) for p in parts])
         for p, view in zip(parts, views, strict=True):
@@ -472,6 +502,7 @@ def _neighbours(parts: list[Tensor]) -> Tensor | None:
             return None
         end += p.nbytes
         rows += p.shape[0]
+    # A view over all of them, which costs nothing; PyTorch checks that it stays inside one storage.
     try:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     except RuntimeError:  # neighbours by chance, in storages of their own
@@ -535,6 +566,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_h = grads and ctx.needs_input_grad[0]
         need_w = grads and ctx.needs_input_grad[1]
         loss = hidden.new_zeros((), dtype=torch.float32)
+        # What needs no gradient costs neither memory nor a product.
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_w = torch.empty_like(weight) if need_w else None
         # The first chunk overwrites what is there. Without any token there is none.
@@ -546,7 +578,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 h = hidden[start : start + chunk].to(dtype)                             # (C, H)
                 logits = h @ w.T                                                        # (C, V)
-                part, d = _loss_and_gradient(logits, labels[start : start + chunk], need_h or need_w)
+                own_labels = labels[start : start + chunk]                              # (C,)
+                part, d = _loss_and_gradient(logits, own_labels, need_h or need_w)
                 loss += part
                 if need_h:
                     _product(grad_h[start : start + chunk], d, w)
@@ -580,8 +613,12 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, grad: bool) -> tuple[Tens
     loss = F.nll_loss(log_p, labels, ignore_index=-100, reduction="sum")
     if not grad:
         return loss, None
+
+    # softmax - onehot, in the memory of log_p: exp of it is the softmax, and from the label's place 1 is taken.
     index = labels.clamp(min=0)[:, None]                                                # (C, 1)
-    d = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+    minus_one = log_p.new_full(index.shape, -1.0)
+    d = log_p.exp_().scatter_add_(1, index, minus_one)
+    # A token that is no target had -100 for a label, and 0 in its stead above: its whole row is nothing.
     ignored = labels < 0
     if ignored.any():
         d[ignored] = 0
@@ -638,6 +675,7 @@ class Graph:
             replay, result = capture(self.function, own)
             self.recorded[shapes] = own, replay, result
         own, replay, result = self.recorded[shapes]
+        # On the device, in the queue before the replay: the host does not wait.
         for mine, x in zip(own, inputs, strict=True):
             mine.copy_(x)
         replay()
@@ -646,6 +684,7 @@ class Graph:
 
 def capture(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], None], Tensor | tuple[Tensor, ...]]:
     """(what replays, where the result then lies). Nothing is computed yet."""
+    # Inside, kernels are noted and not run; their memory is kept for this graph alone.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function(*inputs)
@@ -675,16 +714,22 @@ class _NormRope(torch.autograd.Function):
         # The transpose of a rotation turns back.
         if cos is not None:
             g = _rotate(g, cos, -sin)
+
+        # w's gradient: every token and every head adds v dv.
         along = g * n
         grad_w = None
         if ctx.needs_input_grad[1]:
             # All heads of a group have one gain: (heads, D) -> (D,), or (G, heads of each, D) -> (G, D).
             groups = along.sum(0).view(*weight.shape[:-1], -1, weight.shape[-1])
             grad_w = groups.sum(-2).to(weight.dtype)
+
+        # x's: the part of g along v is taken out, since a norm does not see how long x is. A product with the gain and a sum
+        # are one matrix product where all heads share it.
         if weight.ndim == 1:
             total = along @ weight.float()                                              # (N, heads)
         else:
             total = _gained(along, weight).sum(-1)
         mean = total.unsqueeze(-1) / n.shape[-1]                                        # (N, heads, 1)
-        dx = _gained(g, weight).addcmul_(n, mean, value=-1).mul_(r)
+        dx = _gained(g, weight)
+        dx = dx.addcmul_(n, mean, value=-1).mul_(r)
         return dx.to(grad.dtype), grad_w, None, None, None

@@ -52,7 +52,6 @@ from vae import VAE, VAEConfig, to_image, to_tensor
 FORMAT = 1  # of duogen.json
 PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
 SIZE = 704, 1280  # (H, W) of a picture where neither dialogue nor checkpoint says anything
-SIDE = 16  # a picture's sides are multiples of it: 8 pixels a latent, 2 latents a patch
 PACK = 65536  # patches painted in one batch at most; an activation of the 2B network is then 0.5 GB in bf16
 STOPS = {
     "end": "the model ended its answer",
@@ -104,8 +103,8 @@ class Settings:
         need(0.01 <= self.shift <= 100, "shift", "from 0.01 to 100")
         for name in ("height", "width"):
             side = getattr(self, name)
-            need(side is None or (SIDE <= side <= 8192 and side % SIDE == 0), name, f"a multiple of {SIDE} from {SIDE} to 8192")
-        need(self.max_area is None or self.max_area >= SIDE**2, "max_area", f"at least {SIDE**2} pixels")
+            need(side is None or 1 <= side <= 8192, name, "from 1 to 8192")
+        need(self.max_area is None or self.max_area >= 1, "max_area", "at least 1 pixel")
         need(0 <= self.max_images <= 1000, "max_images", "from 0 to 1000")
         need(1 <= self.max_tokens <= 10**6, "max_tokens", "from 1 to 1000000")
         need(self.temperature == 0 or 0.01 <= self.temperature <= 100, "temperature", "0, or from 0.01 to 100")
@@ -161,6 +160,7 @@ class Read:
 class Paint:
     """A picture is due. Whoever drives `Answer.write` sends it in reply."""
 
+    answer: "Answer"
     number: int  # of the picture in the answer, from 0
     size: tuple[int, int]  # (H, W) in pixels
     seed: int  # of its noise
@@ -168,7 +168,6 @@ class Paint:
     unseen: list[Tensor]  # earlier pictures (3, H, W) that are yet to be encoded
     positive: Tensor  # (n, text_dim) connector rows of all tokens before BOV
     negative: Tensor | None  # (m, text_dim), m < n; None where guidance is off
-    settings: Settings
     seconds: float = 0.0  # what the painting took; a batch's time is shared evenly
 
 
@@ -197,13 +196,13 @@ Reply = int | Image.Image | None  # to a Read, to a Paint, to the others
 
 
 class Answer:
-    """One answer: the loop that makes it (`write`), and then what it is."""
+    """One answer: the loop that makes it (`write`), and then what it is. messages: as `read_dialogue` gives them."""
 
-    def __init__(self, duo: "DuoGen", messages: str | list[dict], settings: Settings, index: int = 0):
+    def __init__(self, duo: "Writer", messages: list[dict], settings: Settings, index: int = 0):
         self.duo = duo
         self.settings = settings
         self.index = index
-        self.messages = read_dialogue(messages)
+        self.messages = messages
         self.images = [part["image"] for m in self.messages for part in m["content"] if part["type"] == "image"]
         self.parts: list[str | Picture] = []
         self.stop = "interrupted"  # until it ends otherwise
@@ -223,8 +222,9 @@ class Answer:
         self._chunk = rendered.images[-1].end + 1 if rendered.images else rendered.system_end
 
         # A picture is as large as the one before it, unless the settings say otherwise.
-        height, width = to_tensor(self.images[-1], SIDE, settings.max_area).shape[1:] if self.images else duo.size
+        height, width = to_tensor(self.images[-1], duo.patch, settings.max_area).shape[1:] if self.images else duo.size
         self.size = settings.height or height, settings.width or width
+        check_size(self.size, duo.patch)
         if self.prompt_tokens >= duo.context:
             raise InputError(f"the prompt has {self.prompt_tokens:,} tokens, the limit is {duo.context - 1:,}: shorten it")
 
@@ -236,6 +236,11 @@ class Answer:
     def text(self) -> str:
         """The text alone, pieces between pictures on lines of their own."""
         return "\n".join(part.strip() for part in self.parts if isinstance(part, str))
+
+    @property
+    def stop_meaning(self) -> str:
+        """Why it ends there, in words."""
+        return STOPS[self.stop]
 
     @property
     def message(self) -> dict:
@@ -257,7 +262,7 @@ class Answer:
         self.rows = []  # the connector's output for all that was read
         self.position = 0
         # What the DiT has not been shown yet, and the latents of what it has.
-        unseen = [to_tensor(image, SIDE, s.max_area) for image in self.images]
+        unseen = [to_tensor(image, duo.patch, s.max_area) for image in self.images]
         latents = []
         # What the language model has not read yet: the prompt with its pictures, later a token or a picture at a time.
         unread = self._ids
@@ -293,7 +298,7 @@ class Answer:
                 kept = self._chunk if s.negative == "chunk" else 0
                 negative = None if s.scale == 1 else rows[:kept]                       # (m, text_dim)
                 shown = (latents, unseen) if s.use_condition_images else ([], [])
-                paint = Paint(painted, self.size, derive(s.seed, self.index, painted), *shown, rows, negative, s)
+                paint = Paint(self, painted, self.size, derive(s.seed, self.index, painted), *shown, rows, negative)
                 image = yield paint
                 self.paint_seconds += paint.seconds
                 context = len(rows), 0 if negative is None else len(negative)
@@ -304,7 +309,7 @@ class Answer:
                 # again. Its own latent, fresh from the sampler, would be another distribution than the encoded pictures of the
                 # training, and an answer that is continued from its saved pages would differ from one continued at once.
                 latents = paint.conditions
-                unseen = [to_tensor(image, SIDE, s.max_area)]
+                unseen = [to_tensor(image, duo.patch, s.max_area)]
                 # The language model looks at it, too: BOV, the picture and its end are read next.
                 pixels, grid = duo.processor(image)
                 grids = [grid]
@@ -426,15 +431,14 @@ def point(views: list, flat: Tensor) -> None:
         t.data = torch.empty(0, dtype=dtype, device=flat.device).set_(flat.untyped_storage(), offset, shape, stride)
 
 
-# ----------------------------------------------------------------------------------------------------------------- system
+# ----------------------------------------------------------------------------------------------------------------- writer
 
 
-class DuoGen:
-    """The parts of the system, checked to fit together.
+class Writer:
+    """The language model at work on answers: what it reads, which token follows, and who waits for what.
 
-    defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
-    from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
-    graphs: steps are recorded as CUDA graphs (ops.Graph).
+    Painting is left to those who know how: `DuoGen`, or a training that shows the true pictures. size: (H, W) of a picture
+    where the dialogue has none.
     """
 
     def __init__(
@@ -442,120 +446,42 @@ class DuoGen:
         mllm: MLLM,
         tokenizer: Tokenizer,
         processor: ImageProcessor,
-        dit: DiT,
-        vae: VAE,
-        defaults: Settings | None = None,
         size: tuple[int, int] = SIZE,
-        sources: dict[str, str] | None = None,
-        offload: torch.device | None = None,
+        defaults: Settings | None = None,
+        device: torch.device | None = None,
         graphs: bool = False,
     ):
-        check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
-        self.mllm, self.dit, self.vae = (part.eval().requires_grad_(False) for part in (mllm, dit, vae))
-        self.mllm.fuse_for_inference(), self.dit.fuse_for_inference()
-        self.tokenizer, self.processor = tokenizer, processor
-        self.defaults, self.size, self.sources = defaults or Settings(), size, sources or {}
-        self.device, self.offload = offload or mllm.model.embed_tokens.weight.device, None
+        self.mllm = mllm
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.size = size
+        self.defaults = defaults or Settings()
+        self.device = device or mllm.model.embed_tokens.weight.device
         self.graphs = graphs
-        if offload:
-            connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
-            decoder = [mllm.model, mllm.lm_head, connector]
-            painter = [m for m in dit.children() if m is not connector]
-            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
         self.context = mllm.config.max_position_embeddings
-        largest = max(sum(p.numel() for p in part.parameters()) for part in (mllm, dit, vae))
-        self.crew = Crew(largest, self.device.type)
+        self.patch = 1  # a picture's sides are multiples of it; a painter has its own
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
         allowed[tokenizer.writable] = True
         self.allowed = allowed.to(self.device)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        ckpt: str | Path | None = None,
-        *,
-        mllm: str | Path | None = None,
-        dit: str | Path | None = None,
-        vae: str | Path | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        offload: bool = False,
-        graphs: bool = False,
-    ) -> "DuoGen":
-        """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
+    # ---- what a painter adds
 
-        mllm, dit, vae: take this part from elsewhere: its folder, a folder with a subfolder of the part's name, a training run
-        (its newest sound checkpoint) or one of its checkpoints, or a Hub name as in the module's docstring. With all three
-        given and no ckpt, the sampling defaults are those of Cosmos.
-        dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
-        offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
-        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
-        """
-        check_device(device, offload, graphs)
-        named = {"mllm": mllm, "dit": dit, "vae": vae}
+    def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+        """The pictures that are due, one for each request."""
+        raise NotImplementedError
 
-        # Where each part comes from: whoever names it has the last word, the checkpoint speaks for the others.
-        base, sources, sampling = None, dict(named), {}
-        if ckpt is not None or not all(named.values()):
-            base = find_checkpoint(ckpt, revision)
-            manifest = read_manifest(base / "duogen.json")
-            sampling = manifest["sampling"]
-            sources = {part: named[part] or manifest["parts"].get(part) for part in PARTS}
-            for part, source in sources.items():
-                if source is None:
-                    raise InputError(f"{base / 'duogen.json'}: names no {part}: give one with {part}=...")
-        elif revision:
-            raise InputError(f"revision {revision}: it is a checkpoint's, and there is none: write NAME@{revision} for a part")
+    def connect(self, hidden: list[Tensor]) -> Tensor:
+        """Hidden states, L tensors (N, H) -> what a painter is to know of these tokens, (N, any width): here nothing."""
+        return hidden[-1][:, :0]
 
-        # All that is small is read and held together first: a misfit is told before gigabytes are read.
-        folders, configs = {}, {}
-        for part, kind in PARTS.items():
-            folders[part] = part_folder(sources[part], part, base=None if named[part] else base)
-            configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
-        tokenizer = Tokenizer.from_pretrained(folders["mllm"])
-        processor = ImageProcessor.from_pretrained(folders["mllm"])
-        check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])
-        height = sampling.pop("height", None) or SIZE[0]
-        width = sampling.pop("width", None) or SIZE[1]
-        defaults = override(Settings(), sampling, "sampling of duogen.json")
+    def at_work(self, *parts: str) -> None:
+        """These parts are needed next, and no others: "decoder" (with the connector), "vision", "dit", "vae"."""
 
-        # The weights, straight to where they will wait or work.
-        home = "cpu" if offload else device
-        origins = {part: origin(folder) for part, folder in folders.items()}
-        if base is not None:
-            origins["ckpt"] = origin(base)
-        return cls(
-            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
-            tokenizer,
-            processor,
-            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
-            VAE.from_pretrained(folders["vae"], device=home),
-            defaults,
-            (height, width),
-            origins,
-            torch.device(device) if offload else None,
-            graphs,
-        )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint folder; duogen.json, without which it is none, comes last."""
-        folder = Path(folder)
-        for part in (self.mllm, self.tokenizer, self.processor):
-            part.save_pretrained(folder / "mllm")
-        self.dit.save_pretrained(folder / "dit")
-        self.vae.save_pretrained(folder / "vae")
-        write_manifest(folder, self.defaults, self.size)
-
-    def settings(self, **values) -> Settings:
-        """The checkpoint's defaults, with some values changed."""
-        return override(self.defaults, values, "settings")
-
-    # ------------------------------------------------------------------------------------------------------- the drivers
+    # ---- the drivers
 
     def answer(self, messages: str | list[dict], settings: Settings | None = None, index: int = 0) -> Answer:
         """An answer that is yet to be written. index: number of the document among those with the same seed."""
-        return Answer(self, messages, settings or self.defaults, index)
+        return Answer(self, read_dialogue(messages), settings or self.defaults, index)
 
     def stream(self, answer: Answer, progress: Callable[[int, int], None] | None = None) -> Iterator[Event]:
         """Write one answer, painting what it asks for. progress(done, steps) is called while a picture is painted."""
@@ -642,12 +568,7 @@ class DuoGen:
             for answer, reply in zip(waiting, replies, strict=True):
                 go_on(answer, active[answer][0], reply)
 
-    # --------------------------------------------------------------------------------------------------------- the parts
-
-    def at_work(self, *parts: str) -> None:
-        """These parts are needed next, and no others: "decoder" (with the connector), "vision", "dit", "vae"."""
-        if self.offload:
-            self.offload.bring(*parts)
+    # ---- one pass of the model
 
     def cache(self, capacity: int, documents: int = 1) -> KVCache:
         return KVCache(self.mllm.config, capacity, self.mllm.model.embed_tokens.weight.dtype, self.device, documents)
@@ -661,45 +582,12 @@ class DuoGen:
 
         return Graph(step) if self.graphs else step
 
-    def connect(self, hidden: list[Tensor]) -> Tensor:
-        """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
-
-        Per token, hence in slices: the features of a long prompt would take 200 KB a token at full size.
-        """
-        dtype = self.dit.crossattn_proj[0].weight.dtype
-        slices = zip(*(h.split(512) for h in hidden), strict=True)
-        return torch.cat([self.dit.crossattn_proj(features(list(part)).to(dtype)) for part in slices])
-
-    @torch.no_grad()
-    def encode(self, pictures: list[Tensor]) -> list[Tensor]:
-        """Pictures (3, H, W) in [-1, 1] -> normalised latents (C, H/8, W/8), each encoded alone."""
-        return [self.vae.encode_latents(x[None].to(self.device))[0] for x in pictures]
-
-    def choose(self, logits: Tensor, settings: Settings, generator: torch.Generator) -> int:
-        """The next token from logits (vocab,): the likeliest, or drawn among the likeliest (nucleus; arXiv 1904.09751)."""
-        logits = logits.float().masked_fill(~self.allowed, -torch.inf)
-        # NaN and infinity show in what the host reads anyway: the largest logit, whose index a float holds, and the mass.
-        if settings.temperature == 0:
-            best, token = torch.stack([x.float() for x in logits.max(0)]).tolist()
-            if not math.isfinite(best):
-                raise not_finite("the language model's logits", self.mllm)
-            return int(token)
-        p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
-        mass = p.cumsum(0)
-        keep = max(1, int((mass - p < settings.top_p).sum()))  # the smallest set that has the share top_p
-        total = mass[keep - 1].cpu()
-        if not total.isfinite():
-            raise not_finite("the language model's logits", self.mllm)
-        u = torch.rand((), generator=generator) * total  # one number from the CPU: every device draws the same
-        return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
-
     @torch.no_grad()
     def read(self, requests: list[Read]) -> list[int]:
         """Append what is to be read to each document -> the token that follows it.
 
         Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
         """
-        self.crew.adapt()
         self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
         tokens = {}
         step = [r for r in requests if len(r.ids) == 1]
@@ -743,6 +631,178 @@ class DuoGen:
         rows, logits = batch[0].answer.step(ids.to(self.device), positions.to(self.device))
         return rows[places], logits[places]  # copies: a graph writes its next result to the same place
 
+    def choose(self, logits: Tensor, settings: Settings, generator: torch.Generator) -> int:
+        """The next token from logits (vocab,): the likeliest, or drawn among the likeliest (nucleus; arXiv 1904.09751)."""
+        logits = logits.float().masked_fill(~self.allowed, -torch.inf)
+        # NaN and infinity show in what the host reads anyway: the largest logit, whose index a float holds, and the mass.
+        if settings.temperature == 0:
+            best, token = torch.stack([x.float() for x in logits.max(0)]).tolist()
+            if not math.isfinite(best):
+                raise not_finite("the language model's logits", self.mllm)
+            return int(token)
+        p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
+        mass = p.cumsum(0)
+        keep = max(1, int((mass - p < settings.top_p).sum()))  # the smallest set that has the share top_p
+        total = mass[keep - 1].cpu()
+        if not total.isfinite():
+            raise not_finite("the language model's logits", self.mllm)
+        u = torch.rand((), generator=generator) * total  # one number from the CPU: every device draws the same
+        return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
+
+
+# ----------------------------------------------------------------------------------------------------------------- system
+
+
+class DuoGen(Writer):
+    """The parts of the system, checked to fit together: a writer that paints.
+
+    defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
+    from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
+    graphs: steps are recorded as CUDA graphs (ops.Graph).
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+        dit: DiT,
+        vae: VAE,
+        defaults: Settings | None = None,
+        size: tuple[int, int] = SIZE,
+        sources: dict[str, str] | None = None,
+        offload: torch.device | None = None,
+        graphs: bool = False,
+    ):
+        check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
+        super().__init__(mllm, tokenizer, processor, size, defaults, offload, graphs)
+        for part in (mllm, dit, vae):
+            part.eval().requires_grad_(False)
+        mllm.fuse_for_inference()
+        dit.fuse_for_inference()
+        self.dit = dit
+        self.vae = vae
+        self.patch = pixels_per_patch(vae.config, dit.config)
+        check_size(size, self.patch)
+        self.sources = sources or {}
+        self.offload = None
+        if offload:
+            connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
+            decoder = [mllm.model, mllm.lm_head, connector]
+            painter = [m for m in dit.children() if m is not connector]
+            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
+        largest = max(sum(p.numel() for p in part.parameters()) for part in (mllm, dit, vae))
+        self.crew = Crew(largest, self.device.type)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        ckpt: str | Path | None = None,
+        *,
+        mllm: str | Path | None = None,
+        dit: str | Path | None = None,
+        vae: str | Path | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
+        graphs: bool = False,
+        asked: dict | None = None,
+    ) -> "DuoGen":
+        """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
+
+        mllm, dit, vae: take this part from elsewhere: its folder, a folder with a subfolder of the part's name, a training run
+        (its newest sound checkpoint) or one of its checkpoints, or a Hub name as in the module's docstring. With all three
+        given and no ckpt, the sampling defaults are those of Cosmos.
+        dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
+        offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
+        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
+        asked: settings that will be asked for: a size that these parts cannot paint is an InputError before weights are read.
+        """
+        check_device(device, offload, graphs)
+        named = {"mllm": mllm, "dit": dit, "vae": vae}
+
+        # Where each part comes from: whoever names it has the last word, the checkpoint speaks for the others.
+        base, sources, sampling = None, dict(named), {}
+        if ckpt is not None or not all(named.values()):
+            base = find_checkpoint(ckpt, revision)
+            manifest = read_manifest(base / "duogen.json")
+            sampling = manifest["sampling"]
+            sources = {part: named[part] or manifest["parts"].get(part) for part in PARTS}
+            for part, source in sources.items():
+                if source is None:
+                    raise InputError(f"{base / 'duogen.json'}: names no {part}: give one with {part}=...")
+        elif revision:
+            raise InputError(f"revision {revision}: it is a checkpoint's, and there is none: write NAME@{revision} for a part")
+
+        # All that is small is read and held together first: a misfit is told before gigabytes are read.
+        folders, configs = {}, {}
+        for part, kind in PARTS.items():
+            folders[part] = part_folder(sources[part], part, base=None if named[part] else base)
+            configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
+        tokenizer = Tokenizer.from_pretrained(folders["mllm"])
+        processor = ImageProcessor.from_pretrained(folders["mllm"])
+        check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])
+        height = sampling.pop("height", None) or SIZE[0]
+        width = sampling.pop("width", None) or SIZE[1]
+        patch = pixels_per_patch(configs["vae"], configs["dit"])
+        for values in ({"height": height, "width": width}, asked or {}):
+            check_size((values.get("height"), values.get("width")), patch)
+        defaults = override(Settings(), sampling, "sampling of duogen.json")
+
+        # The weights, straight to where they will wait or work.
+        home = "cpu" if offload else device
+        origins = {part: origin(folder) for part, folder in folders.items()}
+        if base is not None:
+            origins["ckpt"] = origin(base)
+        return cls(
+            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
+            tokenizer,
+            processor,
+            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
+            VAE.from_pretrained(folders["vae"], device=home),
+            defaults,
+            (height, width),
+            origins,
+            torch.device(device) if offload else None,
+            graphs,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder; duogen.json, without which it is none, comes last."""
+        folder = Path(folder)
+        for part in (self.mllm, self.tokenizer, self.processor):
+            part.save_pretrained(folder / "mllm")
+        self.dit.save_pretrained(folder / "dit")
+        self.vae.save_pretrained(folder / "vae")
+        write_manifest(folder, self.defaults, self.size)
+
+    def settings(self, **values) -> Settings:
+        """The checkpoint's defaults, with some values changed."""
+        return override(self.defaults, values, "settings")
+
+    def at_work(self, *parts: str) -> None:
+        if self.offload:
+            self.offload.bring(*parts)
+
+    def connect(self, hidden: list[Tensor]) -> Tensor:
+        """Hidden states, L tensors (N, H) -> what the DiT reads of these tokens (N, text_dim).
+
+        Per token, hence in slices: the features of a long prompt would take 200 KB a token at full size.
+        """
+        dtype = self.dit.crossattn_proj[0].weight.dtype
+        slices = zip(*(h.split(512) for h in hidden), strict=True)
+        return torch.cat([self.dit.crossattn_proj(features(list(part)).to(dtype)) for part in slices])
+
+    @torch.no_grad()
+    def encode(self, pictures: list[Tensor]) -> list[Tensor]:
+        """Pictures (3, H, W) in [-1, 1] -> normalised latents (C, H/8, W/8), each encoded alone."""
+        return [self.vae.encode_latents(x[None].to(self.device))[0] for x in pictures]
+
+    def read(self, requests: list[Read]) -> list[int]:
+        self.crew.adapt()
+        return super().read(requests)
+
     @torch.no_grad()
     def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
         """The pictures of all requests, in packed batches: one for all with the same settings that fit into PACK patches.
@@ -758,7 +818,7 @@ class DuoGen:
 
         self.at_work("dit")
         latents = {}
-        for batch in batches_of(requests):
+        for batch in batches_of(requests, self.patch, self.vae.config.factor):
             began = time.perf_counter()
             for r, z in zip(batch, self._denoise(batch, progress), strict=True):
                 latents[id(r)] = z
@@ -775,7 +835,7 @@ class DuoGen:
 
     def _denoise(self, batch: list[Paint], progress: Callable[[int, int], None] | None) -> list[Tensor]:
         """The latents (C, h, w) of requests that share their settings, painted as one pack."""
-        s = batch[0].settings
+        s = batch[0].answer.settings
         factor = self.vae.config.factor
 
         def step_done(done: int, steps: int) -> None:
@@ -815,14 +875,18 @@ class DuoGen:
         return image
 
 
-def batches_of(requests: list[Paint]) -> list[list[Paint]]:
-    """Requests with the same settings together, as many as fit into PACK patches; one that is larger stands alone."""
+def batches_of(requests: list[Paint], patch: int, factor: int) -> list[list[Paint]]:
+    """Requests with the same settings together, as many as fit into PACK patches; one that is larger stands alone.
+
+    patch, factor: pixels along a side of a patch and of a latent.
+    """
+    latents_per_patch = (patch // factor) ** 2
     batches: dict[tuple, list[list[Paint]]] = {}
     room: dict[tuple, int] = {}  # patches that the newest batch of these settings can still take
     for r in requests:
-        patches = math.prod(r.size) // SIDE**2 + sum(z[0].numel() // 4 for z in r.conditions)
+        patches = math.prod(r.size) // patch**2 + sum(z[0].numel() // latents_per_patch for z in r.conditions)
         patches *= 1 if r.negative is None else 2
-        alike = r.settings.painting
+        alike = r.answer.settings.painting
         if room.get(alike, 0) < patches:
             batches.setdefault(alike, []).append([])
             room[alike] = PACK
@@ -854,6 +918,18 @@ def until_waiting(writer: Generator[Event, Reply, None], reply: Reply) -> Read |
 # ------------------------------------------------------------------------------------------------------------- checkpoint
 
 
+def pixels_per_patch(vae: VAEConfig, dit: DiTConfig) -> int:
+    """Pixels along a side of what the DiT reads as one patch: 16 where a latent is 8 pixels and a patch 2 latents."""
+    return vae.factor * dit.patch_size[1]
+
+
+def check_size(size: tuple[int | None, int | None], patch: int) -> None:
+    """InputError for a height or width, in pixels, that is no whole number of patches. None: not given."""
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side is not None and side % patch:
+            raise InputError(f"{name} {side}: must be a multiple of {patch}, the pixels along a patch of this DiT and VAE")
+
+
 def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, dit: DiTConfig, vae: VAEConfig) -> None:
     """InputError, with both numbers, where two parts do not belong together."""
     layers, width = mllm.num_hidden_layers, mllm.hidden_size
@@ -867,8 +943,6 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
             f"the DiT paints latents of {dit.out_channels} channels (and reads {dit.in_channels}, with the mask), the VAE has "
             f"{vae.z_dim}: take the VAE that the DiT was trained with"
         )
-    if vae.factor * dit.patch_size[1] != SIDE:
-        raise InputError(f"a patch of the DiT is {vae.factor * dit.patch_size[1]} pixels with this VAE, it must be {SIDE}")
     vision = mllm.vision
     seen = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     cut = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)

@@ -51,8 +51,8 @@ from ops import set_backend
 from pages.answer import asked_for, card, overview, prompt_of, run_folder, save, saved, saving, write_text
 from pages.template import printable
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
-from records.validate import BLANK, Problem, load_image, normalise, picture_path, picture_problems, read_records, validate
-from records.validate import parse as parse_line
+from records.validate import BLANK, Problem, load_image, normalise, parse_line, picture_path, picture_problems, read_records
+from records.validate import validate
 
 PROMPT = "How do I draw a house?"  # when nothing is asked
 BATCH = 8
@@ -270,7 +270,7 @@ def run(argv: list[str]) -> int:
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # what the loaders report is no part of the answer
         options = {name: getattr(args, name) for name in ("mllm", "dit", "vae", "revision", "offload", "graphs")}
-        duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device)
+        duo = DuoGen.from_pretrained(args.ckpt, **options, dtype=dtype, device=device, asked=values)
     about = {"load_seconds": round(time.perf_counter() - began, 3), "dtype": str(dtype).removeprefix("torch.")}
 
     # Only the models know what the checkpoint's defaults are and which prompt is too long.
@@ -310,7 +310,7 @@ def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:
             raise
         status = ended_early(e)
     if answer.stop != "end":
-        say(f"[ends here: {STOPS[answer.stop]}]")
+        say(f"[ends here: {answer.stop_meaning}]")
     folder = save(out, name, answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
     say(f"\n{folder / 'index.html'}")
     return status
@@ -358,7 +358,7 @@ def many(
             else:
                 say(caption(sum(isinstance(p, Picture) for p in answer.parts[: k + 1]), part))
         if answer.stop != "end":
-            say(f"[ends here: {STOPS[answer.stop]}]")
+            say(f"[ends here: {answer.stop_meaning}]")
         say(f"\n{folder / 'index.html'}\n")
         bar.update()
 

@@ -26,18 +26,24 @@ SLACK = 0.4  # of a core: so much others may use of it and it is still ours
 
 def usable_cores() -> set[int]:
     """Numbers of the cores that this process may run on."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    # In a container or under taskset fewer than the machine has. Only Linux tells.
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def busy_seconds() -> float | None:
     """What all programs together have computed on these cores so far; None where the system does not tell."""
-    names, ticks = {f"cpu{k}" for k in usable_cores()}, 0
+    names = {f"cpu{k}" for k in usable_cores()}
+    ticks = 0
     try:
         lines = STAT.read_text().splitlines()
     except OSError:
         return None
-    for fields in map(str.split, lines):
+    for line in lines:
+        fields = line.split()
         if fields and fields[0] in names:
+            # Idle and waiting for a disk leave the core to us; what a hypervisor steals of it does not.
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
             ticks += user + nice + system + irq + softirq + steal
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -48,17 +54,25 @@ class Watch:
 
     def __init__(self):
         self.used = 0.0
-        self.since, self.busy, self.own = time.monotonic(), busy_seconds(), time.process_time()
+        self.since = time.monotonic()
+        self.busy = busy_seconds()
+        self.own = time.process_time()
 
     def others(self) -> float:
         """Cores that others have used since the last look; the same again where that was less than INTERVAL ago."""
+        # In a short time a tick of the counters, a hundredth of a second, would be much of all.
         now = time.monotonic()
         elapsed = now - self.since
         if elapsed < INTERVAL or self.busy is None:
             return self.used
-        busy, own = busy_seconds(), time.process_time()
-        self.used = max(0.0, (busy - self.busy - (own - self.own)) / elapsed)
-        self.since, self.busy, self.own = now, busy, own
+        busy = busy_seconds()
+        own = time.process_time()
+        # What all have computed less what we have. The counters are not read at the same moment: a little below 0 is 0.
+        by_others = busy - self.busy - (own - self.own)
+        self.used = max(0.0, by_others / elapsed)
+        self.since = now
+        self.busy = busy
+        self.own = own
         return self.used
 
 
@@ -72,6 +86,8 @@ class Crew:
     """
 
     def __init__(self, parameters: int, device: str):
+        # A thread more for every so many parameters: the meetings after each operation cost the same, however little there is
+        # to compute between two of them.
         self.decides = device == "cpu" and "OMP_NUM_THREADS" not in os.environ
         self.most = min(len(usable_cores()), 1 + parameters // WORTH)
         self.number = 0  # not decided yet
@@ -81,8 +97,10 @@ class Crew:
         """Compute in as many threads as cores are left. Costs next to nothing: call it before every piece of work."""
         if not self.decides:
             return
-        cores, others = len(usable_cores()), WATCH.others()
-        number = max(1, min(self.most, int(cores - others + SLACK)))
+        cores = len(usable_cores())
+        others = WATCH.others()
+        left = int(cores - others + SLACK)
+        number = max(1, min(self.most, left))
         if number == self.number:
             return
         torch.set_num_threads(number)

@@ -16,18 +16,24 @@ if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, t
     interrupt.quiet()
 
 import math
-import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from checkpoint import BUNDLED, InputError, part_folder
-from data import Document, fill, loader, pack_documents
+from data import fill, image_parts, loader, pack_documents, tokenize
 from distributed import Ranks
-from model import MLLM, ImageProcessor, mrope_positions
-from records.stream import Quarantine, open_source, pick_workers
-from tokenizer import Rendered, Tokenizer
+from model import MLLM, ImageProcessor
+from pipeline import Answer, Paint, Settings, Writer
+from records.stream import Quarantine, Stream, open_source, pick_workers
+from records.validate import load_image, normalise
+from tokenizer import SYSTEM, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
 from training import language_statistics, model_flops, parse_config, print_trained, run_script
 
@@ -35,8 +41,8 @@ from training import language_statistics, model_flops, parse_config, print_train
 @dataclass
 class Stage1Config(TrainConfig):
     # ---- data
-    data: str = "sketchbook"  # the sketchbook, or JSONL files and shards, mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
-    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
+    data: str = "sketchbook"  # JSONL files, shards, modules with a function record, mixed: "a.jsonl=2,s/{00..99}.tar=1"
+    kinds: str = ""  # of such a module's records, with weights: "lesson=2,one=1" of the sketchbook; empty: the module's own
     tokens: int = 4096  # budget of a micro-batch of one rank; lower it where memory does not suffice
     patches: int = 0  # budget of the vision tower in a micro-batch; 0: as many as come with the tokens
     documents: int = 0  # at most so many in a micro-batch; 0: as many as fit
@@ -145,65 +151,80 @@ def train(c: Stage1Config) -> None:
     ranks.close()
 
 
-@torch.no_grad()
+class Retold(Answer):
+    """The first answer of a record, to be written anew. truth: the record's own pictures, from that answer on."""
+
+    def __init__(self, writer: Writer, messages: list[dict], most: int):
+        first = [message["role"] for message in messages].index("assistant")
+        self.truth = [load_image(part["image"]) for part in image_parts(messages[first:])]
+        # Without a question the model begins behind the system turn, as it does in training.
+        asked = messages[:first] or [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]}]
+        for part in image_parts(asked):
+            part["image"] = load_image(part["image"])
+        super().__init__(writer, asked, Settings(max_tokens=most, max_images=min(1000, len(self.truth))))
+
+    @property
+    def capacity(self) -> int:
+        # The true pictures have sizes of their own.
+        merged = [self._merged(image.height, image.width) for image in self.truth]
+        most = self.prompt_tokens + self.settings.max_tokens + sum(h * w + 2 for h, w in merged)
+        return min(self.duo.context, most)
+
+    def told(self) -> tuple[str, str]:
+        """What was asked and what was written, a line each."""
+        asked = [m["content"] for m in self.messages if m["role"] != "system"]
+        question = " ".join("".join(part.get("text", PICTURE) for part in content) for content in asked)
+        answer = "".join(part if isinstance(part, str) else PICTURE for part in self.parts)
+        if self.stop == "max_images":
+            answer += PICTURE  # one more was due than the record has
+        elif self.stop != "end":
+            answer += " [no end yet]"
+        return " ".join(question.split()), " ".join(answer.split())
+
+
+PICTURE = " [picture] "
+
+
+class Reteller(Writer):
+    """The model in training, which is shown the true picture where it asks for one."""
+
+    def paint(self, requests: list[Paint], progress: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+        return [request.answer.truth[request.number] for request in requests]
+
+
 def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int, most: int = 160) -> None:
     """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
-    documents, _ = next(loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, pictures=False))
-    answers = [Answer(d, tokenizer, processor) for d in documents]
-    writable = torch.tensor(tokenizer.writable, device=run.ranks.device)
-    with run.averaged():
-        for _ in range(most):
-            open_ones = [a for a in answers if a.open]
-            if not open_ones:
-                break
-            pack = pack_documents([a.so_far() for a in open_ones]).to(run.ranks.device, processor)
-            hidden = mllm(pack.ids, pack.positions, pack.cu_seqlens, pack.pixels, pack.grids)[-1]
-            logits = mllm.logits(hidden[pack.cu_seqlens[1:].long() - 1])                               # (answers, vocab)
-            for a, token in zip(open_ones, writable[logits[:, writable].argmax(1)].tolist(), strict=True):
-                a.push(token)
+
+    def measured(record: dict, number: int) -> tuple[int, list[dict]]:
+        """Length and messages of a record that a training can use; InputError for others."""
+        return len(tokenize(record, tokenizer, processor, pictures=False)), normalise(record)
+
+    # The same requests on every sheet, short ones first.
+    records = islice(Stream(source, c.seed + 1, prepare=measured), n)
+    dialogues = [messages for _, messages in sorted(records, key=itemgetter(0))]
+    writer = Reteller(mllm, tokenizer, processor)
+    answers = [Retold(writer, messages, most) for messages in dialogues]
+
+    # Blocks that are compiled for training would be compiled anew for a cache.
+    with run.averaged(), torch.compiler.set_stance("force_eager"):
+        writer.write_many(answers, batch=n)
+
     lines = [f"# Step {run.step}\n"]
-    for a in answers:
-        for who, ids in (("asked", a.ids[a.system : a.start]), ("wrote", a.ids[a.start :])):
-            text = PICTURE.sub(" [picture] ", tokenizer.decode(ids, skip_special=False))
-            text = TURN.sub(" ", text) + (" [no end yet]" if who == "wrote" and a.open else "")
-            lines.append(f"* {who}: {' '.join(text.split())}")
-        lines.append("")
+    for answer in answers:
+        asked, wrote = answer.told()
+        lines += [f"* asked: {asked}", f"* wrote: {wrote}", ""]
     run.sample_file("md").write_text("\n".join(lines))
 
 
-PICTURE = re.compile(r"<\|vision_start\|>(<\|image_pad\|>)*(<\|vision_end\|>)?")
-TURN = re.compile(r"<\|im_start\|>(user|assistant|$)|<\|(im_end|endoftext)\|>")
+def main(argv: list[str]) -> None:
+    """Train; with --plan only say what that would cost."""
+    if "--plan" in argv:
+        from tools.plan import planned  # here, for a training needs nothing of it
 
-
-class Answer:
-    """The first answer of a document, written anew token by token (all of it read again each time: samples are short)."""
-
-    def __init__(self, document: Document, tokenizer: Tokenizer, processor: ImageProcessor):
-        self.document, self.tokenizer, self.processor, self.open = document, tokenizer, processor, True
-        r = document.rendered
-        self.system, self.start = r.system_end, r.loss.index(True)
-        self.ids = r.ids[: self.start]
-        self.shown = sum(span.end < self.start for span in r.images)  # pictures of the document that have been read
-
-    def so_far(self) -> Document:
-        grids = self.document.grids[: self.shown]
-        merged = [self.processor.merged(grid) for grid in grids]
-        pixels = self.document.pixels[: sum(h * w for h, w in grids)] if grids else None
-        positions, _ = mrope_positions(self.ids, merged, self.tokenizer.image_pad)
-        return Document(Rendered(self.ids, [False] * len(self.ids)), positions, pixels, grids, [])
-
-    def push(self, token: int) -> None:
-        self.ids = [*self.ids, token]
-        t = self.tokenizer
-        self.open = token not in (t.im_end, t.endoftext)
-        if token == t.vision_start:
-            if self.shown == len(self.document.grids):
-                self.open = False  # the record has no picture left to show
-                return
-            h, w = self.processor.merged(self.document.grids[self.shown])
-            self.ids += [t.image_pad] * (h * w) + [t.vision_end]
-            self.shown += 1
+        print(planned(Stage1Config, argv, __doc__).report())
+    else:
+        train(parse_config(Stage1Config, argv, __doc__, plan=True))
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(parse_config(Stage1Config, doc=__doc__)))
+    run_script(lambda: main(sys.argv[1:]))

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, t
 
     interrupt.quiet()
 
+import sys
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +30,7 @@ from distributed import Ranks
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
 from model import MLLM, ImageProcessor
+from pipeline import pixels_per_patch
 from replay import Encoded, EncodedDocuments, encode
 from records.stream import Quarantine, open_source, pick_workers
 from tokenizer import Tokenizer
@@ -41,12 +43,12 @@ from vae import VAE, to_image
 @dataclass
 class Stage2Config(TrainConfig):
     # ---- data
-    data: str = "sketchbook"  # the sketchbook, or JSONL files and shards, mixed by weights: "a.jsonl=2,s/{00..99}.tar=1"
-    kinds: str = ""  # sketchbook only: kinds of dialogue and their weights, e.g. "lesson=2,one=1"; empty: the corpus' own
+    data: str = "sketchbook"  # JSONL files, shards, modules with a function record, mixed: "a.jsonl=2,s/{00..99}.tar=1"
+    kinds: str = ""  # of such a module's records, with weights: "lesson=2,one=1" of the sketchbook; empty: the module's own
     documents: int = 32  # per micro-batch and rank, at most; 0: as many as the budgets allow
     tokens: int = 0  # budget of the MLLM in a micro-batch; 0: no limit
     patches: int = 0  # budget of its vision tower in a micro-batch; 0: no limit
-    latents: int = 0  # budget of the DiT: patches of 16 x 16 pixels, once for each target that sees them; 0: no limit
+    latents: int = 0  # budget of the DiT: its patches, once for each target that sees them; 0: no limit
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     targets: int = 2  # pictures trained per document, at most
     # MB on each device for documents that are kept encoded, so that each target trains 8 times from one frozen pass; where they
@@ -135,6 +137,7 @@ def train(c: Stage2Config) -> None:
         targets_only=True,
         lookahead=c.lookahead,
         position=kept.position,
+        patch=pixels_per_patch(vae.config, dit.config),
         quarantine=Quarantine(file=run.folder / "quarantine.jsonl"),
         seed=c.seed,
         rank=ranks.rank,
@@ -212,7 +215,8 @@ def train(c: Stage2Config) -> None:
 @torch.no_grad()
 def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int) -> None:
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
-    wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, targets_only=True)
+    patch = pixels_per_patch(vae.config, dit.config)
+    wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, patch=patch, targets_only=True)
     documents, _ = next(wanted)
     states, first = mllm_features(documents, mllm, run.ranks.device, processor)
     with run.averaged():
@@ -234,5 +238,15 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
     sheet(rows, ["picture before", "painted", "true one"], run.sample_file("png"))
 
 
+def main(argv: list[str]) -> None:
+    """Train; with --plan only say what that would cost."""
+    if "--plan" in argv:
+        from tools.plan import planned  # here, for a training needs nothing of it
+
+        print(planned(Stage2Config, argv, __doc__).report())
+    else:
+        train(parse_config(Stage2Config, argv, __doc__, plan=True))
+
+
 if __name__ == "__main__":
-    run_script(lambda: train(parse_config(Stage2Config, doc=__doc__)))
+    run_script(lambda: main(sys.argv[1:]))

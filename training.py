@@ -64,7 +64,7 @@ from flops import Batch, flops, peak_flops
 from flow import Samples
 from model import MLLM, ImageProcessor
 from ops import attention, linear_cross_entropy, set_backend
-from pages import run as runpage
+from pages.run import write_page
 from threads import Crew
 from tokenizer import Rendered, Tokenizer
 from vae import VAE
@@ -139,20 +139,17 @@ LIMITS = (
 )
 
 
-def parse_config(cls: type, argv: list[str] | None = None, doc: str = ""):
-    """The settings that a command line gives to a script; see flags.py. With --plan, print what they would cost, and end."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
-    add_flags(parser, cls)
-    argv = sys.argv[1:] if argv is None else argv
-    if "--plan" in argv:
-        from tools.plan import Plan, PlanConfig
+def parse_config(cls: type, argv: list[str] | None = None, doc: str = "", plan: bool = False):
+    """The settings that a command line gives to a script; see flags.py.
 
-        planned = dataclasses.make_dataclass("Planned", [], bases=(PlanConfig, cls))
-        print(Plan(parse_config(planned, [a for a in argv if a != "--plan"], doc)).report())
-        sys.exit()
-    values = vars(parser.parse_flags(argv))
-    del values["plan"]
+    plan: the script knows --plan, and so says its --help. Nothing here obeys it: the script looks for it beforehand.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if plan:
+        parser.add_argument("--plan", action="store_true", help="print what this would cost, and end; see tools/plan.py")
+    add_flags(parser, cls)
+    values = vars(parser.parse_flags(sys.argv[1:] if argv is None else argv))
+    values.pop("plan", None)
     return cls(**values)
 
 
@@ -196,7 +193,8 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that depends on nothing but these numbers."""
     seed = 0
-    for k in key:  # splitmix-style mixing, so that (0, 1) and (1, 0) are unrelated
+    # Mixed as in splitmix, so that (0, 1) and (1, 0) are unrelated.
+    for k in key:
         seed = (seed + k + 0x9E3779B97F4A7C15) % 2**64
         seed = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         seed = (seed ^ seed >> 27) * 0x94D049BB133111EB % 2**64
@@ -211,7 +209,8 @@ def print_trained(trained: dict[str, nn.Module], frozen: dict[str, nn.Module]) -
             parameters = list(module.parameters())
             if any(p.requires_grad != (state == "trained") for p in parameters):
                 raise RuntimeError(f"{name} is listed as {state}, but requires_grad disagrees")
-            size, gb = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters) / 1e9
+            size = sum(p.numel() for p in parameters)
+            gb = sum(p.nbytes for p in parameters) / 1e9
             print(f"{name:<24}{state:<10}{len(parameters):>8}{size:>16,}{gb:>9.2f}")
 
 
@@ -234,7 +233,8 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, module: nn.Module, save: Callable[[Path, nn.Module], None]):
-        config.check()  # once more: a script may have changed something
+        # Checked once more, since a script may have changed something. From here on the settings say what "auto" has become.
+        config.check()
         config.dtype = pick_dtype(config.dtype, ranks.device)
         set_backend(config.attention, ranks.device)
         self.config = config
@@ -282,6 +282,7 @@ class Run:
         self.laps = Laps(self.ranks.device) if self.config.profile else None
         with self._signals():
             while self.step < self.config.steps and not self._ending():
+                # A rank that does not come on from here is missed by the others after --timeout.
                 self.ranks.alive()
                 self.crew.adapt()
                 for group in self.optimizer.param_groups:
@@ -289,9 +290,11 @@ class Run:
                 self.step += 1
                 self.lap("host")
                 yield self.step - 1
+                # The script has painted its sheet by now: the page shows it.
                 if self.sheet_due:
                     self.show()
                 self.lap("save")
+            # Still inside, so that a signal during the last save does not end it.
             self.save()
             if self.step < self.config.steps and self.ranks.main:
                 self._say(f"ended after step {self.step} of {self.config.steps}; the same command continues")
@@ -299,7 +302,9 @@ class Run:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Inside, a signal asks for an end after the step, and a second Ctrl-C ends at once."""
+        # The first one only leaves word: the step in progress is finished.
         before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        # The second one must not wait for Python: the number of each goes down a pipe at once, where a thread reads.
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -308,7 +313,8 @@ class Run:
             yield
         finally:
             self.ranks.unwatched()
-            if self.asked != "SIGINT":  # then what is left is to leave, and a second Ctrl-C still has to end that at once
+            # After a Ctrl-C what is left is to leave, and a second one still has to end that at once.
+            if self.asked != "SIGINT":
                 signal.set_wakeup_fd(wakeup)
                 os.close(writing)
                 for number, handler in before.items():
@@ -323,8 +329,10 @@ class Run:
         """Whether any rank has reason to end; all ranks agree."""
         minutes = self.config.minutes
         late = bool(minutes) and time.monotonic() - self.started > 60 * minutes
-        if self.asked and (self.ranks.main or self.asked != "SIGINT"):  # a terminal's Ctrl-C comes to all ranks
+        # A terminal's Ctrl-C comes to all ranks, and one of them says so.
+        if self.asked and (self.ranks.main or self.asked != "SIGINT"):
             self._say(f"{self.asked}: rank {self.ranks.rank} asks to save and end after step {self.step}")
+        # Clocks and signals differ from rank to rank; a rank that left alone would let the others wait.
         return self.ranks.sum(float(late or bool(self.asked))) > 0
 
     def _say(self, line: str) -> None:
@@ -365,6 +373,7 @@ class Run:
             return True
         self.skipped += 1
         self.in_a_row += 1
+        # Whichever rank had the bad document: all of the step are named.
         names = sum(self.ranks.gather(list(names)), [])
         more = f" and {len(names) - 8} more, see skipped.jsonl" if len(names) > 8 else ""
         self.problem = f"step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}: documents {', '.join(names[:8])}{more}"
@@ -389,6 +398,7 @@ class Run:
 
         stats: over all ranks, the "loss" and other means, COUNTS ("tokens", "flops"), and weighted means as [sum, weight].
         """
+        # Into the window: means and counts are sums until the line is due, weighted means keep their weight beside them.
         for key, value in {**stats, "grad": norm}.items():
             if isinstance(value, list):
                 total, weight = self.window.get(key, [0.0, 0.0])
@@ -396,12 +406,15 @@ class Run:
             else:
                 self.window[key] = self.window.get(key, 0.0) + value
         self.window["n"] = self.window.get("n", 0) + 1
+
+        # The clock goes on where the sittings before this one left it.
         now = time.monotonic()
         self.seconds = self.base_seconds + now - self.started
         self.unlogged = now - self.tick
         if self.step % self.config.log_every and self.step not in (1, self.config.steps):
             return
 
+        # The line, and an empty window for the next one.
         parts = self.laps.take(self.window["n"]) if self.laps else {}
         row = self._row(now)
         self.window = {}
@@ -411,6 +424,7 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({k: round(v, 7) for k, v in (row | parts).items() if v is not None}) + "\n")
             self._say(status_line(row, self.config.steps))
+            # A page takes longer than a line to write: not with each of them.
             if parts:
                 self._say("    ms of a step: " + " | ".join(f"{k.removeprefix('ms_')} {v:.1f}" for k, v in parts.items()))
             if now - self.shown > PAGE_SECONDS:
@@ -420,6 +434,8 @@ class Run:
         """Means and rates since the line before, by their names in metrics.jsonl; None: a mean of nothing."""
         n = self.window.pop("n")
         row = {"step": self.step, "seconds": round(self.seconds, 1), "lr": self.optimizer.param_groups[0]["lr"]}
+
+        # What was summed becomes a mean: weighted, per second, or per step.
         for key, value in self.window.items():
             if isinstance(value, list):
                 total, weight = value
@@ -428,6 +444,8 @@ class Run:
                 row[f"{key}_per_s"] = value / self.unlogged
             else:
                 row[key] = value / n
+
+        # Beside that, what the hardware had of it.
         if self.peak and "flops_per_s" in row:
             row["mfu"] = row["flops_per_s"] / self.peak / self.ranks.size
         row["memory_gb"] = peak_memory(self.ranks.device)
@@ -471,7 +489,7 @@ class Run:
         """Rewrite the run's page."""
         self.shown = time.monotonic()
         if self.ranks.main:
-            runpage.write(self.folder, self.about())
+            write_page(self.folder, self.about())
 
     def about(self) -> dict:
         """What a checkpoint was made by."""
@@ -510,8 +528,12 @@ class Run:
             return
         self.saved = self.step
         self.ranks.alive()
+
+        # What only all ranks together know.
         position = self.ranks.gather(self.place)
         moments = self._moments()
+
+        # Written aside, with checksums, and renamed when all is on the disk: a folder of that name is a whole checkpoint.
         if self.ranks.main:
             final = self.folder / f"step_{self.step:06d}"
             temporary = self.folder / "saving"
@@ -524,10 +546,12 @@ class Run:
                 sync(self.folder)
                 self.show()
             except (OSError, SafetensorError, InputError) as e:
+                # A full disk, most likely: make the little room that there is, and say what is left to go on from.
                 shutil.rmtree(temporary, ignore_errors=True)
                 kept = next((f.name for f in reversed(list_checkpoints(self.folder)) if not verify(f)), "none")
                 raise InputError(f"{final}: this checkpoint cannot be written ({e}); the last good one is {kept}: make room "
                                  "and give the same command again") from e  # fmt: skip
+            # Only now: until the new one is there, the oldest may be the only sound one.
             self._drop()
             self._say(f"saved {final}")
         self.ranks.alive()
@@ -544,8 +568,12 @@ class Run:
         return {order[i]: state for i, state in self.optimizer.state_dict()["state"].items()}
 
     def _write(self, folder: Path, position: list, moments: dict[str, dict[str, Tensor]]) -> None:
+        """All files of a checkpoint but the checksums."""
+        # For sampling: the averaged weights, in the published layout.
         with self.averaged():
             self.save_part(folder, self.module)
+
+        # For going on: live weights, average and moments of each parameter, under its name.
         tensors = {}
         for name, p, e in zip(self.names, self.params, self.ema, strict=True):
             tensors[f"live.{name}"] = p.detach()
@@ -553,21 +581,26 @@ class Run:
             for moment, value in moments.get(name, {}).items():
                 tensors[f"{moment}.{name}"] = value
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, folder / "trainer.safetensors")
+
+        # And how far the run is.
         state = {k: getattr(self, k) for k in ("step", "skipped", "in_a_row", "window")}
         write_json(folder / "state.json", {**state, "position": position})
         write_json(folder / "about.json", self.about())
 
     def _drop(self) -> None:
+        """Remove all checkpoints but the newest and those that are kept for good."""
         every = self.config.keep_every
         for old in list_checkpoints(self.folder)[: -self.config.keep]:
             if not every or int(old.name.removeprefix("step_")) % every:
-                os.replace(old, self.folder / "dropping")  # a half-removed checkpoint must not look like one
+                # Half of it removed, it must not look like one.
+                os.replace(old, self.folder / "dropping")
                 shutil.rmtree(self.folder / "dropping")
 
     # --------------------------------------------------------------------------------------------------------------- resuming
 
     def _resume(self) -> None:
         """Go on from the newest sound checkpoint, if there is one."""
+        # One rank looks, so that all go on from the same one.
         name = self.ranks.first(self._newest() if self.ranks.main else "")
         if not name:
             return
@@ -579,6 +612,7 @@ class Run:
         if (folder / "about.json").is_file():
             about = json.loads((folder / "about.json").read_text())
 
+        # What an older checkpoint does not know begins anew.
         self.step = state["step"]
         self.position = state["position"]
         self.skipped = state.get("skipped", 0)
@@ -605,6 +639,7 @@ class Run:
 
     def _load(self, folder: Path) -> None:
         """Weights, their average and AdamW's moments of a checkpoint; with --zero the moments of this rank's share."""
+        # Under --zero the optimizer of this rank is inside, with its share of the parameters.
         optimizer = getattr(self.optimizer, "optim", self.optimizer)
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         with safe_open(folder / "trainer.safetensors", "pt") as f:
@@ -614,7 +649,8 @@ class Run:
             for name, p, e in zip(self.names, self.params, self.ema, strict=True):
                 p.data.copy_(f.get_tensor(f"live.{name}"))
                 e.copy_(f.get_tensor(f"ema.{name}"))
-                if f"step.{name}" not in keys or id(p) not in own:  # not stepped yet, or another rank's
+                # A parameter that was not stepped yet has no moments, and another rank's are not wanted.
+                if f"step.{name}" not in keys or id(p) not in own:
                     continue
                 state = {"step": f.get_tensor(f"step.{name}").to(p.device)}
                 for moment in ("exp_avg", "exp_avg_sq"):
@@ -683,9 +719,11 @@ def make_optimizer(params: list[nn.Parameter], config: TrainConfig, ranks: Ranks
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     options = {"lr": config.lr, "betas": (0.9, config.beta2), "fused": True}
-    if not config.zero or ranks.size == 1:  # one rank has nobody to share with
+    # One rank has nobody to share with.
+    if not config.zero or ranks.size == 1:
         return torch.optim.AdamW(groups, **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and its import warns
+    # Here, for it is slow to import, and its import warns.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW, **options)
 
@@ -738,10 +776,13 @@ def peak_memory(device: torch.device) -> float:
 
 def code_hash() -> str:
     """Of all code, data and templates beside this file and in the packages beside it, names and contents."""
-    total = hashlib.sha256()
+    # Packages alone: a folder without __init__.py may be anything, a run, say.
     root = Path(__file__).parent
     folders = [root, *(file.parent for file in root.glob("*/__init__.py"))]
     files = [file for folder in folders for file in folder.glob("*.*")]
+
+    # The name and the size of a file stand before its bytes, so that none can be taken for the end of another.
+    total = hashlib.sha256()
     for path in sorted(file for file in files if file.suffix in (".py", ".json", ".html", ".css")):
         total.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return total.hexdigest()
@@ -749,10 +790,12 @@ def code_hash() -> str:
 
 def asked_and_told(rendered: Rendered, j: int, tokenizer: Tokenizer) -> tuple[str, str]:
     """What the user asked last before picture j, and the assistant's words between the picture before and this one."""
+    # Control tokens stay in: they tell where a turn or a picture ends.
     text = tokenizer.decode(rendered.ids[: rendered.images[j].bov], skip_special=False)
     turns = [turn.partition("\n") for turn in text.split("<|im_start|>")]
     asked = next((body for role, _, body in reversed(turns) if role == "user"), "")
     told = turns[-1][2].rpartition("<|vision_end|>")[2]
+    # A line each, without those that are left.
     return tuple(" ".join(re.sub(r"<\|\w+\|>", " ", words).split()) for words in (asked, told))
 
 
@@ -763,24 +806,35 @@ def sheet(rows: list[tuple[str, str, list[Image.Image | None]]], columns: list[s
     The texts and the place of each picture are also in the file, as JSON under the name "sheet", for `pages.run.sample`. A None
     among the pictures leaves its place empty.
     """
-    told_of = [any(row[k] for row in rows) for k in (0, 1)]  # a sheet without words has no room for them
-    line, top, left = height + 6, 24, 6 * wrap + 16 if any(told_of) else 8
+    # The paper: a line of the sheet is as high as its pictures are wide. Without words there is no room for them.
+    told_of = [any(row[k] for row in rows) for k in (0, 1)]
+    line = height + 6
+    top = 24
+    left = 6 * wrap + 16 if any(told_of) else 8
     page = Image.new("RGB", (left + len(columns) * line, top + len(rows) * line), "white")
-    draw, placed = ImageDraw.Draw(page), []
+    draw = ImageDraw.Draw(page)
+
+    # The names of the columns.
     if told_of[0]:
         draw.text((8, 6), "what was asked", fill=SHEET_ASKED)
     if told_of[1]:
         draw.text((108, 6), "what is told with the picture", fill=SHEET_TOLD)
     for c, name in enumerate(columns):
         draw.text((left + c * line, 6), name, fill="black")
+
+    placed = []
     for r, (asked, told, pictures) in enumerate(rows):
         y = top + r * line
-        asked, told = textwrap.shorten(asked, 400, placeholder=" ..."), textwrap.shorten(told, 400, placeholder=" ...")
+        # Words, as many lines of 13 pixels as there is room for: what was asked gets half of them and one, the rest is told.
+        asked = textwrap.shorten(asked, 400, placeholder=" ...")
+        told = textwrap.shorten(told, 400, placeholder=" ...")
         most = height // 13
-        lines = textwrap.wrap(asked, wrap)[: most // 2 + 1]
-        draw.multiline_text((8, y), "\n".join(lines), fill=SHEET_ASKED, spacing=2)
-        draw.multiline_text((8, y + 13 * len(lines)), "\n".join(textwrap.wrap(told, wrap)[: most - len(lines)]),
-                            fill=SHEET_TOLD, spacing=2)  # fmt: skip
+        above = textwrap.wrap(asked, wrap)[: most // 2 + 1]
+        below = textwrap.wrap(told, wrap)[: most - len(above)]
+        draw.multiline_text((8, y), "\n".join(above), fill=SHEET_ASKED, spacing=2)
+        draw.multiline_text((8, y + 13 * len(above)), "\n".join(below), fill=SHEET_TOLD, spacing=2)
+
+        # Pictures, and where they are, for whoever cuts them out again.
         boxes = []
         for c, picture in enumerate(pictures):
             x = left + c * line
@@ -789,6 +843,7 @@ def sheet(rows: list[tuple[str, str, list[Image.Image | None]]], columns: list[s
                 page.paste(picture.resize((height, height), Image.Resampling.BICUBIC), (x, y))
                 draw.rectangle((x, y, x + height - 1, y + height - 1), outline="#999")
         placed.append({"asked": asked, "told": told, "boxes": boxes})
+
     info = PngInfo()
     info.add_itxt("sheet", json.dumps({"columns": columns, "rows": placed}))
     page.save(path, "PNG", pnginfo=info)
@@ -853,8 +908,10 @@ class LanguageLoss(nn.Module):
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """batch: data.MLLMBatch with labels (N,), -100 where a token is no target. Returns the sum over targets, `by_kind`."""
         hidden = self.mllm(batch.ids, batch.positions, batch.cu_seqlens, batch.pixels, batch.grids)[-1]   # (N, H)
+        # Logits of the targets alone: of all tokens they would be the largest tensor of the step.
         target = (batch.labels >= 0).nonzero()[:, 0]                                                   # (T,)
-        hidden, labels = hidden.index_select(0, target), batch.labels[target]
+        hidden = hidden.index_select(0, target)                                                        # (T, H)
+        labels = batch.labels[target]                                                                  # (T,)
         total = linear_cross_entropy(hidden, self.mllm.lm_head.weight, labels)
         return total, self.by_kind(hidden.detach(), labels, total.detach())
 
@@ -862,7 +919,8 @@ class LanguageLoss(nn.Module):
     def by_kind(self, hidden: Tensor, labels: Tensor, total: Tensor) -> Tensor:
         """(3, 2): sum of the losses and number of the targets of each of KINDS. Those of control tokens are few, and are
         computed once more; text is the rest."""
-        c, kinds = self.mllm.config, []
+        c = self.mllm.config
+        kinds = []
         for token in (c.vision_start_token_id, c.eos_token_id):
             own = (labels == token).nonzero()[:, 0]
             loss = F.cross_entropy(self.mllm.logits(hidden[own]).float(), labels[own], reduction="sum")
@@ -877,15 +935,20 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
 
     documents: those that were read for it. In stage 2 it may train others, of earlier ones.
     """
-    lengths, grids = list(map(len, documents)), [grid for d in documents for grid in d.grids]
+    # What the MLLM reads, in both stages.
+    grids = [grid for d in documents for grid in d.grids]
+    lengths = [len(d) for d in documents]
+
+    # Stage 1 computes logits of its targets.
     if samples is None:
         supervised = sum(sum(d.rendered.loss[1:]) for d in documents)
         parts = flops(1, mllm.config, Batch.of(mllm.config, lengths, grids, supervised))
         return float(sum(map(sum, parts.values())))
+
+    # Stage 2 encodes the pictures of what it reads, and the DiT reads rows of states and of patches. The connector reads
+    # features of no more documents than the samples are of.
     pictures = [tuple(picture.shape[1:]) for d in documents for picture in d.pictures]
     frozen = flops(2, mllm.config, Batch.of(mllm.config, lengths, grids, 0, pictures), dit.config, vae.config)
-
-    # The connector reads features of no more documents than the samples are of.
     patch = dit.config.patch_size[1] ** 2
     rows = [([z[0].numel() // patch for z in row], len(r)) for row, r in zip(samples.latents, samples.rows, strict=True)]
     trained = flops(2, mllm.config, Batch.of(mllm.config, [len(samples.features)], samples=rows), dit.config, vae.config)
@@ -915,6 +978,7 @@ def encode_pictures(documents: list[Document], vae: VAE, device: torch.device) -
         x = to_float(torch.stack([pictures[i] for i in same]).to(device))              # (K, 3, H, W)
         x = x.contiguous(memory_format=torch.channels_last)
         latents |= dict(zip(same, vae.encode_latents(x), strict=True))
+    # Back to the documents that they came from.
     in_order = iter([latents[i] for i in range(len(pictures))])
     return [[next(in_order) for _ in document.pictures] for document in documents]
 
@@ -928,6 +992,7 @@ def flow_statistics(t: Tensor, error: Tensor, count: Tensor) -> dict[str, tuple[
     """(sum of the loss, its tokens) near data, halfway and near noise, and by tenths of the way: shows where a model is bad."""
     edges = {"t<.6": (0.0, 0.6), "t<.85": (0.6, 0.85), "t<1": (0.85, 1.1)}
     edges |= {name: (k / 10, (k + 1) / 10) for k, name in enumerate(DECILES)}
+    # An empty range has weight 0, and so no say in the mean over ranks and steps.
     masks = {name: (t >= low) & (t < high) for name, (low, high) in edges.items()}
     return {name: (error[m].sum().item(), count[m].sum().item()) for name, m in masks.items()}
 

@@ -148,8 +148,10 @@ class ResBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(cin, cout, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))                                             # (B, cout, H, W)
-        y = self.conv2(F.silu(self.norm2(y)))                                             # (B, cout, H, W)
+        y = F.silu(self.norm1(x))                                                         # (B, cin, H, W)
+        y = self.conv1(y)                                                                 # (B, cout, H, W)
+        y = F.silu(self.norm2(y))                                                         # (B, cout, H, W)
+        y = self.conv2(y)                                                                 # (B, cout, H, W)
         if hasattr(self, "conv_shortcut"):
             x = self.conv_shortcut(x)                                                     # (B, cout, H, W)
         return y + x
@@ -268,7 +270,9 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)                                                             # (B, C, H/8, W/8)
-        return self.conv_out(F.silu(self.norm_out(x)))                                    # (B, 2z, H/8, W/8)
+        # Twice the latent's channels: a mean and a log variance of each.
+        x = F.silu(self.norm_out(x))                                                      # (B, C, H/8, W/8)
+        return self.conv_out(x)                                                           # (B, 2z, H/8, W/8)
 
 
 class Decoder(nn.Module):
@@ -291,10 +295,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(dims[-1], c.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))                                               # (B, C, h, w)
+        x = self.conv_in(z)                                                               # (B, C, h, w)
+        x = self.mid_block(x)                                                             # (B, C, h, w)
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))                                    # (B, 3, 8h, 8w)
+        x = F.silu(self.norm_out(x))                                                      # (B, base, 8h, 8w)
+        return self.conv_out(x)                                                           # (B, 3, 8h, 8w)
 
 
 class VAE(nn.Module):
@@ -325,12 +331,14 @@ class VAE(nn.Module):
         """Pixels -> normalised latents in fp32: the posterior's mean, never a sample, as Cosmos was trained."""
         mean, std = self._statistics(x.device)
         z, _ = self.encode(x)                                                             # (B, z, h, w)
+        # Each channel of unit variance: the flow mixes it with noise of variance 1, and means the same by t in all of them.
         return (z.float() - mean) / std
 
     def decode_latents(self, z: Tensor) -> Tensor:
         """Normalised latents -> pixels (B, 3, 8h, 8w) in [-1, 1], fp32."""
         mean, std = self._statistics(z.device)
-        x = self.decode(z.float() * std + mean)                                           # (B, 3, 8h, 8w)
+        z = z.float() * std + mean                                                        # (B, z, h, w)
+        x = self.decode(z)                                                                # (B, 3, 8h, 8w)
         return x.float().clamp(-1.0, 1.0)
 
     def set_latent_statistics(self, mean: list[float], std: list[float]) -> None:
@@ -357,7 +365,8 @@ class VAE(nn.Module):
         # Variance 1 / inputs: a sum over as many products is as large as one of its inputs.
         for module in vae.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                inputs = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=inputs**-0.5)
                 nn.init.zeros_(module.bias)
         # The last layer of each residual branch: at the start a block adds nothing.
         for module in vae.modules():
@@ -386,11 +395,13 @@ class VAE(nn.Module):
 
         def adapt(name: str, tensor: Tensor) -> Tensor:
             """A tensor of the file -> the part of it that a still image meets."""
-            if tuple(tensor.shape) != shapes[name]:
-                raise InputError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {shapes[name]}")
+            shape = tuple(tensor.shape)
+            if shape != shapes[name]:
+                raise InputError(f"{folder}: tensor {name} has shape {shape}, the config asks for {shapes[name]}")
             if name.endswith("gamma"):
                 return tensor.flatten()
-            # contiguous() copies, so that the slices nobody reads leave the memory.
+            # The last slice meets the one frame there is, see the module's text. contiguous() copies, so that the slices nobody
+            # reads leave the memory.
             if tensor.ndim == 5:
                 return tensor[:, :, -1].contiguous()
             return tensor
@@ -470,20 +481,29 @@ def to_tensor(image: Image.Image, multiple: int = 16, max_area: int | None = Non
     if image.mode not in ("RGB", "L"):
         raise ValueError(f"to_tensor: a picture of mode {image.mode} must go through to_rgb first")
     w, h = image.size
+    # A root, since both sides shrink. Never larger: pixels that are made up teach nothing.
     scale = 1.0
     if max_area:
         scale = min(1.0, sqrt(max_area / (w * h)))
-    size = tuple(max(1, round(side * scale / multiple)) * multiple for side in (w, h))
+    size = []
+    for side in (w, h):
+        steps = max(1, round(side * scale / multiple))
+        size.append(steps * multiple)
+    size = tuple(size)
     image = image.convert("RGB")
     # Resampling is no identity everywhere: a picture that fits keeps its pixels.
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1.0                            # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()                         # (3, H, W)
+    # Channels first, as convolutions take them; contiguous, since a permuted view is still laid out channels last.
+    x = torch.from_numpy(pixels).permute(2, 0, 1)                                         # (3, H, W)
+    return x.contiguous()
 
 
 def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> an RGB picture; values outside are clamped."""
     x = x.detach().float().clamp(-1.0, 1.0)
+    # Rounded, for the conversion to integers cuts off: every picture would get darker by half a step.
     pixels = ((x + 1.0) * 127.5).round().to(torch.uint8)                                  # (3, H, W)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    pixels = pixels.permute(1, 2, 0)                                                      # (H, W, 3)
+    return Image.fromarray(pixels.cpu().numpy())

@@ -42,6 +42,8 @@ def command() -> None:
     args = parser.parse_args()
     if args.readme:
         return write_readme(args.readme)
+
+    # Where it runs, told before anything is built.
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,13 +51,18 @@ def command() -> None:
     kind = device.partition(":")[0]
     if kind not in present:
         raise InputError(f"--device {args.device}: not on this machine, there is {' and '.join(present)}")
+
+    # A GPU is lent by the minute; a CPU has all the time that the rows take.
     minutes = args.minutes
     if minutes is None:
         minutes = MINUTES if kind == "cuda" else math.inf
     file = args.out
     if file is None:
         file = Path("out/bench/smoke.jsonl") if args.smoke else result_file(device)
-    size = "smoke" if args.smoke else {"cuda": "gpu", "cpu": "cpu"}[kind]
+    size = "gpu" if kind == "cuda" else "cpu"
+    if args.smoke:
+        size = "smoke"
+    # In the order of what matters, whatever that of the flags: the last ones are skipped when the time is over.
     groups = [name for name in ORDER if name in (args.group or ORDER)]
     sys.exit(1 if run(groups, device, size, file, minutes) else 0)
 

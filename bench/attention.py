@@ -37,12 +37,31 @@ def packed_cases(b: Bench) -> list[Case]:
     d = b.pick(gpu=128, cpu=128, smoke=32)
     g = b.pick(gpu=(28, 4), cpu=(14, 2), smoke=(4, 2))
     cases = [
-        Case("packed samples of pictures", pictures, pictures, h, h, d, backward=True, flex=True),
-        Case("packed causal documents", documents, documents, *g, d, causal=True, backward=b.size != "cpu"),
+        Case(
+            "packed samples of pictures",
+            pictures,
+            pictures,
+            h,
+            h,
+            d,
+            backward=True,
+            flex=True,
+        ),
+        Case(
+            "packed causal documents",
+            documents,
+            documents,
+            *g,
+            d,
+            causal=True,
+            backward=b.size != "cpu",
+        ),
         Case("cross-attention of the samples", pictures, texts, h, h, d),
     ]
+    # The vision tower's heads are of 80 channels, which is no power of two.
     if windows:
-        cases.append(Case("vision windows", windows, windows, h, h, b.pick(gpu=80, cpu=80, smoke=32)))
+        d = b.pick(gpu=80, cpu=80, smoke=32)
+        cases.append(Case("vision windows", windows, windows, h, h, d))
     return cases
 
 
@@ -68,9 +87,13 @@ def length_cases(b: Bench) -> list[Case]:
     """16,384 tokens as fewer or more sequences."""
     if b.size != "gpu":
         return []
-    full = [same("dense", 16384 // n, n, 16, 16, 128) for n in (16384, 8192, 2048, 1024, 512)]
-    causal = [same("dense causal", 16384 // n, n, 28, 4, 128, causal=True) for n in (16384, 8192, 2048, 1024)]
-    return full + causal
+    # The shorter the sequences, the more of the time is spent at the beginning and the end of a program, beside its loop.
+    cases = []
+    for n in (16384, 8192, 2048, 1024, 512):
+        cases.append(same("dense", 16384 // n, n, 16, 16, 128))
+    for n in (16384, 8192, 2048, 1024):
+        cases.append(same("dense causal", 16384 // n, n, 28, 4, 128, causal=True))
+    return cases
 
 
 # --------------------------------------------------------------------------------------------------------------------- rows
@@ -86,6 +109,7 @@ class Inputs:
         self.case = case
         self.sq = Segments(case.lq, b.device)
         self.sk = self.sq if case.lq == case.lk else Segments(case.lk, b.device)
+        # A seed for each: with one for all, q = k, and every query would find itself.
         self.q = b.randn(sum(case.lq), case.heads, case.dim, seed=0)
         self.k = b.randn(sum(case.lk), case.kv_heads, case.dim, seed=1)
         self.v = b.randn(sum(case.lk), case.kv_heads, case.dim, seed=2)
@@ -127,6 +151,7 @@ class Inputs:
     def backward(self, peer: Callable) -> Way:
         """The backward pass alone: the forward pass has been, and its graph is kept."""
         layout, call = peer()
+        # Laid out first, then made leaves: what a peer needs to lay out its tensors is not part of its gradient.
         inputs = [x.detach().requires_grad_() for x in self.laid_out(layout)]
         o = call(*inputs)
         do = layout.into(self.do, self.case.lq)
@@ -159,13 +184,15 @@ def case_rows(b: Bench, case: Case, apart: bool = False) -> None:
             kernels=True,
         ))  # fmt: skip
 
+    # The backward pass has five products where the forward pass has two.
     o, *grads = x.reference()
+    backward_flops = 2.5 * case.flops
     row(case.what, x.forward, o, b.limit(6e-3, 5e-6), case.flops)
     if case.backward:
-        row(f"backward, {case.what}", x.backward, grads, b.limit(1e-2, 5e-6), 2.5 * case.flops)
+        row(f"backward, {case.what}", x.backward, grads, b.limit(1e-2, 5e-6), backward_flops)
     if case.backward and b.cuda and not apart:
         what = f"backward in one pass, {case.what}"
-        row(what, x.backward, grads, 1e-2, 2.5 * case.flops, deterministic=False)
+        row(what, x.backward, grads, 1e-2, backward_flops, deterministic=False)
 
 
 def packed(b: Bench) -> None:
@@ -199,6 +226,7 @@ def decode_attention(b: Bench) -> None:
         case = Case("decode attention", [1] * batch, [length] * batch, heads, kv_heads, dim)
         x = Inputs(b, case)
         x.kv = tuple(range(kv_heads))
+        # Every key and value is read once, by one query: what counts is bytes, not operations.
         in_use = torch.full((batch,), length, dtype=torch.int32, device=b.device)
         peers = Peers(case, x.sq, x.sk, b.device).named()
         b.measure(Row(
@@ -231,6 +259,7 @@ def check_half(b: Bench) -> None:
 def check_type(b: Bench, dtype: torch.dtype) -> None:
     if b.size == "cpu":
         return
+    # Of the order of a rounding in each type; gradients go through two more products.
     forward, backward = {
         torch.bfloat16: (6e-3, 1e-2),
         torch.float16: (1e-3, 2e-3),
@@ -238,16 +267,22 @@ def check_type(b: Bench, dtype: torch.dtype) -> None:
     }[dtype]
     for dim in (64, 80, 128):
         for causal in (False, True):
-            shape = f"{str(dtype)[6:]}, head dim {dim}, {'causal' if causal else 'all pairs'}"
+            pairs = "causal" if causal else "all pairs"
+            shape = f"{str(dtype)[6:]}, head dim {dim}, {pairs}"
             record = b.record("attention, every configuration", shape)
             if b.late:
                 b.write(record | {"failed": SKIPPED})
                 continue
             try:
-                worst, equal = check_one(b, dtype, dim, causal, repeats=50 if b.cuda else 2)
+                repeats = 50 if b.cuda else 2
+                worst, equal = check_one(b, dtype, dim, causal, repeats)
                 record |= {"error": max(worst.values()), "errors": worst, "text": "equal bits"}
-                limits = {name: backward if name.startswith("backward") else forward for name in worst}
-                off = [name for name, error in worst.items() if not error <= limits[name]]
+                # Written so that NaN is off, too.
+                off = []
+                for name, error in worst.items():
+                    limit = backward if name.startswith("backward") else forward
+                    if not error <= limit:
+                        off.append(name)
                 if off:
                     record["failed"] = f"wrong: {', '.join(off)}"
                 elif not equal:
@@ -259,6 +294,7 @@ def check_type(b: Bench, dtype: torch.dtype) -> None:
 
 def check_one(b: Bench, dtype: torch.dtype, dim: int, causal: bool, repeats: int) -> tuple[dict[str, float], bool]:
     """Largest error of each kernel, and whether the deterministic ones repeated their bits."""
+    # A single token, whole tiles, and one token more than a tile: where masks begin and end.
     lengths = [1, 17, 64, 129, 300, 257, 900] if b.cuda else [1, 9, 20]
     case = Case("", lengths, lengths, 4, 2, dim, causal)
     segments = Segments(lengths, b.device)

@@ -38,7 +38,9 @@ class Case(NamedTuple):
     @property
     def shape(self) -> str:
         n = len(self.lq)
-        lengths = f"{n} x {self.lq[0]}" if len(set(self.lq)) == 1 else f"{n} of {min(self.lq)}-{max(self.lq)}, {sum(self.lq)}"
+        lengths = f"{n} of {min(self.lq)}-{max(self.lq)}, {sum(self.lq)}"
+        if len(set(self.lq)) == 1:
+            lengths = f"{n} x {self.lq[0]}"
         if self.lq != self.lk:
             lengths += f" on {self.lk[0]}"
         return f"{lengths}; {self.heads}:{self.kv_heads} heads of {self.dim}"
@@ -48,7 +50,11 @@ class Case(NamedTuple):
         """Four per unmasked pair, head and channel."""
         pairs = 0.0
         for a, b in zip(self.lq, self.lk, strict=True):
-            pairs += a * (b - a) + a * (a + 1) / 2 if self.causal else a * b
+            # Causal: every query reads the keys before the first query, and of the others those up to its own.
+            if self.causal:
+                pairs += a * (b - a) + a * (a + 1) / 2
+            else:
+                pairs += a * b
         return 4 * self.dim * self.heads * pairs
 
 
@@ -68,7 +74,8 @@ def reference_attention(case: Case, q, k, v, do=None, kv: tuple[int, ...] = (0,)
     dq = zeros(q, len(heads))
     dk = zeros(k, len(kv))
     dv = zeros(k, len(kv))
-    a = b = 0
+    a = 0
+    b = 0
     for lq, lk in zip(case.lq, case.lk, strict=True):
         rows = slice(a, a + lq)
         cols = slice(b, b + lk)
@@ -89,7 +96,8 @@ def reference_attention(case: Case, q, k, v, do=None, kv: tuple[int, ...] = (0,)
             # The textbook's backward pass: dv = p^T do, ds = p (do v^T - rowsum(do o)), dq = ds k, dk = ds^T q.
             g = do[rows, head].double()
             dv[cols, i // group] += p.T @ g
-            ds = p.mul_(g @ z.T - (g * o[rows, i]).sum(1, keepdim=True)).mul_(scale)
+            delta = (g * o[rows, i]).sum(1, keepdim=True)
+            ds = p.mul_(g @ z.T - delta).mul_(scale)
             dq[rows, i] = ds @ y
             dk[cols, i // group] += ds.T @ x
     return [o] if do is None else [o, dq, dk, dv]
@@ -170,6 +178,7 @@ class Peers:
         """Those to be raced in this case."""
         cuda = self.device.type == "cuda"
         peers = {}
+        # Equal lengths need no padding: there PyTorch is at its best, and its back ends are raced one by one.
         if len(set(self.case.lq)) == 1 and len(set(self.case.lk)) == 1:
             peers["SDPA"] = self.sdpa
             if cuda:
@@ -234,13 +243,25 @@ class Peers:
             options["is_causal"] = True
         if self.gqa and "enable_gqa" in known:
             options["enable_gqa"] = True
-        repeats = self.case.heads // self.case.kv_heads if "enable_gqa" not in known else 1
+        # A version that knows no grouped heads gets each KV head as often as it is read.
+        repeats = 1
+        if "enable_gqa" not in known:
+            repeats = self.case.heads // self.case.kv_heads
 
         def call(q, k, v):
             if repeats > 1:
                 k = k.repeat_interleave(repeats, 1)
                 v = v.repeat_interleave(repeats, 1)
-            return varlen_attn(q, k, v, self.sq.cu, self.sk.cu, self.sq.longest, self.sk.longest, **options)
+            return varlen_attn(
+                q,
+                k,
+                v,
+                self.sq.cu,
+                self.sk.cu,
+                self.sq.longest,
+                self.sk.longest,
+                **options,
+            )
 
         return PACKED, call
 
@@ -250,7 +271,9 @@ class Peers:
         def call(q, k, v):
             grads = torch.is_grad_enabled() and q.requires_grad
             sides = None, self.sq.cu, self.sk.cu, self.sq.longest, self.sk.longest
-            return torch.ops.aten._cudnn_attention_forward(q, k, v, *sides, grads, 0.0, self.causal, False)[0]
+            # No dropout, and no mask to look at afterwards.
+            out = torch.ops.aten._cudnn_attention_forward(q, k, v, *sides, grads, 0.0, self.causal, False)
+            return out[0]
 
         return PACKED, call
 
@@ -260,7 +283,8 @@ class Peers:
 
         def numbers(lengths):
             """Of the sequence that each token belongs to."""
-            return torch.arange(len(lengths), device=self.device).repeat_interleave(torch.tensor(lengths, device=self.device))
+            sequences = torch.arange(len(lengths), device=self.device)
+            return sequences.repeat_interleave(torch.tensor(lengths, device=self.device))
 
         of_q = numbers(self.case.lq)
         of_k = numbers(self.case.lk)
@@ -268,6 +292,7 @@ class Peers:
         def together(b, h, i, j):
             return of_q[i] == of_k[j]
 
+        # Blocks of pairs that are all of different sequences are left out, which is where its speed comes from.
         mask = create_block_mask(together, None, None, self.sq.total, self.sk.total, device=self.device)
         compiled = torch.compile(flex_attention, dynamic=False)
         return ONE, partial(compiled, block_mask=mask, enable_gqa=self.gqa)

@@ -59,6 +59,7 @@ PRELOAD = [
 
 def run_group(job: Callable, device: str, size: str, file: Path, name: str, deadline: float) -> None:
     """The process of a group. It ends with its parent, however that ends; Ctrl-C is the parent's."""
+    # Ctrl-C goes to all processes of a terminal: the parent alone decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     b = Bench(device, size, file, name, deadline)
@@ -75,11 +76,15 @@ def end_with_parent() -> None:
 
 def run_apart(job: Callable, device: str, size: str, file: Path, name: str, deadline: float = math.inf) -> None:
     """run_group in a process of its own. If that dies, the file says so behind the rows it had."""
+    # Forked from a server that has imported the libraries and touched no GPU: a fork behind CUDA's start would be broken.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=run_group, args=(job, device, size, file, name, deadline))
     process.start()
-    process.join(None if math.isinf(deadline) else max(0.0, deadline + GRACE - time.time()))
+    patience = None
+    if not math.isinf(deadline):
+        patience = max(0.0, deadline + GRACE - time.time())
+    process.join(patience)
     if process.is_alive():
         process.kill()
         process.join()
@@ -164,8 +169,10 @@ def environment(device: torch.device) -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    # Two machines with one name may differ in power and clock, and so in speed.
     if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        fields = "driver_version,clocks.sm,clocks.max.sm,power.limit"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
         try:
             clocks = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):

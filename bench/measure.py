@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,11 +151,15 @@ class Bench:
                 if name == "ours":
                     raise
                 record["peers"][name] = {"failed": reason(e)}
+
+        # Without a reference the first peer that runs is one; without that there is nothing to be compared with.
         reference = row.reference
         if reference is None:
             reference = next((result for name, result in results.items() if name != "ours"), None)
         if reference is None:
             return calls
+
+        # Errors are compared so that NaN fails: it is not within any limit.
         for name, result in results.items():
             error = distance(result, tensors(reference))
             if name == "ours":
@@ -174,9 +179,20 @@ class Bench:
         least = self.pick(gpu=2 if own_clock else 3, cpu=3, smoke=1)
         times = {name: [] for name in calls}
         began = time.monotonic()
-        while len(times["ours"]) < least or (time.monotonic() - began < budget and len(times["ours"]) < 100):
+
+        def goes_on() -> bool:
+            rounds = len(times["ours"])
+            in_time = time.monotonic() - began < budget
+            return rounds < least or (in_time and rounds < 100)
+
+        # In turns: when the clock of the machine changes, it changes for all.
+        while goes_on():
             for name, call in calls.items():
-                times[name].append(call()[1] if own_clock else self.clock(call))
+                if own_clock:
+                    _, seconds = call()
+                else:
+                    seconds = self.clock(call)
+                times[name].append(seconds)
         return times
 
     def clock(self, call: Callable) -> float:
@@ -185,6 +201,7 @@ class Bench:
             began = time.perf_counter()
             call()
             return time.perf_counter() - began
+        # Events are stamped by the GPU when it comes to them, so the host's own work is not in the time.
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
@@ -198,6 +215,7 @@ class Bench:
     def note_times(self, row: Row, record: dict, times: dict[str, list[float]]) -> None:
         for name, seconds in times.items():
             entry = record if name == "ours" else record["peers"].setdefault(name, {})
+            # The median: one call that somebody else has disturbed does not count.
             ordered = sorted(1e3 * s for s in seconds)
             entry["ms"] = statistics.median(ordered)
             entry["runs"] = len(ordered)
@@ -239,7 +257,8 @@ def kernel_name(call: Callable) -> str:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call()
             torch.cuda.synchronize()
-        return max(profile.key_averages(), key=lambda e: e.self_device_time_total).key[:120]
+        longest = max(profile.key_averages(), key=attrgetter("self_device_time_total"))
+        return longest.key[:120]
     except Exception as e:
         return reason(e)
 
@@ -254,11 +273,13 @@ def peak(call: Callable, device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    # A CPU's allocator keeps no count, but the profiler notes each allocation and each release.
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
+    events = profile.profiler.kineto_results.events()
     alive = 0
     most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+    for event in sorted(events, key=methodcaller("start_ns")):
         if event.name() == "[memory]":
             alive += event.nbytes()
             most = max(most, alive)
@@ -335,16 +356,22 @@ def aligned(line: tuple[str, ...]) -> str:
 
 def markdown(file: Path) -> str:
     """The README's table of a result file: what was measured, without the checks."""
+    # A check has no time.
     machine, *rows = read(file)
     rows = [row for row in rows if not row["group"].startswith("check")]
     dtypes = " and ".join(sorted({row["dtype"] for row in rows if "dtype" in row}))
     versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "transformers", "diffusers"))
-    ceilings = {key: row[key] for row in rows if row["group"] == "ceilings" for key in ("tflops", "gbs") if key in row}
+    ceilings = {}
+    for row in rows:
+        if row["group"] == "ceilings":
+            ceilings |= {key: row[key] for key in ("tflops", "gbs") if key in row}
     table = [COLUMNS, ("---",) * len(COLUMNS)]
     for row in rows:
         table += lines(row, ceilings)
+    # A bar would end its cell.
     cells = [[cell.replace("|", "/") for cell in line] for line in table]
-    return f"{machine['device']}; {versions}; {dtypes}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return f"{machine['device']}; {versions}; {dtypes}:\n\n{text}"
 
 
 def write_readme(file: Path) -> None:

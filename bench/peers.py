@@ -50,7 +50,9 @@ def transformers_mllm(mllm: nn.Module):
     config = Qwen2_5_VLConfig(**mllm.config.to_json())
     with torch.device(weight.device):
         theirs = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=weight.dtype)
-    theirs.load_state_dict({their_name(name): t for name, t in mllm.state_dict().items()}, assign=True)
+    # assign: their parameters become ours, and nothing is copied.
+    renamed = {their_name(name): tensor for name, tensor in mllm.state_dict().items()}
+    theirs.load_state_dict(renamed, assign=True)
     return theirs.eval().requires_grad_(weight.requires_grad)
 
 
@@ -68,23 +70,30 @@ def diffusers_dit(dit: nn.Module):
         functional = SimpleNamespace(resize=_zeros_of_size)
         modes = SimpleNamespace(NEAREST="nearest")
         transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
-    options = {k: v for k, v in dit.config.to_json().items() if not k.startswith("_")}
+    options = {}
+    for key, value in dit.config.to_json().items():
+        if not key.startswith("_"):
+            options[key] = value
     weight = dit.proj_out.weight
     with torch.device(weight.device):
         theirs = CosmosTransformer3DModel(**options).to(weight.dtype)
     theirs.load_state_dict(dit.state_dict(), assign=True)
-    for block in theirs.transformer_blocks:  # its config has no field for this eps
+    # Its config has no field for this eps.
+    for block in theirs.transformer_blocks:
         for part in (block.attn1, block.attn2):
-            part.norm_q.eps = part.norm_k.eps = dit.config.qk_norm_eps
+            part.norm_q.eps = dit.config.qk_norm_eps
+            part.norm_k.eps = dit.config.qk_norm_eps
     return theirs.eval().requires_grad_(weight.requires_grad)
 
 
 def diffusers_vae(vae: nn.Module):
     from diffusers import AutoencoderKLWan
 
+    # By way of a folder: theirs are 3-D kernels, of which ours are a slice.
     with tempfile.TemporaryDirectory() as folder:
         vae.save_pretrained(folder)
-        return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).to(vae.quant_conv.weight.device).eval()
+        theirs = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+    return theirs.to(vae.quant_conv.weight.device).eval()
 
 
 def there_and_back(theirs, x: Tensor) -> Callable:
@@ -96,6 +105,7 @@ def there_and_back(theirs, x: Tensor) -> Callable:
 
 
 def _wait(device: torch.device) -> float:
+    # A GPU works behind the host: a clock that is read without waiting measures only how fast work is queued.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -109,7 +119,8 @@ def tokens(step: Callable[[int], Tensor], places: range, device: torch.device) -
         logits = step(i)
         int(logits.argmax())  # the host must know the token before it can go on
         out.append(logits)
-    return torch.stack(out), (_wait(device) - began) / len(places)
+    seconds = _wait(device) - began
+    return torch.stack(out), seconds / len(places)
 
 
 def decode(theirs, ids: Tensor, prompt: int, new: int) -> Callable:
@@ -117,13 +128,24 @@ def decode(theirs, ids: Tensor, prompt: int, new: int) -> Callable:
 
     cache = DynamicCache(config=theirs.config.get_text_config())
     where = torch.arange(len(ids), device=ids.device).expand(3, 1, -1)
-    theirs.model(input_ids=ids[None, :prompt], position_ids=where[..., :prompt], past_key_values=cache, use_cache=True)
+    theirs.model(
+        input_ids=ids[None, :prompt],
+        position_ids=where[..., :prompt],
+        past_key_values=cache,
+        use_cache=True,
+    )
 
     def step(i):
-        here = {"input_ids": ids[None, i : i + 1], "position_ids": where[..., i : i + 1]}
-        return theirs(**here, past_key_values=cache, use_cache=True).logits[0, -1]
+        out = theirs(
+            input_ids=ids[None, i : i + 1],
+            position_ids=where[..., i : i + 1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits[0, -1]
 
     def run():
+        # Back to the prompt: each run writes the same tokens behind it.
         if extra := cache.get_seq_length() - prompt:
             cache.crop(-extra)
         return tokens(step, range(prompt, prompt + new), ids.device)
@@ -150,14 +172,25 @@ def velocity(theirs, x: list[Tensor], times: list[float], states: Tensor) -> Ten
     """One call of diffusers' DiT on one sample: pictures (C, h, w), the last one noisy -> its velocity (C, h, w)."""
     dtype = states.dtype
     # It has one size for all pictures: that of the noisy one.
-    frames = torch.stack([F.interpolate(z[None], x[-1].shape[1:])[0] for z in x], 1)[None]                 # (1, C, T, h, w)
+    resized = [F.interpolate(z[None], x[-1].shape[1:])[0] for z in x]
+    frames = torch.stack(resized, 1)[None]                                                                # (1, C, T, h, w)
     given = torch.zeros_like(frames[:, :1])
     given[:, :, :-1] = 1
     t = torch.tensor(times, device=states.device)
-    t = t.view(1, 1, -1, 1, 1) if len(times) > 1 else t
-    padding = given.new_zeros(1, 1, *(8 * side for side in frames.shape[-2:]))
-    v = theirs(frames.to(dtype), t, states[None], condition_mask=given.to(dtype), padding_mask=padding.to(dtype)).sample
-    return v[0, :, -1].float()
+    # A time for each picture; that of a single one goes in as it is.
+    if len(times) > 1:
+        t = t.view(1, 1, -1, 1, 1)
+    # Of the size of the picture in pixels, which it resizes to that of the latents.
+    height, width = frames.shape[-2:]
+    padding = given.new_zeros(1, 1, 8 * height, 8 * width)
+    out = theirs(
+        frames.to(dtype),
+        t,
+        states[None],
+        condition_mask=given.to(dtype),
+        padding_mask=padding.to(dtype),
+    )
+    return out.sample[0, :, -1].float()
 
 
 def guided(theirs, given, sizes, states, seeds, sigmas: Tensor, scale: float, condition_time: float) -> Callable:
@@ -176,7 +209,9 @@ def guided(theirs, given, sizes, states, seeds, sigmas: Tensor, scale: float, co
                 positive = velocity(theirs, pictures, times, states[0][s])
                 return torch.lerp(negative, positive, scale)
 
-            x = torch.randn(16, *sizes[s], generator=torch.Generator().manual_seed(seed)).to(device)
+            # The same noise as ours: drawn on the host, from the sample's own seed.
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(16, *sizes[s], generator=generator).to(device)
             stamps = Stamps(device)
             out.append(sample_flow(step, x, sigmas, "euler", stamps))
             seconds += stamps.step
@@ -190,6 +225,7 @@ def train(device: torch.device, module: nn.Module, loss: Callable, watched: Tens
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         value = loss()
     value.backward()
+    # One weight's gradient, deep in the network, depends on all that lies between it and the loss.
     gradient = watched.grad.clone()
     module.zero_grad(set_to_none=True)
     return value.detach(), gradient
@@ -199,17 +235,20 @@ def language_step(mllm, ids: list[Tensor], device: torch.device) -> Callable:
     """Stage 1 with transformers: documents padded to the longest."""
     theirs = transformers_mllm(mllm)
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    real = [torch.ones_like(x) for x in ids]
+    longest = max(map(len, ids))
     batch = {
         "input_ids": pad(ids, padding_value=0),
         "labels": pad(ids, padding_value=-100),
-        "attention_mask": pad([torch.ones_like(x) for x in ids], padding_value=0),
-        "position_ids": torch.arange(max(map(len, ids)), device=device).expand(3, len(ids), -1),
+        "attention_mask": pad(real, padding_value=0),
+        "position_ids": torch.arange(longest, device=device).expand(3, len(ids), -1),
     }
 
     def loss() -> Tensor:
         return theirs(**batch, use_cache=False).loss
 
-    return partial(train, device, theirs, loss, theirs.model.language_model.layers[0].mlp.down_proj.weight)
+    watched = theirs.model.language_model.layers[0].mlp.down_proj.weight
+    return partial(train, device, theirs, loss, watched)
 
 
 def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, seed: int) -> Callable:
@@ -217,17 +256,23 @@ def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, 
     reader = transformers_mllm(mllm)
     painter = diffusers_dit(dit)
     device = ids[0].device
-    patches = [[z.shape[1] * z.shape[2] // 4 for z in pictures] for pictures in latents]
+    patches = []
+    for pictures in latents:
+        patches.append([z.shape[1] * z.shape[2] // 4 for z in pictures])
+    counts = [n for sample in patches for n in sample]
 
     def loss() -> Tensor:
         # Our noise is drawn for all patches of the pack at once, those of clean pictures among them.
-        eps = torch.randn(sum(map(sum, patches)), 64, generator=torch.Generator().manual_seed(seed)).to(device)
-        noise = iter(eps.split([n for sample in patches for n in sample]))
+        generator = torch.Generator().manual_seed(seed)
+        eps = torch.randn(sum(counts), 64, generator=generator).to(device)
+        noise = iter(eps.split(counts))
         total = 0.0
         count = 0
         for s, pictures in enumerate(latents):
             with torch.no_grad():
-                hidden = reader.model(input_ids=ids[s][None], output_hidden_states=True, use_cache=False).hidden_states[1:]
+                out = reader.model(input_ids=ids[s][None], output_hidden_states=True, use_cache=False)
+                # The first of them are the embeddings, which the connector does not read.
+                hidden = out.hidden_states[1:]
                 states = features([h[0] for h in hidden])
             # The last picture is the noisy one: x = (1 - t) target + t noise, whose velocity is noise - target.
             target = pictures[-1]
@@ -235,13 +280,15 @@ def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, 
             own = unpatchify(own, (target.shape[1] // 2, target.shape[2] // 2))
             time = t[s].item()
             x = (1 - time) * target + time * own
-            v = velocity(painter, [*pictures[:-1], x], [condition_time] * clean[s] + [time], states)
+            times = [condition_time] * clean[s] + [time]
+            v = velocity(painter, [*pictures[:-1], x], times, states)
             error = (patchify(v) - patchify(own - target)).square().mean(1)
             total += error.sum()
             count += len(error)
         return total / count
 
-    return partial(train, device, painter, loss, painter.transformer_blocks[0].ff.net[2].weight)
+    watched = painter.transformer_blocks[0].ff.net[2].weight
+    return partial(train, device, painter, loss, watched)
 
 
 # ------------------------------------------------------------------------------------------------------------- one document
@@ -250,7 +297,10 @@ def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, 
 def as_tensors(text: str, pictures: list) -> tuple[Tensor, ...]:
     import numpy as np
 
-    return torch.tensor([*text.encode()], dtype=torch.float32), *(torch.from_numpy(np.array(p)).float() for p in pictures)
+    # Text as its bytes, so that one distance serves for all of an answer.
+    letters = torch.tensor([*text.encode()], dtype=torch.float32)
+    pixels = [torch.from_numpy(np.array(p)).float() for p in pictures]
+    return letters, *pixels
 
 
 def document(duo, prompt: str, settings) -> Callable:
@@ -258,14 +308,16 @@ def document(duo, prompt: str, settings) -> Callable:
     from transformers import DynamicCache
 
     from model import mrope_positions
-    from pipeline import SIDE, derive, read_dialogue
+    from pipeline import derive, read_dialogue
     from tokenizer import render
     from vae import to_image, to_tensor
 
     mllm = transformers_mllm(duo.mllm)
     dit = diffusers_dit(duo.dit)
     vae = diffusers_vae(duo.vae)
-    tokenizer, processor, device = duo.tokenizer, duo.processor, duo.device
+    tokenizer = duo.tokenizer
+    processor = duo.processor
+    device = duo.device
     mean = torch.tensor(duo.vae.config.latents_mean, device=device)[:, None, None]
     std = torch.tensor(duo.vae.config.latents_std, device=device)[:, None, None]
     rendered = render(tokenizer, read_dialogue(prompt), [], generation_prompt=True, default_system=settings.system)
@@ -287,12 +339,15 @@ def document(duo, prompt: str, settings) -> Callable:
 
         sigmas = shift_schedule(settings.steps, settings.shift)
         z = sample_flow(step, noise(), sigmas, settings.sampler, eta=settings.eta, noise=noise)
-        return to_image(vae.decode((z * std + mean)[None, :, None]).sample[0, :, 0])
+        # A video of one frame.
+        z = (z * std + mean)[None, :, None]
+        return to_image(vae.decode(z).sample[0, :, 0])
 
     def encode(image) -> Tensor:
         """As the DiT reads it beside the next picture."""
-        shown = to_tensor(image, SIDE, settings.max_area).to(device)
-        return (vae.encode(shown[None, :, None]).latent_dist.mode()[0, :, 0] - mean) / std
+        shown = to_tensor(image, duo.patch, settings.max_area).to(device)
+        z = vae.encode(shown[None, :, None]).latent_dist.mode()
+        return (z[0, :, 0] - mean) / std
 
     def read(unread: list[int], picture, position: int, cache):
         """Tokens, and what of a picture belongs to them -> logits of the next one, hidden states, positions taken."""
@@ -301,7 +356,10 @@ def document(duo, prompt: str, settings) -> Callable:
         if picture is not None:
             pixels, grid = picture
             grids = [processor.merged(grid)]
-            extra = {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor([[1, *grid]], device=device)}
+            extra = {
+                "pixel_values": pixels.to(device),
+                "image_grid_thw": torch.tensor([[1, *grid]], device=device),
+            }
         where, taken = mrope_positions(unread, grids, tokenizer.image_pad)
         out = mllm(
             input_ids=torch.tensor([unread], device=device),
@@ -311,11 +369,14 @@ def document(duo, prompt: str, settings) -> Callable:
             output_hidden_states=True,
             **extra,
         )
-        return out.logits[0, -1], features([h[0] for h in out.hidden_states[1:]]), taken
+        states = features([h[0] for h in out.hidden_states[1:]])
+        return out.logits[0, -1], states, taken
 
     def run() -> tuple[Tensor, ...]:
         cache = DynamicCache(config=mllm.config.get_text_config())
-        rows, latents, pictures = [], [], []
+        rows = []
+        latents = []
+        pictures = []
         text = [[]]
         position = 0
         chunk = rendered.system_end
@@ -326,9 +387,11 @@ def document(duo, prompt: str, settings) -> Callable:
             position += taken
             rows.append(states)
             token = duo.choose(logits, settings, None)
+            # The end of the answer, or the beginning of a picture that is one too many.
             full = len(pictures) == settings.max_images and token == tokenizer.vision_start
             if token in (tokenizer.im_end, tokenizer.endoftext) or full:
-                return as_tensors("\n".join(tokenizer.decode(part).strip() for part in text if part), pictures)
+                paragraphs = [tokenizer.decode(part).strip() for part in text if part]
+                return as_tensors("\n".join(paragraphs), pictures)
             if token != tokenizer.vision_start:
                 text[-1].append(token)
                 unread = [token]

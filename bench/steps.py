@@ -30,17 +30,24 @@ def _up(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _normed(x: Tensor) -> Tensor:
+    """RMSNorm without a gain, in fp32 at least, as transformers writes it."""
+    f = _up(x)
+    mean = f.pow(2).mean(-1, keepdim=True)
+    return f * torch.rsqrt(mean + 1e-6)
+
+
 def add_rms_norm(x, delta, weight):
     x = x + delta
-    f = _up(x)
-    return x, weight * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    n = _normed(x).to(x.dtype)
+    return x, weight * n
 
 
 def norm_rope(x, weight, cos, sin):
-    f = _up(x)
-    n = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6) * _up(weight)
+    n = _normed(x) * _up(weight)
     a, b = n.chunk(2, -1)
-    return (n * cos + torch.cat((b, a), -1) * sin).to(x.dtype)  # the sign of the rotation is in sin
+    swapped = torch.cat((b, a), -1)
+    return (n * cos + swapped * sin).to(x.dtype)  # the sign of the rotation is in sin
 
 
 def gate_add_modulate(x, gate, y, shift, scale):
@@ -60,11 +67,16 @@ def swiglu(x):
 def fused(b: Bench) -> None:
     """A CPU is shown one of them."""
     n, w, f, d = b.pick(gpu=(20480, 2048, 18944, 128), cpu=(900, 1024, 2816, 128), smoke=(12, 64, 96, 32))
-    x, y, gain = b.randn(n, w), b.randn(n, w, seed=1), b.randn(w, seed=2)
+    x = b.randn(n, w)
+    y = b.randn(n, w, seed=1)
+    gain = b.randn(w, seed=2)
     # The residual stream in four samples, each with its own tables.
     stream = x.view(4, -1, w)
-    gate, shift, scale = (b.randn(4, 1, w, seed=s).float() for s in (6, 7, 8))
+    gate = b.randn(4, 1, w, seed=6).float()
+    shift = b.randn(4, 1, w, seed=7).float()
+    scale = b.randn(4, 1, w, seed=8).float()
     args = stream, gate, y, shift, scale
+    # Read twice, x and y, and written twice, the stream and what the next product reads.
     fused_step(b, "gate, add, modulate", ops.gate_add_modulate, gate_add_modulate, args, moved=4 * x.nbytes)
     if b.size == "cpu":
         return
@@ -74,11 +86,15 @@ def fused(b: Bench) -> None:
 
     fused_step(b, "add, RMSNorm", add, add_rms_norm, (x, y, gain), moved=4 * x.nbytes)
 
+    # A slice of a joint projection, as in the models.
+    def queries(qkv):
+        return qkv[:, :w].unflatten(1, (w // d, d))
+
     def turn(qkv, gain, cos, sin):
-        return ops.norm_rope(qkv[:, :w].unflatten(1, (w // d, d)), gain, 1e-6, cos, sin)
+        return ops.norm_rope(queries(qkv), gain, 1e-6, cos, sin)
 
     def turn_eager(qkv, gain, cos, sin):
-        return norm_rope(qkv[:, :w].unflatten(1, (w // d, d)), gain, cos, sin)
+        return norm_rope(queries(qkv), gain, cos, sin)
 
     # The angles are given, not learned: only the first two arguments have gradients.
     angles = torch.rand(n, 1, d // 2, device=b.device) * 6
@@ -87,6 +103,7 @@ def fused(b: Bench) -> None:
     args = b.randn(n, 3 * w, seed=4), b.randn(d, seed=5), cos, sin
     fused_step(b, "norm of heads, rotation", turn, turn_eager, args, moved=2 * x.nbytes, learned=2)
 
+    # Two numbers in, one out: three for two.
     wide = b.randn(n // 4, 2 * f, seed=9)
     fused_step(b, "SwiGLU", ops.swiglu, swiglu, (wide,), moved=wide.nbytes * 3 // 2)
 
@@ -100,7 +117,9 @@ def fused_step(
     shape = " x ".join(map(str, args[0].shape))
     doubles = [t.double() for t in args]
     # What the gradients of the results are: something other than ones.
-    weights = [b.randn(*o.shape, seed=20 + i) for i, o in enumerate(tensors(eager(*args)))]
+    weights = []
+    for i, o in enumerate(tensors(eager(*args))):
+        weights.append(b.randn(*o.shape, seed=20 + i))
 
     def compiled():
         return torch.compile(eager, dynamic=False)
@@ -173,6 +192,7 @@ def loss_and_gradients(loss: Callable, hidden: Tensor, weight: Tensor, labels: T
 def cross_entropy(b: Bench) -> None:
     """Loss and gradients of the last layer over the vocabulary; time, and the most memory that it needs."""
     t, h, v = b.pick(gpu=(8192, 3584, 152064), cpu=(512, 256, 152064), smoke=(32, 16, 500))
+    # Small weights: logits of a few units, as a model has them, and no softmax that is all on one word.
     hidden = b.randn(t, h).requires_grad_()
     weight = (b.randn(v, h, seed=1) * 0.02).requires_grad_()
     labels = torch.arange(t, device=b.device) * 7 % v
@@ -204,10 +224,14 @@ def cross_entropy(b: Bench) -> None:
     hidden = hidden.detach().repeat_interleave(longer, 0).requires_grad_()
     labels = labels.repeat_interleave(longer, 0)
     gradients = hidden.nbytes + weight.nbytes
+    # Both have to hold the gradients: what is compared is the memory beside them.
     try:
-        own = max(1, peak(partial(loss_and_gradients, fused, hidden, weight, labels), b.device) - gradients)
-        other = max(1, peak(partial(loss_and_gradients, unfused, hidden, weight, labels), b.device) - gradients)
-        record |= {"bytes": own, "peers": {"unfused": {"bytes": other, "ratio": other / own}}}
+        own = peak(partial(loss_and_gradients, fused, hidden, weight, labels), b.device)
+        own = max(1, own - gradients)
+        other = peak(partial(loss_and_gradients, unfused, hidden, weight, labels), b.device)
+        other = max(1, other - gradients)
+        record["bytes"] = own
+        record["peers"] = {"unfused": {"bytes": other, "ratio": other / own}}
     except Exception as e:
         record["failed"] = reason(e)
     b.write(record)
@@ -218,11 +242,16 @@ def cross_entropy(b: Bench) -> None:
 
 def stage1(b: Bench) -> None:
     """Forward and backward over packed documents, without the optimizer, which is the same for both."""
-    lengths = b.pick(gpu=[2048, 300, 1210, 97, 620, 1500, 64, 905], cpu=[256, 40, 151, 12], smoke=[20, 5, 9])
+    lengths = b.pick(
+        gpu=[2048, 300, 1210, 97, 620, 1500, 64, 905],
+        cpu=[256, 40, 151, 12],
+        smoke=[20, 5, 9],
+    )
     mllm = build(b, MLLM, mllm_config(b, layers=b.pick(gpu=8, cpu=None, smoke=None)), torch.float32)
     c = mllm.config
     loss_of = LanguageLoss(mllm)
     ids, segments, where = packed(b, c, lengths)
+    # Each token is to foretell the next one of its document; the last has none.
     labels = torch.cat([F.pad(x[1:], (0, 1), value=-100) for x in ids])
     batch = SimpleNamespace(
         ids=torch.cat(ids),
@@ -272,12 +301,17 @@ def stage2(b: Bench) -> None:
         smoke=[[(32, 32)] * 2, [(32, 48)]],
     )
     reads = b.pick(gpu=[2048, 700, 300], cpu=[160, 60, 24], smoke=[12, 5])
+    # What is frozen is in the bench's type. What learns is in fp32, since small steps would be lost in bf16.
     mllm = build(b, MLLM, mllm_config(b)).requires_grad_(False)
     c = mllm.config
-    dit = build(b, DiT, replace(dit_config(b), crossattn_proj_in_channels=c.num_hidden_layers * c.hidden_size), torch.float32)
+    wide = c.num_hidden_layers * c.hidden_size
+    config = replace(dit_config(b), crossattn_proj_in_channels=wide)
+    dit = build(b, DiT, config, torch.float32)
     ids, segments, where = packed(b, c, reads)
     # A document each: its pictures but the last are clean, and the DiT reads the hidden states of its own rows.
-    latents = [[latent(b, *size, 9 * s + k) for k, size in enumerate(pictures)] for s, pictures in enumerate(sizes)]
+    latents = []
+    for s, pictures in enumerate(sizes):
+        latents.append([latent(b, *size, 9 * s + k) for k, size in enumerate(pictures)])
     clean = [len(pictures) - 1 for pictures in latents]
     t = torch.linspace(0.3, 0.9, len(latents))
     loss_of = FlowLoss(dit, CONDITION_TIME)
@@ -286,11 +320,14 @@ def stage2(b: Bench) -> None:
     def loss():
         with torch.no_grad():
             states = theirs.features(mllm(torch.cat(ids), where, segments))
-        error, n = loss_of(Samples(states, rows, latents, clean), t, torch.Generator().manual_seed(5))
+        samples = Samples(states, rows, latents, clean)
+        error, n = loss_of(samples, t, torch.Generator().manual_seed(5))
         return error.sum() / n.sum()
 
+    watched = dit.transformer_blocks[0].ff.net[2].weight
+
     def ours() -> Way:
-        return Way(partial(theirs.train, b.device, dit, loss, dit.transformer_blocks[0].ff.net[2].weight))
+        return Way(partial(theirs.train, b.device, dit, loss, watched))
 
     def peer() -> Way:
         return Way(theirs.flow_step(mllm, dit, ids, latents, clean, t, CONDITION_TIME, 5))
@@ -310,11 +347,15 @@ def stage2(b: Bench) -> None:
 def learning_flops(dit, latents: list[list[Tensor]], reads: list[int]) -> float:
     """Of the DiT, forward and backward, counted as in `stage1`."""
     c = dit.config
-    heads, d = c.num_attention_heads, c.attention_head_dim
-    patches = [sum(z.shape[1] * z.shape[2] // 4 for z in pictures) for pictures in latents]
+    heads = c.num_attention_heads
+    d = c.attention_head_dim
+    patches = []
+    for pictures in latents:
+        patches.append(sum(z.shape[1] * z.shape[2] // 4 for z in pictures))
     block = dit.transformer_blocks[0]
     # Keys and values of the text are made anew in every layer, what goes into them once.
-    per_text = count(block.attn2.to_k, block.attn2.to_v) * c.num_layers + count(dit.crossattn_proj)
+    per_text = count(block.attn2.to_k, block.attn2.to_v) * c.num_layers
+    per_text += count(dit.crossattn_proj)
     per_patch = count(block.attn1, block.attn2.to_q, block.attn2.to_out, block.ff) * c.num_layers
     among = Case("", patches, patches, heads, heads, d).flops
     across = Case("", patches, reads, heads, heads, d).flops
@@ -322,4 +363,9 @@ def learning_flops(dit, latents: list[list[Tensor]], reads: list[int]) -> float:
     return 6 * linear + 3.5 * (among + across) * c.num_layers
 
 
-GROUPS = {"fused": fused, "linear-cross-entropy": cross_entropy, "stage1": stage1, "stage2": stage2}
+GROUPS = {
+    "fused": fused,
+    "linear-cross-entropy": cross_entropy,
+    "stage1": stage1,
+    "stage2": stage2,
+}

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import model
 from bench import peers as theirs
 from bench.measure import Bench, Row, Way
 from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, denoise, shift_schedule
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
-from model import PRESETS as MLLMS
 from ops import Graph, Segments
 from flops import count
 from vae import VAE, VAEConfig
@@ -36,20 +36,31 @@ def build(b: Bench, kind, config, dtype: torch.dtype | None = None) -> nn.Module
     generator = torch.Generator(b.device).manual_seed(0)
     with torch.no_grad():
         for name, p in module.named_parameters():
+            # Variance 1 / inputs keeps the size of what goes through. What is added to the stream is made smaller: dozens of
+            # layers add to it.
             gain = p.ndim == 1 and not name.endswith("bias")
             fan_in = p[0].numel() if p.ndim > 1 else 100
             if name.endswith(ADDS):
                 fan_in *= 20
-            p.normal_(1.0 if gain else 0.0, fan_in**-0.5, generator=generator)
+            mean = 1.0 if gain else 0.0
+            p.normal_(mean, fan_in**-0.5, generator=generator)
     return module.eval()
 
 
 def mllm_config(b: Bench, layers: int | None = None) -> MLLMConfig:
     if b.size == "gpu":
-        return replace(MLLMS["7B"], num_hidden_layers=layers or 28)
+        return replace(model.PRESETS["7B"], num_hidden_layers=layers or 28)
     if b.size == "smoke":
-        return MLLMS["tiny"]
-    vision = VisionConfig(640, 1024, depth=4, num_heads=8, intermediate_size=1708, fullatt_block_indexes=(1, 3))
+        return model.PRESETS["tiny"]
+    # On a CPU a model of the same proportions whose row takes seconds.
+    vision = VisionConfig(
+        640,
+        1024,
+        depth=4,
+        num_heads=8,
+        intermediate_size=1708,
+        fullatt_block_indexes=(1, 3),
+    )
     names = ("image", "video", "vision_start", "vision_end", "vision", "eos", "pad")
     ids = {f"{name}_token_id": 8191 - i for i, name in enumerate(names)}
     return MLLMConfig(1024, 2816, 4, 8, 2, 8192, 1e-6, vision, **ids)
@@ -58,16 +69,29 @@ def mllm_config(b: Bench, layers: int | None = None) -> MLLMConfig:
 def dit_config(b: Bench) -> DiTConfig:
     """qk_norm_eps as in diffusers, which has no other."""
     tiny = dict(
-        num_layers=2, num_attention_heads=2, attention_head_dim=32, adaln_lora_dim=8, text_embed_dim=24,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        adaln_lora_dim=8,
+        text_embed_dim=24,
         crossattn_proj_in_channels=48,
-    )  # fmt: skip
-    small = dict(num_layers=2, num_attention_heads=8, crossattn_proj_in_channels=4096)
-    return replace(DiTConfig(), qk_norm_eps=1e-5, **b.pick(gpu={}, cpu=small, smoke=tiny))
+    )
+    small = dict(
+        num_layers=2,
+        num_attention_heads=8,
+        crossattn_proj_in_channels=4096,
+    )
+    sizes = b.pick(gpu={}, cpu=small, smoke=tiny)
+    return replace(DiTConfig(), qk_norm_eps=1e-5, **sizes)
 
 
 def packed(b: Bench, c: MLLMConfig, lengths: list[int]) -> tuple[list[Tensor], Segments, Tensor]:
     """Documents of these lengths: token ids of each, where they lie in a pack, positions (3, N)."""
-    ids = [torch.arange(n, device=b.device) * (37 + s) % (c.vocab_size - 30) for s, n in enumerate(lengths)]
+    # Any tokens but those at the end of the vocabulary, which stand for pictures.
+    ids = []
+    for s, n in enumerate(lengths):
+        places = torch.arange(n, device=b.device)
+        ids.append(places * (37 + s) % (c.vocab_size - 30))
     positions = torch.cat([torch.arange(n, device=b.device) for n in lengths])
     return ids, Segments(lengths, b.device), positions.expand(3, -1)
 
@@ -79,7 +103,9 @@ def latent(b: Bench, height: int, width: int, seed: int) -> Tensor:
 
 def size_of(module: nn.Module) -> str:
     n = count(module)
-    return f"{n / 1e9:.2g}B" if n >= 1e8 else f"{n / 1e6:.2g}M"
+    if n >= 1e8:
+        return f"{n / 1e9:.2g}B"
+    return f"{n / 1e6:.2g}M"
 
 
 # --------------------------------------------------------------------------------------------------------------------- rows
@@ -97,8 +123,10 @@ def ceilings(b: Bench) -> None:
         return Way(partial(target.copy_, source))
 
     b.measure(Row("ceiling: copy", f"{n / 1e9:.2g} GB", copy, {}, limit=0, moved=2 * n))
+    # Random numbers: of zeros a GPU computes more, since switching bits takes power, which is what limits its clock.
     m = b.pick(gpu=8192, cpu=0, smoke=128)
-    x, y = b.randn(m, m), b.randn(m, m, seed=1)
+    x = b.randn(m, m)
+    y = b.randn(m, m, seed=1)
 
     def product() -> Way:
         return Way(partial(torch.matmul, x, y))
@@ -115,6 +143,7 @@ def decode(b: Bench) -> None:
     library = theirs.once(partial(theirs.transformers_mllm, mllm))
 
     def ours(ids: Tensor, where: Tensor, prompt: int, graph: bool = False) -> Way:
+        # The prompt is read before anything is timed.
         cache = KVCache(c, prompt + new, b.dtype, b.device)
         mllm(ids[:prompt], where[:, :prompt], Segments([prompt], b.device), cache=cache)
 
@@ -125,7 +154,8 @@ def decode(b: Bench) -> None:
 
         def step(i: int) -> Tensor:
             cache.advance([0])
-            return decode(ids[i : i + 1], where[0, i : i + 1])[0].clone()  # a graph writes its next result to the same place
+            out = decode(ids[i : i + 1], where[0, i : i + 1])
+            return out[0].clone()  # a graph writes its next result to the same place
 
         def run():
             cache.length = prompt
@@ -137,7 +167,9 @@ def decode(b: Bench) -> None:
         return Way(theirs.decode(library(), ids, prompt, new))
 
     # A token reads every weight once, but of the embeddings one row.
-    moved = sum(p.nbytes for module in (mllm.model.layers, mllm.lm_head) for p in module.parameters())
+    moved = 0
+    for module in (mllm.model.layers, mllm.lm_head):
+        moved += sum(p.nbytes for p in module.parameters())
     for prompt in prompts:
         (ids,), _, where = packed(b, c, [prompt + new])
         peers = {"transformers": partial(peer, ids, prompt)}
@@ -178,7 +210,15 @@ def guided(b: Bench) -> None:
 
     def run(args: tuple, graphs: bool):
         stamps = theirs.Stamps(b.device)
-        out = denoise(dit, *args, sigmas=sigmas, progress=stamps, guidance=3.0, method="euler", graphs=graphs)
+        out = denoise(
+            dit,
+            *args,
+            sigmas=sigmas,
+            progress=stamps,
+            guidance=3.0,
+            method="euler",
+            graphs=graphs,
+        )
         return out, stamps.step
 
     def ours(args: tuple, graphs: bool = False) -> Way:
@@ -196,7 +236,9 @@ def guided(b: Bench) -> None:
         seeds = list(range(len(samples)))
         # Hidden states of both branches: the peer projects them in every step, ours are projected once for a picture.
         wide = dit.config.crossattn_proj_in_channels
-        states = [[b.randn(text - 2 * s % 5, wide, seed=s + 50 * branch) for s in seeds] for branch in (1, 2)]
+        states = []
+        for branch in (1, 2):
+            states.append([b.randn(text - 2 * s % 5, wide, seed=s + 50 * branch) for s in seeds])
         with torch.no_grad():
             contexts = [[dit.crossattn_proj(f) for f in branch] for branch in states]
         args = given, sizes, *contexts, seeds
@@ -235,10 +277,12 @@ def vision(b: Bench) -> None:
         return Way(partial(library().model.visual, pixels, grid_thw=thw), pooled)
 
     for grid in grids:
-        pixels = b.randn(sum(h * w for h, w in grid), c.in_channels * c.temporal_patch_size * c.patch_size**2)
+        patches = sum(h * w for h, w in grid)
+        pixels = b.randn(patches, c.in_channels * c.temporal_patch_size * c.patch_size**2)
+        sizes = ", ".join(f"{h}x{w}" for h, w in grid)
         b.measure(Row(
             what="vision tower",
-            shape=f"{size_of(mllm.visual)}, patches " + ", ".join(f"{h}x{w}" for h, w in grid),
+            shape=f"{size_of(mllm.visual)}, patches {sizes}",
             ours=partial(ours, pixels, grid),
             peers={"transformers": partial(peer, pixels, grid)},
             limit=b.limit(1e-1, 1e-4),
@@ -250,8 +294,10 @@ def autoencoder(b: Bench) -> None:
     vae = build(b, VAE, config, torch.float32).to(memory_format=torch.channels_last)
     library = theirs.once(partial(theirs.diffusers_vae, vae))
 
+    # The mean of the posterior, not a sample: the peer draws other noise.
     def there_and_back(x: Tensor) -> Tensor:
-        return vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+        mean, _ = vae.encode(x)
+        return vae.decode(mean).clamp(-1, 1)
 
     def ours(x: Tensor) -> Way:
         return Way(partial(there_and_back, x))
@@ -276,7 +322,8 @@ def document(b: Bench) -> None:
 
     duo = DuoGen.from_pretrained(device=b.device)
     prompt = "How do I draw a red house with a blue door?"
-    settings = duo.settings(**({"steps": 2, "max_images": 1} if b.size == "smoke" else {}))
+    short = {"steps": 2, "max_images": 1} if b.size == "smoke" else {}
+    settings = duo.settings(**short)
 
     def run():
         answer = duo.generate(prompt, settings)

@@ -10,6 +10,7 @@ A dialogue is free-running: the user's turns are given one after the other, and 
 with the model's own words and pictures in it. `METRICS`, each with its number of cases and a 95 % Wilson interval:
 
 * text complete: an answer says everything that the request asks for. Per answer.
+* named details: every detail that the user names is in the words and in the pictures of the answer (details.py). Per detail.
 * pictures drawn: as many pictures as the request asks for, or more. Per answer that owes pictures.
 * only where due: in all answers of a dialogue as many pictures as are due, each after a text of its own that says what it
   shows, in a lesson one step each; none where none is due. Per dialogue.
@@ -30,26 +31,31 @@ question the answer that is true of the picture; talk and a new background need 
 was drawn, or the answer before did not end by itself, the dialogue is over, and what came before counts ("left_out").
 
 There are as many dialogues of every kind, so that rare kinds count too. Held-out ones have what training never shows (a subject
-in a colour, an arrangement of two, a phrasing) in the user's words or pictures, not just in the corpus' own answer. Beside the
-model stand its ceilings, the corpus' own answers to the same dialogues: with their pictures as rendered ("truth": what is lost
-there is the checker's own error), and with their pictures encoded and decoded by the VAE.
+in a colour, an arrangement of two, a phrasing, a way to attach a detail) in the user's words or pictures, not just in the
+corpus' own answer. Beside the model stand its ceilings, the corpus' own answers to the same dialogues: with their pictures as
+rendered ("truth": what is lost there is the checker's own error), and with their pictures encoded and decoded by the VAE.
+
+Requests worded freely, by somebody who has not seen the sketchbook's (free_requests.json), are judged in the same way.
 
 Beside the dialogues stand single requests of GenEval's six categories (arXiv 2310.11513), of which only this is asked: does the
 picture satisfy the request itself?
 """
 
 import itertools
+import json
 import math
 import random
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from evaluate.details import kept
 from pipeline import STOPS, Settings
 from sketchbook.checker import MATCH, Seen, Verdict, View, claims, expected_images, frame, judge, judge_text, plain, recognise
 from sketchbook.checker import see, text_complete
@@ -59,10 +65,11 @@ from sketchbook.words import NUMBERS
 from vae import VAE, to_image, to_tensor
 
 SPLITS = {"held_out": "held-out", "seen": "seen"}
-METRICS = {"text": "text complete", "drawn": "pictures drawn", "placed": "only where due", "stays": "image consistency",
-           "shows": "image-text", "whole": "whole dialogue"}  # fmt: skip
+METRICS = {"text": "text complete", "named": "named details", "drawn": "pictures drawn", "placed": "only where due",
+           "stays": "image consistency", "shows": "image-text", "whole": "whole dialogue"}  # fmt: skip
 MEANS = {
     "text": "answers whose words say everything that was asked for; of all answers",
+    "named": "details named by the user that both the words and a picture of the answer keep; of all details",
     "drawn": "answers with as many pictures as are due, or more; of the answers that owe pictures",
     "placed": "dialogues with pictures exactly where they are due, each after words that say what it shows; of all dialogues",
     "stays": "pictures that have kept what had to stay of the picture before; of the pictures that build on one",
@@ -84,10 +91,10 @@ GUIDANCES = (1.0, 2.0, 3.0, 5.0, 8.0)
 
 
 def held_out_request(record: dict) -> set[str]:
-    """What the user's own words and pictures have of held-out content: "colour", "relation", "phrasing"."""
+    """What the user's own words and pictures have of held-out content: "colour", "relation", "phrasing", "attached"."""
     truth = record["truth"]
     given = (Scene.from_json(i["scene"]) for i in truth["images"] if i["role"] == "user")
-    found = set.union({"phrasing"} & set(record["held_out_by"]), *map(held_out_in, given))
+    found = set.union({"phrasing", "attached"} & set(record["held_out_by"]), *map(held_out_in, given))
     for need in (need for turn in truth["turns"] for need in turn["need"]):
         objects, subject = need.get("objects", []), need.get("subject")
         coloured = [(o["subject"], o["colour"]) for o in objects]
@@ -262,6 +269,10 @@ class Case:
         if turn["kind"] == "question":
             row |= {"sort": sort_of(turn), "words": turn["words"]}
         row["text"] = bool("".join(texts).strip()) and text_complete(turn, texts, self.said)
+        if turn["kind"] == "question":
+            row["named"] = [{"of": "answer", "told": row["text"], "shown": True}]
+        else:
+            row["named"] = kept(turn, texts, pictures, self.shown[-1][1] if self.shown else None, self.said)
         for j, (picture, text) in enumerate(zip(pictures, texts, strict=False)):
             if j < least_most[1]:  # one too many is counted where pictures are counted
                 before = self.shown[-1][1] if self.shown else None
@@ -283,6 +294,7 @@ class Case:
         pictures = [p for t in self.turns for p in t["pictures"]]
         marks = {
             "text": [t["text"] for t in self.turns],
+            "named": [d["told"] and d["shown"] for t in self.turns for d in t["named"]],
             "drawn": [t["drawn"] >= t["due"][0] for t in self.turns if t["due"][0]],
             "placed": [all(t["placed"] for t in self.turns)],
             "stays": [p["stays"] for p in pictures if p["stays"] is not None],
@@ -360,6 +372,18 @@ class Report:
         of = [c for c in self.cases if chosen(c.record)]
         marks = [m for c in of for m in c.marks()[metric]]
         return Share(sum(marks), len(marks))
+
+    def followed(self) -> Share:
+        """Requests of which every named detail is kept."""
+        rows = [t["named"] for c in self.cases for t in c.turns if t["named"]]
+        return Share(sum(all(d["told"] and d["shown"] for d in named) for named in rows), len(rows))
+
+    def details(self, sort: str, split: str | None = None, side: str | None = None, by: str | None = None) -> Share:
+        """Of the named details of a sort (details.SORTS): how many are kept, or "told" or "shown" alone."""
+        cases = [c for c in self.cases if split in (None, c.record["split"]) and by in (None, *c.record["held_out_by"])]
+        found = [d for c in cases for t in c.turns for d in t["named"] if d["of"] == sort]
+        sides = [side] if side else ["told", "shown"]
+        return Share(sum(all(d[s] for s in sides) for d in found), len(found))
 
     def questions(self, split: str | None = None, sort: str | None = None) -> list[dict]:
         """The answers to questions about a picture, whatever the kind of their dialogue; sort: one of SORTS, None: all."""
@@ -463,6 +487,52 @@ def single_requests(n: int, seed: int = 0, splits=tuple(SPLITS), size: int = 64)
         for category, kind in CATEGORIES.items():
             drawn += [r | {"category": category} for r in draw_records(kind, split, n, seed * 10**9 + 10**8, size, fits)]
     return drawn
+
+
+def free_requests(n: int | None = None) -> list[dict]:
+    """The first n requests of free_requests.json as records: [{"text", "kind", "details": as in sketchbook/grammar.py}]."""
+    entries = json.loads(Path(__file__).with_name("free_requests.json").read_text(encoding="utf-8"))
+    return [record_of(entry, number) for number, entry in enumerate(entries[:n])]
+
+
+def record_of(entry: dict, number: int) -> dict:
+    """A record of one exchange from a request and the details that it names; the corpus has no answer to it."""
+    objects: dict[str, dict] = {}
+    relations = []
+    page = pictures = None
+    for detail in entry["details"]:
+        of, subject = detail["of"], detail.get("subject")
+        if subject:
+            one = objects.setdefault(subject, {"subject": subject, "colour": None, "count": 1, "parts": {}})
+        if of == "part":
+            one["parts"][detail["part"]] = detail["colour"]
+        elif of in ("colour", "count"):
+            one[of] = detail[of]
+        elif of == "place":
+            relations.append([subject, detail["relation"], detail["other"]])
+        elif of == "page":
+            page = detail["background"]
+        elif of == "pictures":
+            pictures = detail["count"]
+
+    found, order = list(objects.values()), list(objects)
+    if entry["kind"] == "lesson":
+        subject, colours = order[0], dict(found[0]["parts"])
+        if found[0]["colour"]:
+            colours[SUBJECTS[subject].main] = found[0]["colour"]
+        due = [pictures or len(SUBJECTS[subject].parts)] * 2
+        need = [{"op": "lesson", "subject": subject, "colours": colours, "steps": due[0], "background": page}]
+    elif entry["kind"] == "story":
+        due = [pictures or 2, pictures or 4]
+        need = [{"op": "scene", "objects": [one]} for one in found]
+    else:
+        due = [1, 1]
+        places = [[order.index(a), word, order.index(b)] for a, word, b in relations]
+        need = [{"op": "scene", "objects": found, "relations": places, "background": page}]
+    turn = {"kind": entry["kind"], "images": due, "need": need, "words": [], "avoid": [], "named": entry["details"]}
+    asked = {"role": "user", "content": [{"type": "text", "text": entry["text"]}]}
+    record = {"messages": [asked], "kind": entry["kind"], "held_out_by": [], "split": "free", "seed": number}
+    return record | {"truth": {"images": [], "turns": [turn]}}
 
 
 def evaluate_single(duo, records: list[dict], settings: Settings | None = None, *, batch=64, quiet=False) -> list[dict]:

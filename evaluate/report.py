@@ -25,14 +25,16 @@ import PIL
 import torch
 
 from checkpoint import InputError, part_folder, pick_device, write_json
+from evaluate.details import SORTS as DETAILS
 from evaluate.exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
 from evaluate.exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares
-from evaluate.exam import through
+from evaluate.exam import free_requests, through
 from flags import Parser, add_flags
 from ops import set_backend
 from pages.template import render
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
 from sketchbook.dialogues import KINDS
+
 
 class Table(typing.NamedTuple):
     """What stands under it: weak, as ("weakest in ...", the lowest rows), then notes, as (column or row, what it means)."""
@@ -47,9 +49,11 @@ class Table(typing.NamedTuple):
 CELL = ("a cell", "percent right, 95 % interval, /of how many; - where there is none")
 CEILINGS = [("truth", "the corpus' own answers to the same dialogues: what is lost there is the checker's own error"),
             ("truth by VAE", "the same with their pictures encoded and decoded by the VAE")]  # fmt: skip
-DRAWN = {"held_out": "dialogues whose requests have a colour, an arrangement or a phrasing that training never shows",
+DRAWN = {"held_out": "dialogues whose requests have a colour, an arrangement, a phrasing or a way to attach a detail that "
+         "training never shows",
          "seen": "new dialogues of what training shows"}  # fmt: skip
 BY = {"colour": "a thing in a colour that training never shows on it", "phrasing": "words in which training never asks",
+      "attached": "details attached in ways in which training never attaches them (sketchbook/grammar.json)",
       "relation": "an arrangement of two things that training never shows"}  # fmt: skip
 
 
@@ -100,6 +104,36 @@ def questions_table(report: Report, truth: Report) -> Table:
     weak = weakest("answers right, splits together", low)
     head = ["asked", *(SPLITS[s] for s in splits), "truth", "guessing"]
     return Table("Questions about a picture: answers right", head, rows, notes, weak)
+
+
+def details_table(report: Report) -> Table:
+    """What the user named, by sort: kept, and as the words and the pictures alone have it."""
+    splits = list(report.shares())
+    rows = []
+    for sort in DETAILS:
+        if not report.details(sort).n:
+            continue
+        kept = [str(report.details(sort, split)) for split in splits]
+        rows.append([sort, *kept, *(f"{100 * report.details(sort, side=side).share:.0f}" for side in ("told", "shown"))])
+    notes = [*((row[0], DETAILS[row[0]]) for row in rows),
+             ("told, shown", "percent that the words alone, or the pictures alone, keep; splits together"), CELL]  # fmt: skip
+    low = lowest([(row[0], report.details(row[0])) for row in rows], report.share("named"))
+    head = ["the user named", *(SPLITS[s] for s in splits), "told", "shown"]
+    return Table("Named details", head, rows, notes, weakest("named details, splits together", low))
+
+
+def free_table(found: Report) -> Table:
+    """Requests worded freely, by kind."""
+    kinds = list(dict.fromkeys(c.record["kind"] for c in found.cases))
+    metrics = ("named", "text", "placed", "shows")
+    rows = []
+    for kind in (None, *kinds):
+        some = Report([c for c in found.cases if kind in (None, c.record["kind"])], 0.0)
+        rows.append([kind or "all", str(some.followed()), *(str(some.share(m)) for m in metrics)])
+    notes = [("requests followed", "requests of which every named detail is in the words and in the pictures"),
+             *((METRICS[m], MEANS[m]) for m in metrics), CELL]  # fmt: skip
+    head = ["kind", "requests followed", *(METRICS[m] for m in metrics)]
+    return Table("Requests that somebody worded who has not seen the sketchbook's", head, rows, notes)
 
 
 def held_out_table(report: Report) -> Table:
@@ -206,6 +240,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--split", choices=(*SPLITS, "both"), default="both")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of dialogue, separated by commas; default all")
     parser.add_argument("--single", type=int, default=20, help="single requests of each category and split (20); 0: none")
+    parser.add_argument("--free", type=int, default=60, help="requests worded freely, at most (60, which are all); 0: none")
     parser.add_argument("--ablations", action="store_true", help="also guidance and condition images, on fewer dialogues")
     parser.add_argument("--ablation-n", type=int, default=34, help="dialogues of each split for them (34)")
     parser.add_argument("--batch", type=int, default=64, help="dialogues in lockstep (64)")
@@ -217,7 +252,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     title = "sampling (defaults: the checkpoint's)"
     add_flags(parser, Settings, title=title, aliases=flags, leave_out=["seed"], given_only=True)
     args = parser.parse_args(argv)
-    for name, least in (("n", 1), ("single", 0), ("ablation_n", 1), ("batch", 1)):
+    for name, least in (("n", 1), ("single", 0), ("free", 0), ("ablation_n", 1), ("batch", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {least} or more")
     args.kinds = list(dict.fromkeys(args.kinds.split(",")))
@@ -276,10 +311,15 @@ def main(argv: list[str] | None = None) -> None:
     truth = evaluate(Corpus(records), records, **quiet)
     vae = evaluate(Corpus(records, through(duo.vae, records)), records, **quiet)
     tables, single, runs = [summary_table(report, truth, vae), kinds_table(report, truth, vae)], {}, {}
+    tables.append(details_table(report))
     if report.questions():
         tables.append(questions_table(report, truth))
     if "held_out" in splits:
         tables.append(held_out_table(report))
+    free = None
+    if args.free:
+        free = evaluate(duo, free_requests(args.free), settings, batch=args.batch, title="free requests")
+        tables.append(free_table(free))
     if args.single:
         asked = single_requests(args.single, args.seed, splits, side)
         single["model"] = evaluate_single(duo, asked, settings, batch=args.batch)
@@ -312,7 +352,9 @@ def main(argv: list[str] | None = None) -> None:
         "pictures": {"drawn": report.drawn, "per second": round(rate, 3)},
         "stops": report.stops,
         "table": {who: numbers(r.shares()) for who, r in (("model", report), ("truth", truth), ("VAE", vae))},
+        "details": {s: numbers({d: report.details(d, s) for d in DETAILS if report.details(d, s).n}) for s in report.shares()},
         "questions": {s: numbers({q: report.answered(s, q) for q in SORTS if report.questions(s, q)}) for s in report.shares()},
+        "free": [c.to_json() for c in free.cases] if free else [],
         "single": {who: numbers(single_shares(rows)) for who, rows in single.items()},
         "overall": {who: {s: overall(c) for s, c in single_shares(rows).items()} for who, rows in single.items()},
         "ablations": numbers(runs),

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import count, groupby, takewhile
 from pathlib import Path
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import torch
@@ -29,9 +30,25 @@ from PIL import Image
 
 from checkpoint import InputError, read_json
 from pages.template import printable, render
-from pipeline import STOPS, Answer, Picture
 from records.validate import one_line
 
+
+class Answer(Protocol):
+    """What is read of an answer here, whoever wrote it: pipeline.Answer has all of it."""
+
+    duo: Any  # what wrote it: .sources, {part: where it came from}, and .device
+    settings: Any  # a dataclass
+    messages: list[dict]  # the dialogue before it
+    images: list[Image.Image]  # the pictures in there
+    parts: list  # text, or a picture: .image, .seed, .context, .seconds
+    pictures: list  # the latter
+    size: tuple[int, int]  # (H, W) in pixels
+    stop: str  # why it ends there, "end" where it is complete
+    stop_meaning: str  # the same in words
+    prompt_tokens: int
+    tokens: int
+    text_seconds: float
+    paint_seconds: float
 
 
 def fresh(out: Path, name: str) -> Path:
@@ -176,7 +193,7 @@ def record(answer: Answer, about: dict) -> dict:
         "user_images": [f"input_{i:02d}.png" for i in range(1, len(answer.images) + 1)],
         "parts": parts,
         "stop": answer.stop,
-        "stop_meaning": STOPS[answer.stop],
+        "stop_meaning": answer.stop_meaning,
         "seed": answer.settings.seed,
         "settings": asdict(answer.settings) | {"height": answer.size[0], "width": answer.size[1]},
         "sources": duo.sources,
@@ -208,13 +225,13 @@ def markdown(answer: Answer) -> str:
         text = escape_markdown(part.strip()) if isinstance(part, str) else f"![](input_{part[0]:02d}.png)"
         blocks.append("\n".join(f"> {line}" for line in (f"**{role}:** {text}").split("\n")) if text else "")
     for part in answer.parts:
-        if isinstance(part, Picture):
+        if isinstance(part, str):
+            blocks.append(escape_markdown(part.strip()))
+        else:
             k = next(number)
             blocks.append(f"![picture {k}](image_{k:02d}.png)")
-        else:
-            blocks.append(escape_markdown(part.strip()))
     if answer.stop != "end":
-        blocks.append(f"*It ends here: {escape_markdown(STOPS[answer.stop])}.*")
+        blocks.append(f"*It ends here: {escape_markdown(answer.stop_meaning)}.*")
     return "\n\n".join(b for b in blocks if b) + "\n"
 
 
@@ -224,14 +241,14 @@ def page(answer: Answer) -> str:
     # A picture belongs to the text before it; either may be missing.
     sections, text = [], ""
     for part in answer.parts:
-        if isinstance(part, Picture):
+        if isinstance(part, str):
+            text = part
+        else:
             sections.append((text, part.image))
             text = ""
-        else:
-            text = part
     if text.strip():
         sections.append((text, None))
-    stop = STOPS[answer.stop]
+    stop = answer.stop_meaning
     height, width = answer.size
     facts = {"ends because": stop} | asdict(answer.settings) | {"height": height, "width": width} | answer.duo.sources
     title = prompt_of(answer.messages)[:80]

@@ -1,6 +1,6 @@
 """The page of a training run, index.html in its folder: curves, newest samples, settings. One file, no scripts, no network.
 
-    write(Path("runs/x"), {"step": 500, "seconds": 840.0, "config": {...}})     from metrics.jsonl and samples/ of that folder
+    write_page(Path("runs/x"), {"step": 500, "seconds": 840.0, "config": {...}})  from its metrics.jsonl and samples/
 """
 
 import json
@@ -45,7 +45,7 @@ TENTHS = {f"t{k}": f"noise {k / 10:.1f} to {(k + 1) / 10:.1f}" for k in range(10
 TENTHS |= {"t0": f"{TENTHS['t0']}: near data", "t9": f"{TENTHS['t9']}: near noise"}
 
 
-def write(folder: Path, about: dict, sheets: int = 2) -> None:
+def write_page(folder: Path, about: dict, sheets: int = 2) -> None:
     """Rewrite folder/index.html from its log and its newest sheets of samples; about: training.Run.about."""
     log = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []

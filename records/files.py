@@ -36,7 +36,8 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint import InputError
-from records.validate import BLANK, BadRecord, Problem, decode, normalise, one_line, open_lines, parse, read_records, validate
+from records.validate import BLANK, BadRecord, Problem, decode, normalise, one_line, open_lines, parse_line
+from records.validate import read_records, validate
 
 MAX_RECORD = 64 * 2**20  # bytes of a record or caption in a shard
 MAX_FILE = 512 * 2**20  # bytes of a picture file in a shard; its pixels are limited in validate.py
@@ -166,7 +167,7 @@ class LineFile:
         start, number = open_index(self.place, *self.header).records[i].tolist()
         with open(self.path, "rb") as file:  # opened anew: processes that share an open file share its position too
             file.seek(start)
-            return parse(file.readline(), self.path, number), Path(self.path).parent
+            return parse_line(file.readline(), self.path, number), Path(self.path).parent
 
 
 class Member(NamedTuple):

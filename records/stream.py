@@ -1,4 +1,4 @@
-"""Which records a training reads, and in which order: files and shards, the sketchbook, mixed by weights.
+"""Which records a training reads, and in which order: files and shards, procedural worlds, mixed by weights.
 
     --data a.jsonl                                               JSON lines, the pictures beside them
     --data a.jsonl,b.jsonl                                       one set: every record as often as any other
@@ -6,6 +6,10 @@
 
 Braces stand for several files: {000..099} counts, {a,b} lists. A file named twice counts double. In a mixture each source goes
 through epochs of its own, and a source without a weight has weight 1.
+
+A name that is no file may be a module that Python finds, such as sketchbook or my.world, with a function
+`record(seed, split=..., kinds=...)`: the record of that seed, endlessly many of them. split is "train"; kinds is None, or the
+weights of --kinds, {kind: weight}. It raises checkpoint.InputError for a split or kind that it does not have.
 
 Order. Item number n of the whole sequence is a function of (seed, n) alone, whatever the number of ranks and workers: its
 source by `Mix`, its place in the epoch by division, its record by a permutation that is computed and never stored (`permuted`).
@@ -20,7 +24,7 @@ Nothing is repeated or lost.
 import fcntl
 import ctypes
 import faulthandler
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -45,8 +49,7 @@ from records.files import Files
 from records.validate import BadRecord, Problem, one_line
 from threads import usable_cores
 
-# Name in --data: module with dialogue(seed, split=, kinds=), imported only when it is asked for.
-CORPORA = {"sketchbook": "sketchbook.dialogues"}
+ENDINGS = (".json", ".jsonl", ".tar")  # names of files, whether they exist or not
 
 TOGETHER = 4  # items that a worker sends in one message
 
@@ -120,8 +123,10 @@ def _period(counts: tuple[int, ...], seed: int, period: int) -> tuple[np.ndarray
 
 
 def open_source(data: str, kinds: str = "", split: str = "train") -> "Files | Mix | Callable[[int], dict]":
-    """What --data names, as at the top of this file. kinds: of the sketchbook's dialogues, with weights: "lesson=2,one=1"
-    (empty: the corpus' own)."""
+    """What --data names, as at the top of this file.
+
+    kinds: of the records of procedural worlds, with weights: "lesson=2,one=1" (empty: the world's own).
+    """
     entries = []
     for entry in split_outside_braces(data):
         name, _, weight = entry.rpartition("=")
@@ -129,15 +134,24 @@ def open_source(data: str, kinds: str = "", split: str = "train") -> "Files | Mi
         entries.append((entry if weight is None else name, weight))
     if not entries:
         raise InputError("--data: no source given")
-    if kinds and not any(name in CORPORA for name, _ in entries):
-        raise InputError(f"kinds {kinds!r}: only the sketchbook has kinds")
-    if all(weight is None and name not in CORPORA for name, weight in entries):
+    worlds = {name: world for name, _ in entries if (world := find_world(name))}
+    if kinds and not worlds:
+        raise InputError(f"kinds {kinds!r}: files have none, only procedural worlds such as the sketchbook do")
+
+    # Files alone, without weights, are one set.
+    if not worlds and all(weight is None for _, weight in entries):
         return Files([file for name, _ in entries for file in expand(name)])
-    sources = [sketch(name, kinds, split) if name in CORPORA else Files(expand(name)) for name, _ in entries]
+    sources = []
+    for name, _ in entries:
+        if name in worlds:
+            sources.append(endless(worlds[name], kinds, split))
+        else:
+            sources.append(Files(expand(name)))
     if len(sources) == 1:
         return sources[0]
     if all(weight is None for _, weight in entries):
-        raise InputError(f"--data {data}: the sketchbook never ends, so a mixture with it needs weights: sketchbook=0.5")
+        name = next(iter(worlds))
+        raise InputError(f"--data {data}: {name} never ends, so a mixture with it needs weights: {name}=0.5")
     return Mix(sources, [Fraction(1) if weight is None else weight for _, weight in entries])
 
 
@@ -167,14 +181,37 @@ def expand(name: str) -> list[str]:
     return [f for value in values for f in expand(f"{name[: match.start()]}{value}{name[match.end() :]}")]
 
 
-def sketch(name: str, kinds: str, split: str) -> Callable[[int], dict]:
+def find_world(name: str) -> Callable[..., dict] | None:
+    """The function `record` of the module of this name, which is imported; None where there is no such module, or a file."""
+    if Path(name).is_file() or not all(word.isidentifier() for word in name.split(".")):
+        return None
+    # A file's name that is misspelt is no reason to import anything.
+    if name.endswith(ENDINGS):
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):  # no package around it; a module that was not imported by its name
+        spec = None
+    if spec is None:
+        return None
+
+    record = getattr(importlib.import_module(name), "record", None)
+    if callable(record):
+        return record
+    if Path(name).exists():  # a folder that was meant for files is told as such
+        return None
+    raise InputError(f"--data {name}: no such file, and the module of that name has no function record")
+
+
+def endless(record: Callable[..., dict], kinds: str, split: str) -> Callable[[int], dict]:
+    """The records of a procedural world by seed. kinds: as for `open_source`."""
     try:
         weights = {kind: float(weight or 1) for kind, _, weight in (item.partition("=") for item in kinds.split(",") if item)}
         if not all(0 < weight < float("inf") for weight in weights.values()):
             raise ValueError
     except ValueError:
         raise InputError(f"kinds {kinds!r}: write kinds and positive weights like lesson=2,one=1") from None
-    source = partial(importlib.import_module(CORPORA[name]).dialogue, split=split, kinds=weights or None)
+    source = partial(record, split=split, kinds=weights or None)
     source(0)  # an unknown kind or split shows here, before a run starts
     return source
 
@@ -241,7 +278,7 @@ def pick_workers(asked: int) -> int:
 class Stream:
     """An endless, reproducible sequence of records that continues where it stopped.
 
-    source: `Files`, shuffled anew in every epoch, a `Mix`, or a function seed -> record, such as sketchbook.dialogues.dialogue.
+    source: `Files`, shuffled anew in every epoch, a `Mix`, or a function seed -> record, such as that of a procedural world.
     prepare: applied to every record and its item number. It may raise InputError (the record is skipped and counted) or return
         None (passed over).
     workers: background processes that read and prepare, `ahead` items before they are due or more; the sequence is the same.

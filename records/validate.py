@@ -147,7 +147,7 @@ def decode(data: bytes, first: bool = True) -> object:
         raise InputError(f"not valid JSON: {one_line(e)}{spread}") from None
 
 
-def parse(line: bytes, file: str = "record", number: int = 1) -> dict | Problem:
+def parse_line(line: bytes, file: str = "record", number: int = 1) -> dict | Problem:
     """The record on a line."""
     try:
         record = decode(line, number == 1)
@@ -161,7 +161,7 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict | Problem]]:
     with open_lines(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip(BLANK):
-                yield number, parse(line, str(path), number)
+                yield number, parse_line(line, str(path), number)
 
 
 def validate(

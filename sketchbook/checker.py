@@ -737,11 +737,14 @@ def text_complete(turn: dict, texts: list[str], context: str = "") -> bool:
 
 
 def lesson_told(need: dict, texts: list[str], context: str) -> bool:
-    """Whether the steps name all parts of the subject in their order, and the colours that the request gave."""
+    """Whether the steps name the parts of the subject in their order, as many as asked for, in the colours and on the page
+    that the request gave."""
     subject = need["subject"]
     stated = [claim for text in texts for claim in claims(text, f"{context} {subject}")]
     steps = [claim for claim in stated if claim["op"] in ("start", "part")]
-    if [step["part"] for step in steps] != [part.name for part in SUBJECTS[subject].parts]:
+    if [step["part"] for step in steps] != [part.name for part in SUBJECTS[subject].parts[:need["steps"]]]:
+        return False
+    if need["background"] not in (None, steps[0].get("background")):
         return False
     return need["colours"].items() <= {step["part"]: step["colour"] for step in steps}.items()
 

@@ -20,13 +20,15 @@ check is None for a user's picture and otherwise says what the picture has to sh
     {"op": "add", "subject", "colour", "relation", "anchor"}   {"op": "move", "subject", "to"}
     {"op": "background", "background"}
 truth["turns"] has an entry per answer: {"kind", "images": [least, most], "need": [checks that its text must state], "words"
-that it must have (a list among them: any of it) and words to "avoid"}.
+that it must have (a list among them: any of it), words to "avoid", and "named", every detail that the request names
+(grammar.py); without that list its details are what it needs}.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +38,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint import InputError
+from sketchbook.grammar import Wanted, request
 from sketchbook.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -126,10 +129,11 @@ class Dialogue:
 
     # -- choices
 
-    def pick(self, options: list[str]) -> str:
+    def pick(self, options: list[str], kind: str = "phrasing") -> str:
+        """One of the options; a held-out one, marked by ~, only where the dialogue wants that kind of held-out content."""
         new = [t[1:] for t in options if t[0] == "~"]
-        if new and self.want == "phrasing" and self.rng.random() < 0.7:
-            self.held.add("phrasing")
+        if new and self.want == kind and self.rng.random() < 0.7:
+            self.held.add(kind)
             return self.rng.choice(new)
         return self.rng.choice([t for t in options if t[0] != "~"])
 
@@ -170,11 +174,12 @@ class Dialogue:
 
     # -- the record
 
-    def ask(self, text: str, *scenes: Scene, style: bool = True) -> None:
+    def ask(self, text: str, *scenes: Scene) -> None:
         text = sentence(text) if text[-1] in ".!?" else articles(text)
-        if style:
-            text = text[:-1] if text[-1] in ".?!" and self.chance(0.2) else text
-            text = text.lower() if self.chance(0.2) else text
+        # Habits of typing.
+        text = text[:-1] if text[-1] in ".?!" and self.chance(0.2) else text
+        text = text.lower() if self.chance(0.2) else text
+        text = mistyped(self.rng, text) if self.chance(0.08) else text
         pictures = [{"type": "image", "image": scene} for scene in scenes]
         words = [{"type": "text", "text": text}]
         self.messages.append({"role": "user", "content": pictures + words if self.chance(0.7) else words + pictures})
@@ -182,10 +187,11 @@ class Dialogue:
             self.images.append({"role": "user", "scene": scene, "check": None})
             self.scene, self.asked = scene, False
 
-    def answer(self, kind: str, least: int = 0, most: int | None = None, need=(), words=(), avoid=()) -> None:
+    def answer(self, kind: str, least: int = 0, most: int | None = None, need=(), words=(), avoid=(), named=None) -> None:
         self.messages.append({"role": "assistant", "content": []})
-        self.turns.append({"kind": kind, "images": [least, least if most is None else most], "need": list(need),
-                           "words": list(words), "avoid": list(avoid)})
+        turn = {"kind": kind, "images": [least, least if most is None else most], "need": list(need), "words": list(words),
+                "avoid": list(avoid)}
+        self.turns.append(turn | ({"named": named} if named is not None else {}))
 
     def say(self, text: str) -> None:
         content, text = self.messages[-1]["content"], sentence(text)
@@ -205,6 +211,20 @@ class Dialogue:
         """'the car', or 'the red car' where there are two, and sometimes where there is one."""
         alone = sum(t.subject == thing.subject for t in self.scene.things) == 1
         return f"the {thing.subject}" if alone and self.chance(0.5) else f"the {thing.main} {thing.subject}"
+
+
+def mistyped(rng: random.Random, text: str) -> str:
+    """One slip of the fingers, inside a word of five letters or more: two letters swapped, one left out, one doubled."""
+    places = [m.start() + i for m in re.finditer(r"[a-zA-Z]{5,}", text) for i in range(1, len(m[0]) - 2)]
+    if not places:
+        return text
+    at = rng.choice(places)
+    slip = rng.choice(("swap", "drop", "double"))
+    if slip == "swap":
+        return text[:at] + text[at + 1] + text[at] + text[at + 2:]
+    if slip == "drop":
+        return text[:at] + text[at + 1:]
+    return text[:at] + text[at] + text[at:]
 
 
 def objects_of(*things: Thing, named=()) -> list[dict]:
@@ -230,25 +250,35 @@ def lesson(d: Dialogue, subject: str | None = None, main: str | None = None) -> 
     main = main or (d.colour(subject) if d.chance(0.7) or d.want == "colour" else usual_main(d, subject))
     colours = colours_for(d.rng, subject, main)
     told = {}
-    x = a(subject)
     if d.chance(0.6):
         told[parts[i_main].name] = main
-        x = noun_phrase(subject, main)
-    if d.chance(0.5):
+    if d.chance(0.6):
         others = [i for i in range(len(parts)) if i != i_main]
-        some = sorted(d.rng.sample(others, 2 if d.chance(0.2) and len(others) > 1 else 1))
+        some = sorted(d.rng.sample(others, min(len(others), d.rng.choice((1, 1, 1, 2, 2, 3)))))
         told.update({parts[i].name: colours[i] for i in some})
-        x += " with " + listing([part_phrase(parts[i].name, colours[i]) for i in some])
+    # Who says how many steps he wants gets so many, enough for all that he has named.
+    steps = None
+    if d.chance(0.12):
+        named_last = max((i for i, part in enumerate(parts) if part.name in told), default=0)
+        steps = d.rng.randint(max(2, i_main + 1, named_last + 1), len(parts))
+        parts = parts[:steps]
     background = d.page(0.6)
-    d.ask(d.pick(ASK["lesson"]).format(x=x))
-    d.answer("lesson", len(parts), need=[{"op": "lesson", "subject": subject, "colours": told}])
+    page = background if d.chance(0.1) else None
+    details = {name: colour for name, colour in told.items() if name != SUBJECTS[subject].main}
+    asked = Wanted(subject, told.get(SUBJECTS[subject].main), parts=details)
+    text, named = request(d, "lesson", [asked], page=page, pictures=steps)
+    d.ask(text)
+    need = {"op": "lesson", "subject": subject, "colours": told, "steps": len(parts), "background": page}
+    d.answer("lesson", len(parts), need=[need], named=named)
     if d.chance(0.2):
         d.say(d.pick(SAY["open"]))
     thing = large(d.rng, subject, colours)
     count = d.chance(0.7)
-    for n, (part, colour) in enumerate(zip(parts, colours, strict=True), 1):
+    for n, (part, colour) in enumerate(zip(parts, colours, strict=False), 1):
         lead = f"Step {n}:" if count else LEADS[0] if n == 1 else LEADS[4] if n == len(parts) else LEADS[1 + n % 3]
         on = d.on(background) if n == 1 else ""
+        if n == 1 and page:
+            on = f" on a {page} background"
         d.say(d.pick(SAY["start" if n == 1 else "part"]).format(
             lead=lead, look=part.look.format(colour), where=part.where, p=part.name, b=on))
         check = {"op": "part", "subject": subject, "part": part.name, "colour": colour}
@@ -263,15 +293,16 @@ def usual_main(d: Dialogue, subject: str) -> str:
     return d.rng.choice(SUBJECTS[subject].parts[main_part(subject)].usual.split())
 
 
-def present(d: Dialogue, kind: str, ask: str, x: str, say_x: str, scene: Scene, check: dict, need: dict) -> None:
-    """One question and one picture of a whole new scene."""
+def present(d: Dialogue, kind: str, asked: tuple[str, list[dict]], said: str, scene: Scene, check: dict, need: dict) -> None:
+    """One question and one picture of a whole new scene. asked: grammar.request's; said: how the answer names what it shows."""
     on = d.on(scene.background)
     if need.get("background"):
         on = f" on a {scene.background} background"
-    d.ask(ask.format(x=x + (on if need.get("background") else "")))
-    d.answer(kind, 1, need=[need])
+    text, named = asked
+    d.ask(text)
+    d.answer(kind, 1, need=[need], named=named)
     many = check["objects"][0]["count"] > 1
-    d.say(d.pick(SAY["scenes" if many else "scene"]).format(x=say_x, b=on))
+    d.say(d.pick(SAY["scenes" if many else "scene"]).format(x=said, b=on))
     d.draw(scene, **{"op": "scene", "relations": [], "background": scene.background if on else None, **check})
 
 
@@ -287,15 +318,21 @@ def whole_thing(d: Dialogue, subject: str, main: str, named_parts: int) -> tuple
 def one(d: Dialogue, kind: str = "one") -> None:
     subject = d.subject()
     main = d.colour(subject)
-    thing, named = whole_thing(d, subject, main, d.rng.choice((0, 0, 1, 1, 2)))
+    thing, parts = whole_thing(d, subject, main, d.rng.choice((0, 0, 1, 1, 2, 3)))
     scene = Scene(d.page(), (thing,))
-    objects = objects_of(thing, named=named)
+    objects = objects_of(thing, named=parts)
     free = kind == "one" and d.chance(0.25)                     # the colour is left to the assistant
-    asked = {**objects[0], "colour": None if free else main, "parts": objects[0]["parts"] if d.chance(0.6) else {}}
-    x = noun_phrase(subject, asked["colour"]) + with_parts(thing, asked["parts"])
-    need = {"op": "scene", "objects": [asked], "background": scene.background if d.chance(0.25) else None}
-    said = noun_phrase(subject, main) + with_parts(thing, named)
-    present(d, kind, d.pick(ASK["one"]), x, said, scene, {"objects": objects}, need)
+    asked = {**objects[0], "colour": None if free else main, "parts": objects[0]["parts"] if d.chance(0.75) else {}}
+    page = scene.background if d.chance(0.25) else None
+    need = {"op": "scene", "objects": [asked], "background": page}
+    words = request(d, kind, [wanted(asked)], page=page)
+    said = noun_phrase(subject, main) + with_parts(thing, parts)
+    present(d, kind, words, said, scene, {"objects": objects}, need)
+
+
+def wanted(asked: dict) -> Wanted:
+    """An object of a check, as what a user wants."""
+    return Wanted(asked["subject"], asked["colour"], asked["count"], asked["parts"])
 
 
 def colour(d: Dialogue) -> None:
@@ -309,13 +346,23 @@ def small_thing(d: Dialogue, subject: str, main: str, cell, size=None) -> Thing:
 def count(d: Dialogue) -> None:
     subject, n = d.subject(), d.rng.randint(2, 4)
     main = d.colour(subject)
-    scene = Scene(d.page(), tuple(small_thing(d, subject, main, cell) for cell in cells(d.rng, n)))
-    objects = objects_of(*scene.things)
+    # Several things are small, and have their first parts alone: now and then one of these is named.
+    others = [i for i in range(SUBJECTS[subject].small) if i != main_part(subject)]
+    fixed = {}
+    if others and d.chance(0.2):
+        i = d.rng.choice(others)
+        fixed[i] = colours_for(d.rng, subject, main, usual=0.3)[i]
+    colours = usual_colours(subject, main, fixed)
+    scene = Scene(d.page(), tuple(small(d.rng, subject, colours, cell) for cell in cells(d.rng, n)))
+    parts = [SUBJECTS[subject].parts[i].name for i in fixed]
+    objects = objects_of(*scene.things, named=parts)
     free = d.chance(0.15)
-    need = {"op": "scene", "objects": [{**objects[0], "colour": None if free else main}],
-            "background": scene.background if d.chance(0.2) else None}
-    x = noun_phrase(subject, None if free else main, n)
-    present(d, "count", d.pick(ASK["one"]), x, noun_phrase(subject, main, n), scene, {"objects": objects}, need)
+    asked = {**objects[0], "colour": None if free else main}
+    page = scene.background if d.chance(0.2) else None
+    need = {"op": "scene", "objects": [asked], "background": page}
+    words = request(d, "count", [wanted(asked)], page=page)
+    said = noun_phrase(subject, main, n) + with_parts(scene.things[0], parts)
+    present(d, "count", words, said, scene, {"objects": objects}, need)
 
 
 def placed(d: Dialogue, x: str, cx: str, word: str, y: str, cy: str, size_x=None) -> tuple[Thing, Thing]:
@@ -342,10 +389,12 @@ def two_things(d: Dialogue, kind: str) -> None:
     asked = [{**o, "colour": None if plain else o["colour"]} for o in objects]
     relations = [[0, word, 1]] if kind == "position" else []
     r = f" {d.rng.choice(RELATION_WORDS[word])} " if relations else " and "
-    need = {"op": "scene", "objects": asked, "relations": relations, "background": scene.background if d.chance(0.2) else None}
-    text = noun_phrase(x, cx) + r + noun_phrase(y, cy)
-    ask = noun_phrase(x, asked[0]["colour"]) + r + noun_phrase(y, asked[1]["colour"])
-    present(d, kind, d.pick(ASK["one"]), ask, text, scene, {"objects": objects, "relations": relations}, need)
+    page = scene.background if d.chance(0.2) else None
+    need = {"op": "scene", "objects": asked, "relations": relations, "background": page}
+    stated = word if relations else None
+    words = request(d, kind, [wanted(o) for o in asked], join=r, relation=stated, page=page)
+    said = noun_phrase(x, cx) + r + noun_phrase(y, cy)
+    present(d, kind, words, said, scene, {"objects": objects, "relations": relations}, need)
 
 
 def two(d: Dialogue) -> None:
@@ -514,25 +563,39 @@ def multi(d: Dialogue) -> None:
 
 
 def story(d: Dialogue) -> None:
-    """A figure that keeps its colours through changing places and company."""
+    """A figure that keeps its colours through changing places and company. Who is asked for is met in one picture at least."""
     hero = d.subject(shapes=0.1)
     main = d.colour(hero)
-    n, free = d.rng.randint(2, 4), d.chance(0.3)
-    told = d.chance(0.5)
+    free = d.chance(0.3)
+    n = d.rng.randint(2, 4)
+    told = n if d.chance(0.5) else None
+    friend = None
+    if d.chance(0.45):
+        met = d.subject(besides=(hero,), shapes=0.5)
+        friend = Wanted(met, d.colour(met))
     size = d.rng.uniform(28.5, 28.8)
-    x = noun_phrase(hero, None if free else main)
-    d.ask(d.pick(ASK["story"]).format(x=x + (f" in {NUMBERS[n]} pictures" if told else "")))
-    fact = {"subject": hero, "colour": None if free else main, "count": 1, "parts": {}}
-    d.answer("story", n if told else 2, n if told else 4, need=[{"op": "scene", "objects": [fact]}])
+    text, named = request(d, "story", [Wanted(hero, None if free else main)], pictures=told, company=friend)
+    d.ask(text)
+    facts = [{"subject": hero, "colour": None if free else main, "count": 1, "parts": {}}]
+    if friend:
+        facts.append({"subject": friend.subject, "colour": friend.colour, "count": 1, "parts": {}})
+    need = [{"op": "scene", "objects": [fact]} for fact in facts]
+    d.answer("story", told or 2, told or 4, need=need, named=named)
+
     the = f"the {main} {hero}"
+    meeting = d.rng.randint(0, 1) if friend else None
     for k, page in enumerate(d.rng.sample(list(BACKGROUNDS), n)):
         things, relations, r, y = [small_thing(d, hero, main, (4, 4, 60, 60), size)], [], "", ""
-        company = d.chance(0.15 if k == 0 else 0.65)
+        company = None
+        if friend and (k == meeting or k > meeting and d.chance(0.4)):
+            company = friend
+        elif not friend and d.chance(0.15 if k == 0 else 0.65):
+            other = d.subject(besides=(hero,), shapes=0.6)
+            company = Wanted(other, d.colour(other))
         if company:
-            friend = d.subject(besides=(hero,), shapes=0.6)
-            word = d.relation(hero, friend)
-            things = placed(d, hero, main, word, friend, d.colour(friend), size)
-            r, y = d.rng.choice(RELATION_WORDS[word]), noun_phrase(friend, things[1].main)
+            word = d.relation(hero, company.subject)
+            things = placed(d, hero, main, word, company.subject, company.colour, size)
+            r, y = d.rng.choice(RELATION_WORDS[word]), noun_phrase(company.subject, things[1].main)
         if company and d.chance(0.5):
             relations = [[0, word, 1]]
             text = SAY["story_opens_stood"][0] if k == 0 else d.pick(SAY["story_stood"])
@@ -737,7 +800,7 @@ def dialogue(seed: int, split: str = "train", kinds: dict[str, float] | None = N
     want = None
     for attempt in range(10_000):
         if split == "held_out" and attempt % 20 == 0:           # some kinds have no relation: then wish for something else
-            want = rng.choice(("colour", "colour", "relation", "relation", "phrasing"))
+            want = rng.choice(("colour", "colour", "relation", "relation", "phrasing", "attached", "attached"))
         d = Dialogue(rng, want)
         KINDS[kind][0](d)
         while d.scene and len(d.images) < 7 and len(d.turns) < 4 and d.chance(0.28):

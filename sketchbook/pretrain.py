@@ -1,7 +1,8 @@
-"""Pretrain the miniature's three backbones on the sketchbook corpus: the small sisters of what full size downloads.
+"""Pretrain the miniature's backbones on the sketchbook corpus: the small sisters of what full size downloads.
 
     python -m sketchbook.pretrain vae     pictures to latents of 1/8 size and back          (full size: Wan2.1 VAE)
-    python -m sketchbook.pretrain mllm    text, and questions about pictures: it sees        (full size: Qwen2.5-VL)
+    python -m sketchbook.pretrain mllm    text, and first questions about pictures           (full size: Qwen2.5-VL)
+    python -m sketchbook.pretrain eye     its vision tower learns what lies where            (full size: Qwen2.5-VL)
     python -m sketchbook.pretrain dit     short clips of drawings that grow, move, change    (full size: Cosmos-Predict2.5)
     python -m sketchbook.pretrain bundle  the parts of finished runs into one checkpoint folder
 
@@ -33,12 +34,14 @@ from distributed import Ranks
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
-from model import MLLM, ImageProcessor
+from model import MLLM, ImageProcessor, VisionTower
 from model import PRESETS as MLLM_PRESETS
 from pipeline import Settings, write_manifest
 from records.stream import Stream
 from sketchbook import dialogues as sketchbook
 from sketchbook.checker import judge
+from sketchbook.eye import SeeingLoss, lesson
+from sketchbook.scenes import BACKGROUNDS, COLOURS, SUBJECTS
 from tokenizer import Tokenizer, render, train_bpe
 from training import LanguageLoss, Run, TrainConfig, autocast, check_step0, compile_blocks, encode_pictures, flow_statistics
 from training import generator, language_statistics, mllm_features, model_flops, parse_config, print_trained, run_script, sheet
@@ -263,6 +266,75 @@ def train_mllm(c: MLLMConfig) -> None:
     ranks.close()
 
 
+# ---------------------------------------------------------------------------------------------------------------- eye
+
+
+@dataclass
+class EyeConfig(TrainConfig):
+    # ---- data
+    batch: int = 96  # pictures per step and rank
+    size: int = 64  # pixels along a side
+    # ---- model
+    mllm: str = "runs/tiny/mllm"  # run or folder whose vision tower is trained; the decoder stays as it is
+    fresh: bool = True  # the tower starts from nothing
+    # ---- other defaults than those of every run
+    out: str = "runs/tiny/eye"
+    steps: int = 3000
+    lr: float = 1.5e-3
+    weight_decay: float = 0.01
+    beta2: float = 0.98
+    ema: float = 0.998
+
+
+def train_eye(c: EyeConfig) -> None:
+    """What it learns, and why: eye.py."""
+    ranks = Ranks(c.device, c.timeout)
+    ranks.claim(c.out)
+    torch.manual_seed(c.seed)
+    folder = part_folder(c.mllm, "mllm")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    processor = ImageProcessor.from_pretrained(folder)
+    mllm = MLLM.from_pretrained(folder, device=ranks.device).requires_grad_(False)
+    if c.fresh:
+        mllm.visual = VisionTower(mllm.config.vision).to(ranks.device)
+    tower = mllm.visual.requires_grad_(True)
+    if ranks.main:
+        print_trained({"vision tower": tower}, {"decoder": mllm.model})
+
+    def save(folder: Path, _: nn.Module) -> None:
+        for part in (mllm, tokenizer, processor):
+            part.save_pretrained(folder / "mllm")
+
+    loss_of = SeeingLoss(tower).to(ranks.device)
+    run = Run(c, ranks, loss_of, save)
+    if c.compile:
+        compile_blocks(loss_of)
+    loss_of = ranks.wrap(loss_of)
+    data = stream(partial(lesson, processor, c.size), c, ranks, run.position, c.batch)
+    for step in run.loop():
+        items, place = next(data)
+        names, pictures = zip(*items, strict=True)
+        pixels, grids, truth = zip(*pictures, strict=True)
+        with autocast(c.dtype, ranks.device):
+            loss, parts = loss_of(torch.cat(pixels).to(ranks.device), list(grids), list(truth))
+        stats = {"loss": ranks.backward(loss / ranks.size)}
+        stats |= {name: part.item() / ranks.size for name, part in parts.items()}
+        stats["images"] = len(names)
+        norm = run.clip()
+        stats = ranks.sum_statistics(stats)
+        if run.finite(stats["loss"], norm, list(names)):
+            run.optimizer.step()
+            run.average()
+            run.log(stats, norm)
+        run.optimizer.zero_grad()
+        run.save_if_due(place)
+        if step == 0 and ranks.main:
+            # A guess at the subject, the colour and the page, and half a chance for every part.
+            guess = sum(map(math.log, (len(SUBJECTS) + 1, len(COLOURS), len(BACKGROUNDS)))) + 20 * math.log(2)
+            check_step0("loss", stats["loss"], 0.8 * guess, 1.3 * guess)
+    ranks.close()
+
+
 # ---------------------------------------------------------------------------------------------------------------- DiT
 
 
@@ -418,6 +490,7 @@ def bundle(c: BundleConfig) -> None:
 COMMANDS = {
     "vae": (VAEConfig, train_vae),
     "mllm": (MLLMConfig, train_mllm),
+    "eye": (EyeConfig, train_eye),
     "dit": (DiTConfig, train_dit),
     "bundle": (BundleConfig, bundle),
 }

@@ -1,8 +1,9 @@
 """The words of sketchbook: English in small, what the user asks and what the assistant says.
 
-The sentences stand in two JSON files beside this one, read and checked once, when this module is imported:
+The sentences stand in JSON files beside this one, read and checked once, when this module is imported:
 
     requests.json   {kind: {"train": [sentences], "held_out": [sentences]}}                       what the user asks
+    grammar.json    {category: {"train": [phrases], "held_out": [phrases]}}     parts of requests; grammar.py joins them
     replies.json    {"say": {kind: [sentences]}, "talk": {kind: {"say": [sentences], "words"}}}    what the assistant says
 
 "talk" is talk without pictures: answers to kinds of request that have no placeholder, and the words that an answer must contain
@@ -123,6 +124,14 @@ REPLIES = {
     "film_draw": "x", "film_arrive": "x y r?", "film_background": "x b? c", "film_recolour": "x c", "film_move": "x f? t",
     "film_grow": "x v",
 }
+# What requests for a drawing are put together from (grammar.py): {parts} is "a blue door and black wheels", {d} a number as a
+# digit. Of {n} and {d} a way has one.
+GRAMMAR = {
+    "opening": "", "closing": "", "lesson_verb": "x", "one_verb": "x", "story_verb": "x",
+    "attach_all": "parts", "attach": "p c be?", "tail": "p c be?", "front": "parts",
+    "paint": "c", "paint_tail": "c", "pair": "xs", "several": "xs n? d?",
+    "page": "b", "page_tail": "b", "steps": "n? d?", "length": "n? d?", "company": "y",
+}
 # Held out from dialogues, but the pretraining of the language model asks it too ("describe"): it says nothing about the new.
 # It stays so that every seed gives what it has always given.
 MET = {"what is in this picture"}
@@ -132,7 +141,7 @@ def load(name: str) -> dict:
     return json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-def check(requests: dict, replies: dict) -> None:
+def check(requests: dict, replies: dict, grammar: dict) -> None:
     """ValueError where the files have not the form told above, or a sentence is both in training and held out."""
     check_kinds("replies.json", replies["say"], set(REPLIES))
     for kind, sentences in replies["say"].items():
@@ -141,16 +150,23 @@ def check(requests: dict, replies: dict) -> None:
         check_sentences("replies.json", kind, talk["say"], "")
 
     check_kinds("requests.json", requests, {*REQUESTS, *replies["talk"]})
+    check_sides("requests.json", requests, REQUESTS)
+    check_kinds("grammar.json", grammar, set(GRAMMAR))
+    check_sides("grammar.json", grammar, GRAMMAR)
+
+
+def check_sides(file: str, kinds: dict, placeholders: dict[str, str]) -> None:
+    """Every kind has its two lists, and nothing is in both."""
     sides = {"train": set(), "held_out": set()}
-    for kind, entry in requests.items():
+    for kind, entry in kinds.items():
         if set(entry) != set(sides):
-            raise ValueError(f"requests.json: {kind}: a kind has the lists {' and '.join(sides)}")
+            raise ValueError(f"{file}: {kind}: a kind has the lists {' and '.join(sides)}")
         for side, said in sides.items():
-            check_sentences("requests.json", kind, entry[side], REQUESTS.get(kind, ""))
+            check_sentences(file, kind, entry[side], placeholders.get(kind, ""))
             # Users leave out capitals and full stops at random: that alone makes no new sentence.
             said.update(sentence.lower().rstrip(".?!") for sentence in entry[side])
     if both := sorted(sides["train"] & sides["held_out"] - MET):
-        raise ValueError(f"requests.json: in training and held out: {both[0]!r}")
+        raise ValueError(f"{file}: in training and held out: {both[0]!r}")
 
 
 def check_kinds(file: str, found: dict, wanted: set[str]) -> None:
@@ -170,13 +186,18 @@ def check_sentences(file: str, kind: str, sentences: list[str], named: str) -> N
             raise ValueError(f"{file}: {kind}: {sentence!r}: what is held out stands in its own list")
 
 
-_requests, _replies = load("requests.json"), load("replies.json")
-check(_requests, _replies)
+_requests, _replies, _grammar = load("requests.json"), load("replies.json"), load("grammar.json")
+check(_requests, _replies, _grammar)
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # What the two say. A ~ before a phrasing keeps it out of training.
 
-ASK = {kind: [*entry["train"], *(f"~{t}" for t in entry["held_out"])] for kind, entry in _requests.items()}
+def marked(entry: dict) -> list[str]:
+    return [*entry["train"], *(f"~{t}" for t in entry["held_out"])]
+
+
+ASK = {kind: marked(entry) for kind, entry in _requests.items()}
+GRAMMAR_WAYS = {category: marked(entry) for category, entry in _grammar.items()}
 SAY = _replies["say"]
 
 RELATION_WORDS = {"left": ["to the left of", "left of", "on the left of"],

@@ -27,10 +27,9 @@ from checkpoint import InputError
 from data import Document, batches, loader, main, pack_documents, to_float, tokenize
 from model import MLLM, PRESETS, ImageProcessor
 from records import formats
-from records import validate as records
 from records.files import Files
 from records.stream import Quarantine, Stream, open_source
-from records.validate import Problem, load_image, read_records, validate
+from records.validate import BadRecord, Problem, load_image, read_records, validate
 from sketchbook import dialogues
 from tokenizer import Rendered, Tokenizer, train_bpe
 from vae import to_tensor
@@ -642,6 +641,9 @@ def test_a_document_of_the_example(folder: Path, tokenizer, processor):
     assert (document.positions[:, span.start : span.end] - t).tolist() == [[0] * 8, [0] * 4 + [1] * 4, [0, 1, 2, 3] * 2]
     assert document.positions[:, span.end].tolist() == [t + 4] * 3
     assert tokenize(EXAMPLE, tokenizer, processor, folder=folder, pictures=False).pictures == []
+    coarse = tokenize(EXAMPLE, tokenizer, processor, folder=folder, patch=32)
+    assert all(side % 32 == 0 for picture in coarse.pictures for side in picture.shape[1:])
+    assert coarse.latents_of(1) == sum(picture[0].numel() for picture in coarse.pictures[:2]) // 32**2
     small = tokenize(EXAMPLE, tokenizer, processor, folder=folder, max_area=32 * 16)
     assert [tuple(p.shape) for p in small.pictures] == [(3, 16, 32), (3, 32, 16)]  # of 48 x 32 the nearest multiples of 16
 
@@ -742,7 +744,7 @@ def test_files_find_records_by_number(folder: Path):
     assert len(lines) == 5 and [lines.where(i)[1] for i in range(5)] == [3, 5, 6, 1, 2]
     assert answers([lines[0], lines[4]]) == ["ä", "n.jsonl 1"]
     assert lines[2]["messages"][1]["content"][1]["image"] == (folder / "h1.png").absolute()
-    with pytest.raises(records.BadRecord, match=r"a.jsonl:5: not valid JSON"):
+    with pytest.raises(BadRecord, match=r"a.jsonl:5: not valid JSON"):
         lines[1]
     for none in ([], [write(folder / "empty.jsonl", ["", " "])]):
         with pytest.raises(InputError, match="no record"):

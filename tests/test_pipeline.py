@@ -187,7 +187,7 @@ def test_kinds_of_negative_branch(duo, negative, length):
     duo.say(TWO)
     answer = duo.answer(question(), duo.settings(negative=negative))
     first = next(e for e in drive(duo, answer) if isinstance(e, Paint))
-    assert (first.negative is None) == (length is None) and (first.settings.scale == 1) == (length is None)
+    assert (first.negative is None) == (length is None) and (first.answer.settings.scale == 1) == (length is None)
     assert length is None or len(first.negative) == answer.pictures[0].context[1] == length
     assert answer.pictures[0].image.size == (48, 32)
 
@@ -520,6 +520,23 @@ def test_size_of_pictures(duo):
     assert size(question(picture(0, (128, 128))), max_area=64 * 64) == (64, 64)
 
 
+def test_a_size_is_a_whole_number_of_patches(duo, monkeypatch):
+    assert pipeline.pixels_per_patch(duo.vae.config, duo.dit.config) == duo.patch == 16
+    with pytest.raises(InputError, match="height 100: must be a multiple of 16"):
+        duo.answer("x", duo.settings(height=100))
+    monkeypatch.setattr(pipeline.MLLM, "from_pretrained", None)  # it is told before any weights are read
+    with pytest.raises(InputError, match="width 40: must be a multiple of 16"):
+        DuoGen.from_pretrained(asked={"width": 40})
+
+
+def test_pictures_are_packed_by_the_patches_of_the_pair(duo):
+    """Patches of 4 x 4 latents are a quarter as many, and four times the pictures make a batch."""
+    answer = duo.answer("x", duo.settings(guidance=1.0))
+    requests = [Paint(answer, 0, (1024, 1024), 0, [torch.zeros(4, 128, 128)], [], torch.zeros(1, 4), None) for _ in range(32)]
+    counts = [[len(batch) for batch in pipeline.batches_of(requests, patch, 8)] for patch in (16, 32)]
+    assert counts == [[8] * 4, [32]]
+
+
 def test_asked_for_size_is_painted(duo):
     duo.say(TWO)
     answer = duo.generate(question(picture(0, (48, 48))), duo.settings(height=64, width=32))
@@ -535,10 +552,10 @@ def test_asked_for_size_is_painted(duo):
         ("seed", -1, "whole number"), ("steps", 0, "from 1"), ("steps", 2.5, "int is expected"), ("shift", 0.0, "from 0.01"),
         ("guidance", float("nan"), "from -100 to 100"), ("guidance", 10**400, "guidance is 1000.*, but float"),
         ("sampler", "ddim", "ancestral"), ("schedule", "cosine", "shift or karras"),
-        ("height", 100, "multiple of 16"), ("width", 0, "multiple of 16"), ("max_images", -1, "from 0"),
+        ("height", 8193, "from 1 to 8192"), ("width", 0, "from 1 to 8192"), ("max_images", -1, "from 0"),
         ("max_tokens", 0, "from 1"), ("temperature", -0.1, "0, or from 0.01"), ("top_p", 0.0, "above 0"),
         ("top_p", 1.5, "at most 1"), ("system", "x\ud800", "not Unicode text at character 1"),
-        ("negative", "all", "chunk, empty"), ("condition_time", 1.0, "below 1"), ("max_area", 10, "at least 256"),
+        ("negative", "all", "chunk, empty"), ("condition_time", 1.0, "below 1"), ("max_area", 0, "at least 1"),
         ("stepz", 3, "did you mean steps"),
     ],
 )  # fmt: skip
@@ -732,8 +749,7 @@ def edited(folder, tmp_path, file, change):
         ("duogen.json", lambda v: v["sampling"].update(steps=0), "steps 0"),
         ("dit/config.json", lambda v: v.update(crossattn_proj_in_channels=128), "reads 128 .* 3 layers x 64 = 192"),
         ("dit/config.json", lambda v: v.update(out_channels=8, in_channels=9), "latents of 8 channels"),
-        ("dit/config.json", lambda v: v.update(patch_size=[1, 4, 4]), "32 pixels"),
-        ("vae/config.json", lambda v: v.update(dim_mult=[1, 2, 4], temperal_downsample=[False, True]), "8 pixels"),
+        ("dit/config.json", lambda v: v.update(patch_size=[1, 4, 4]), "width 48: must be a multiple of 32"),
         ("mllm/preprocessor_config.json", lambda v: v.update(patch_size=14), "cuts patches"),
         ("mllm/config.json", lambda v: v.update(image_token_id=5), "image_pad"),
         ("mllm/config.json", lambda v: v.update(vocab_size=300), "tokenizer has 325 tokens"),

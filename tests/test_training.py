@@ -435,7 +435,7 @@ def test_the_first_command_trains_the_bundled_miniature_and_shows_samples_after_
 def test_the_page_is_rewritten_between_sheets_and_minutes_bound_the_time_to_go(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "PAGE_SECONDS", 0.0)
     pages = []
-    monkeypatch.setattr(training.runpage, "write", lambda folder, about: pages.append(about["step"]))
+    monkeypatch.setattr(training, "write_page", lambda folder, about: pages.append(about["step"]))
     STAGES[1](config(1, parts, tmp_path, steps=100_000, minutes=0.02, documents=1))
     rows = logged(tmp_path)
     assert pages[: len(rows)] == [row["step"] for row in rows] and 1 <= len(rows) < 1000
@@ -465,6 +465,24 @@ def test_sheets_of_samples(stage, parts, tmp_path, monkeypatch):
         assert told["columns"] == ["picture before", "painted", "true one"]
         assert all(r["asked"] and r["told"] and len(r["boxes"]) == 3 for r in told["rows"])
         assert not any(r["asked"].startswith(("user", "system")) for r in told["rows"])
+
+
+def test_a_sheet_shows_the_true_pictures_whatever_their_sizes_and_whoever_begins(parts, monkeypatch):
+    """A model that asks for a picture at once, and then always: it gets those of the record, and the next one ends it."""
+    one, two = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (32, 48), "blue")
+    text, *pictures = {"type": "text", "text": "Look:"}, *({"type": "image", "image": image} for image in (one, two))
+    asked = [{"role": "user", "content": [text, pictures[1]]}]
+    told = [{"role": "assistant", "content": [text, *pictures]}]
+    tokenizer, processor = Tokenizer.from_pretrained(parts / "mllm"), ImageProcessor.from_pretrained(parts / "mllm")
+    writer = train_stage1.Reteller(MLLM.from_pretrained(parts / "mllm"), tokenizer, processor)
+    monkeypatch.setattr(writer, "choose", lambda *_: tokenizer.vision_start)
+    answers = [train_stage1.Retold(writer, messages, 5) for messages in (asked + told, told)]
+    writer.write_many(answers)
+    assert [[picture.image for picture in a.pictures] for a in answers] == [[one, two]] * 2
+    assert [a.told() for a in answers] == [(question, " ".join(["[picture]"] * 3)) for question in ("Look: [picture]", "")]
+    long = train_stage1.Retold(writer, asked + told, 2)
+    writer.write_many([long])
+    assert long.told()[1] == "[picture] [picture] [no end yet]"
 
 
 CODE = ("a.py", "pages/b.py", "pages/page.html", "pages/style.css", "pages/words.json")

@@ -47,7 +47,10 @@ def read_original(path: Path) -> dict[str, object]:
         warnings.simplefilter("ignore")
         try:
             foreign = get_unsafe_globals_in_checkpoint(str(path))
-            entries = {} if foreign else torch.load(str(path), "cpu", weights_only=True, mmap=True)
+            entries = {}
+            # Only when nothing foreign is named: what is not loaded cannot act.
+            if not foreign:
+                entries = torch.load(str(path), "cpu", weights_only=True, mmap=True)
         # one wrong byte makes an unpickler stumble over anything: no list of errors is complete
         except Exception as e:
             raise InputError(f"{path}: no sound file of torch.save ({first_line(e)}); fetch it again") from None
@@ -157,16 +160,27 @@ for ours, theirs in (
 
 def translate(name: str, table: list[tuple[str, str]], back: bool = False) -> str:
     """A whole name through the one row of the table that fits it; `back` goes from the original name to diffusers'."""
+    wildcards = {"#": r"(\d+)", "@": "([a-z]+)"}
     found = []
     for row in table:
         source, target = reversed(row) if back else row
-        pattern = "".join({"#": r"(\d+)", "@": "([a-z]+)"}.get(c, re.escape(c)) for c in source)
+        # A row becomes a pattern in which all but the wildcards stands for itself.
+        pattern = "".join(wildcards.get(c, re.escape(c)) for c in source)
         if match := re.fullmatch(pattern, name):
-            groups = iter(match.groups())
-            found.append(re.sub("[#@]", lambda _, groups=groups: next(groups), target))
+            found.append(filled(target, match.groups()))
+    # Two rows that fit would be two names for one tensor: an error of the table.
     if len(found) != 1:
         raise LookupError(f"{len(found)} rows of the table fit {name}")
     return found[0]
+
+
+def filled(target: str, words: tuple[str, ...]) -> str:
+    """A name of the table with these words in place of its wildcards, one after the other."""
+    pieces = re.split("[#@]", target)
+    name = pieces[0]
+    for word, piece in zip(words, pieces[1:], strict=True):
+        name += word + piece
+    return name
 
 
 def cosmos_names(config: dit.DiTConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -181,14 +195,18 @@ def wan_names(config: vae.VAEConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     shapes, unused = vae.published_shapes(config)
     per_block = config.num_res_blocks + 2  # residual blocks and the resampling layer of one resolution of the decoder
 
+    # Wan numbers all layers of the decoder in one list, diffusers those of each resolution by themselves; the resampling layer
+    # is the last of its resolution.
     def flat(match: re.Match) -> str:
         within = int(match[3]) if match[2] == "resnets" else per_block - 1
         return f"decoder.up_blocks.{int(match[1]) * per_block + within}."
 
-    return {
-        translate(re.sub(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", flat, name), WAN_NAMES): (name, shape)
-        for name, shape in (shapes | unused).items()
-    }
+    layer = re.compile(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
+    names = {}
+    for name, shape in (shapes | unused).items():
+        original = translate(layer.sub(flat, name), WAN_NAMES)
+        names[original] = (name, shape)
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------------ conversion
@@ -233,13 +251,18 @@ def convert(
     count = sum(t.numel() for t in wanted.values())
     print(f"{len(wanted)}/{len(names)} tensors, {count:,} parameters from {path}")
     if left:
-        print(f"left out on purpose, {len(left)} entries: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}")
+        shown = ", ".join(left[:3])
+        if len(left) > 3:
+            shown += ", ..."
+        print(f"left out on purpose, {len(left)} entries: {shown}")
     return apart(wanted)
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors as safetensors takes them: contiguous, no two in one storage."""
-    used, result = set(), {}
+    # Slices of one buffer, as of a joint projection: each would be written with all of the buffer.
+    used = set()
+    result = {}
     for name, tensor in tensors.items():
         tensor = tensor.contiguous()
         storage = tensor.untyped_storage().data_ptr()
@@ -252,8 +275,14 @@ def convert_dit(source: Path, folder: Path, config: dit.DiTConfig, live: bool = 
     """A training checkpoint has live weights, `net.`, and their average, `net_ema.`; a published one the average as `net.`."""
     entries = read_original(source)
     averaged = any(key.startswith("net_ema.") for key in entries)
-    prefix, other = ("net_ema.", "net.") if averaged and not live else ("net.", "net_ema.")
-    print(f"reading {prefix}*" + (f", passing over {other}*" if averaged else ""))
+    # The average is what paints best, and what the published files hold.
+    prefix = "net."
+    other = "net_ema."
+    if averaged and not live:
+        prefix = "net_ema."
+        other = "net."
+    passing = f", passing over {other}*" if averaged else ""
+    print(f"reading {prefix}*{passing}")
     tensors = convert(source, entries, cosmos_names(config), prefix, other, COSMOS_DROPPED)
     save_weights(tensors, folder, config.to_json(), stem="diffusion_pytorch_model")
 

@@ -50,7 +50,8 @@ def measure(path: Path, root: Path) -> File:
     # Docstrings are strings that stand alone; they explain, so they are not code.
     docstrings = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        alone = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if alone and isinstance(node.value.value, str):
             docstrings.add(node.lineno)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             file.functions[node.name] = node.end_lineno - node.lineno + 1
@@ -63,9 +64,11 @@ def measure(path: Path, root: Path) -> File:
     code = set()
     with open(path, "rb") as f:
         for token in tokenize.tokenize(f.readline):
+            # A remark behind code explains a name or a number; only what has a line of its own explains a step.
             if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):
                 file.comments += 1
-            if token.type in KINDS and not (token.type == tokenize.STRING and token.start[0] in docstrings):
+            is_docstring = token.type == tokenize.STRING and token.start[0] in docstrings
+            if token.type in KINDS and not is_docstring:
                 file.tokens += 1
                 code.add(token.start[0])
     file.code = len(code)
@@ -84,25 +87,38 @@ def python_files(root: Path) -> list[Path]:
 
 def import_graph(files: list[File]) -> dict[str, set[str]]:
     """Module -> the modules of the same checkout that it imports, wherever in the file."""
+    # A package has the name of its folder.
     names = {}
     for file in files:
         parts = file.path.with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return {name: {other for other in file.imports if other in names and other != name} for name, file in names.items()}
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        names[".".join(parts)] = file
+
+    # What the libraries give is no part of the graph.
+    graph = {}
+    for name, file in names.items():
+        graph[name] = {other for other in file.imports if other in names and other != name}
+    return graph
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that import each other, by whatever way (Tarjan's strongly connected components)."""
-    found, index, low, stack = [], {}, {}, []
+    found = []
+    index = {}  # module -> when it was first visited
+    low = {}  # module -> the earliest visited one that it leads back to
+    stack = []  # modules whose group is not complete yet
 
     def visit(name: str) -> None:
-        index[name] = low[name] = len(index)
+        index[name] = len(index)
+        low[name] = index[name]
         stack.append(name)
         for other in sorted(graph[name]):
             if other not in index:
                 visit(other)
             if other in stack:
                 low[name] = min(low[name], low[other])
+        # Nothing from here on leads back before this module: all that was visited since is one group.
         if low[name] == index[name]:
             group = stack[stack.index(name) :]
             del stack[stack.index(name) :]
@@ -117,18 +133,23 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def row(name: str, files: list[File]) -> list[str]:
     """One line of the table: the sums over these files."""
-    code = sum(f.code for f in files) or 1
-    lines = sum(f.lines for f in files) or 1
+    lines = sum(f.lines for f in files)
+    code = sum(f.code for f in files)
+    tokens = sum(f.tokens for f in files)
+    comments = sum(f.comments for f in files)
+    wide = sum(f.wide for f in files)
     functions = [n for f in files for n in f.functions.values()]
+    too_long = [n for n in functions if n > LONG]
+    # By the sums, not the mean of the files' own rates: a short file must not count as much as a long one.
     return [
         name,
         str(len(files)),
-        f"{sum(f.lines for f in files):,}",
-        f"{sum(f.tokens for f in files):,}",
-        f"{sum(f.tokens for f in files) / code:.1f}",
-        f"{100 * sum(f.comments for f in files) / code:.1f}",
-        f"{100 * sum(f.wide for f in files) / lines:.1f}",
-        f"{sum(n > LONG for n in functions)} of {len(functions)}",
+        f"{lines:,}",
+        f"{tokens:,}",
+        f"{tokens / (code or 1):.1f}",
+        f"{100 * comments / (code or 1):.1f}",
+        f"{100 * wide / (lines or 1):.1f}",
+        f"{len(too_long)} of {len(functions)}",
         str(max(functions, default=0)),
     ]
 
@@ -139,8 +160,12 @@ HEAD = ["", "files", "lines", "tokens", "a line", "comments", "wide", f"over {LO
 def table(rows: list[list[str]]) -> str:
     """Markdown, with columns of equal width."""
     widths = [max(len(r[i]) for r in [HEAD, *rows]) for i in range(len(HEAD))]
-    lines = [HEAD, ["-" * w for w in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    rule = ["-" * w for w in widths]
+    text = []
+    for line in [HEAD, rule, *rows]:
+        cells = [cell.ljust(w) for cell, w in zip(line, widths, strict=True)]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
 
 
 def report(root: Path) -> str:
@@ -149,10 +174,13 @@ def report(root: Path) -> str:
     top = [f for f in files if len(f.path.parts) == 1]
     path = [f for f in top if f.path.stem in (*EVENINGS[1], *EVENINGS[2])]
     rows = [row("all", files), row("root", top)]
+    # Another checkout may have a file of one of these names by chance, but not several.
     if len(path) > 3:
         rows.append(row("reading path", path))
-    for folder in sorted({f.path.parts[0] for f in files if len(f.path.parts) > 1}):
-        rows.append(row(f"{folder}/", [f for f in files if f.path.parts[0] == folder]))
+    folders = {f.path.parts[0] for f in files if len(f.path.parts) > 1}
+    for folder in sorted(folders):
+        inside = [f for f in files if f.path.parts[0] == folder]
+        rows.append(row(f"{folder}/", inside))
     rows += [row(f.path.name, [f]) for f in top]
 
     graph = import_graph(files)

@@ -12,7 +12,6 @@ of a miniature. Times are computed, by the formulas of flops.py, which the same 
 
 import math
 import weakref
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
@@ -25,24 +24,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import dit
+import model
 import ops
+import vae
 from checkpoint import HUB_NAME, InputError, is_run, looks_local, no_folder, part_folder, read_json
 from data import Document, pack_documents
-from dit import PRESETS as DITS
 from dit import DiT, DiTConfig
 from flops import DEVICES, Batch, count, flops, peak_flops
 from flow import FlowLoss, Samples
 from model import MLLM, MLLMConfig, mrope_positions
-from model import PRESETS as MLLMS
+from pipeline import PARTS, pixels_per_patch
 from tokenizer import Rendered
-from training import LanguageLoss, encode_pictures, mllm_features
-from vae import PRESETS as VAES
+from training import LanguageLoss, encode_pictures, mllm_features, parse_config
 from vae import VAE, VAEConfig
 
 GB = 1e9  # as on the data sheets: an H200 has 141
 # Photographs of 480 x 480 (JPEG) that one data worker decodes and prepares in a second, in dialogues of 5 with 7B's tokenizer,
 # by stage: the VAE of stage 2 wants them too. Measured on one core of an AMD EPYC; a larger one takes longer by its area.
 PHOTOS = {1: 105.0, 2: 90.0}
+PRESETS = {"mllm": model.PRESETS, "dit": dit.PRESETS, "vae": vae.PRESETS}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # ------------------------------------------------------------------------------------------------ running without memory
@@ -233,9 +234,13 @@ class PlanConfig:
     zero: bool = False  # AdamW's moments sharded over the GPUs (ZeroRedundancyOptimizer)
 
 
-def config_of(source: str, part: str, presets: dict, parse: Callable):
-    """A preset's name, a run, a folder with the part or its config.json, or a Hub id, of which only that file is fetched."""
+def config_of(source: str, part: str) -> MLLMConfig | DiTConfig | VAEConfig:
+    """A part's config.
+
+    source: a preset's name, a run, a folder with the part or its config.json, or a Hub id, of which only that file is fetched.
+    """
     source = "tiny" if source.startswith("runs/tiny") and not Path(source).exists() else source  # a default, before any run
+    presets = PRESETS[part]
     if source in presets:
         return presets[source]
     runs = sorted(Path(source).glob(f"step_*/{part}/config.json"))
@@ -249,7 +254,7 @@ def config_of(source: str, part: str, presets: dict, parse: Callable):
         raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")
     try:
         place = {"subfolder": hub["folder"], "revision": hub["revision"]} if hub else {}
-        return parse(read_json(file or hf_hub_download(hub["repo"], "config.json", **place)))
+        return PARTS[part].from_json(read_json(file or hf_hub_download(hub["repo"], "config.json", **place)))
     except (OSError, errors.HfHubHTTPError) as e:
         raise InputError(f"--{part} {source}: no config.json from the Hub ({type(e).__name__}): name a folder or preset") from e
 
@@ -285,13 +290,13 @@ class Plan:
         if c.gpu not in DEVICES or not {frozen, c.dtype} <= DTYPES.keys():
             raise InputError(f"--gpu is one of {', '.join(DEVICES)}; --dtype and --frozen-dtype are auto, bf16 or fp32")
         self.dtype, self.frozen = DTYPES[c.dtype], DTYPES[frozen]
-        mllm = config_of(c.mllm, "mllm", MLLMS, MLLMConfig.from_json)
+        mllm = config_of(c.mllm, "mllm")
         self.dit, self.vae = None, None
         if self.stage == 1:
             self.mllm = pretend(MLLM, mllm)
         else:
-            dit = config_of(c.dit, "dit", DITS, DiTConfig.from_json)
-            vae = config_of(c.vae, "vae", VAES, VAEConfig.from_json)
+            dit = config_of(c.dit, "dit")
+            vae = config_of(c.vae, "vae")
             self.mllm = pretend(MLLM, mllm, self.frozen).requires_grad_(False)
             self.dit = pretend(DiT, replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size))
             self.vae = pretend(VAE, vae).requires_grad_(False)
@@ -315,7 +320,7 @@ class Plan:
         if self.stage == 1:
             documents = min(max(1, c.tokens // tokens), c.documents or c.tokens)
             return MicroBatch(documents, text, pictures, grid, tokens)
-        unit = self.vae.config.factor * self.dit.config.patch_size[1]
+        unit = pixels_per_patch(self.vae.config, self.dit.config)
         side = max(1, round(c.picture / unit)) * unit
         documents = c.documents or 1
         if pair:
@@ -334,7 +339,7 @@ class Plan:
         lengths, grids = [m.tokens] * n, [m.grid] * n * m.pictures
         if self.stage == 1:
             return Batch.of(c, lengths, grids, n * (m.text // 2)), n
-        patches = (m.side // self.vae.config.factor // self.dit.config.patch_size[1]) ** 2
+        patches = (m.side // pixels_per_patch(self.vae.config, self.dit.config)) ** 2
         samples = [([patches] * seen, m.read(seen)) for seen in m.seen] * n
         return Batch.of(c, lengths, grids, 0, [(m.side, m.side)] * n * m.pictures, samples), n
 
@@ -446,6 +451,12 @@ class Plan:
                   f"{math.ceil(trained / prepared)} for each will do (photographs; measured on another machine)"]  # fmt: skip
         lines += [f"{c.dialogues:,} dialogues{clips}, {c.epochs:g} times: {steps:,} steps, in all"]
         return "\n".join([*lines, f"{hours:,.1f} hours, {hours / 24:.1f} days, {hours * c.world:,.0f} GPU-hours"])
+
+
+def planned(cls: type, argv: list[str], doc: str = "") -> Plan:
+    """The plan of a training script: its settings, a dataclass, and the command line, with the flags of PlanConfig on top."""
+    both = make_dataclass("Planned", [], bases=(PlanConfig, cls))
+    return Plan(parse_config(both, [arg for arg in argv if arg != "--plan"], doc, plan=True))
 
 
 STAGE1 = {"mllm": "7B", "tokens": 4096, "documents": 0, "accumulate": 1, "dtype": "bf16", "checkpointing": True}

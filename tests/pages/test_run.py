@@ -7,8 +7,8 @@ import re
 import pytest
 from PIL import Image
 
-from pages import run as runpage
-from pages.run import HEIGHT, LEFT, NAMES, TENTHS, curve, number
+from pages.run import HEIGHT, LEFT, NAMES, TENTHS, curve, number, sample, write_page
+from pages.template import data_url
 from tokenizer import Rendered, render, train_bpe
 from training import COUNTS, DECILES, KINDS, asked_and_told, sheet
 
@@ -41,7 +41,7 @@ class Reader(html.parser.HTMLParser):
 
 def page(folder, rows: list[dict]) -> Reader:
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    runpage.write(folder, ABOUT)
+    write_page(folder, ABOUT)
     return Reader((folder / "index.html").read_text())
 
 
@@ -120,11 +120,11 @@ def test_samples_stand_before_the_other_curves_and_name_their_columns(tmp_path):
 
 def test_the_painted_picture_is_marked_and_is_the_painted_one(tmp_path):
     two_rows(tmp_path / "step_000001.png")
-    cards = runpage.sample(tmp_path / "step_000001.png")
+    cards = sample(tmp_path / "step_000001.png")
     with Image.open(tmp_path / "step_000001.png") as image:
         boxes = [r["boxes"] for r in json.loads(image.text["sheet"])["rows"]]
         colours = [[b and image.getpixel((b[0] + 48, b[1] + 48)) for b in r] for r in boxes]
-        painted = [runpage.data_url(image.crop(r[1])) for r in boxes]
+        painted = [data_url(image.crop(r[1])) for r in boxes]
     red, blue, green = (255, 0, 0), (0, 0, 255), (0, 128, 0)
     assert colours == [[None, red, blue], [blue, red, green]]
     marked = re.findall(r'<figure class="painted"><figcaption>painted</figcaption><img src="([^"]+)"', cards)
@@ -149,14 +149,14 @@ def test_a_sheet_has_labels_above_its_columns(tmp_path):
 def test_the_lists_of_stage_1_become_cards(tmp_path):
     lists = "# Step 2\n\n* asked: Draw <b>.\n* wrote: Here. [picture]\n\n* asked: Hi\n* wrote: Ho\n"
     (tmp_path / "step_000002.md").write_text(lists)
-    found = Reader(runpage.sample(tmp_path / "step_000002.md")).texts
+    found = Reader(sample(tmp_path / "step_000002.md")).texts
     assert [text for tag, kind, text in found if kind == "asked"] == ["Draw <b>.", "Hi"]
     assert [text for tag, kind, text in found if kind == "told"] == ["Here. [picture]", "Ho"]
 
 
 def test_a_sheet_of_an_older_run_is_shown_as_it_is(tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "step_000001.png")
-    assert runpage.sample(tmp_path / "step_000001.png").startswith('<img src="data:image/png;base64,')
+    assert sample(tmp_path / "step_000001.png").startswith('<img src="data:image/png;base64,')
 
 
 def rendered() -> tuple[Rendered, object]:

@@ -134,8 +134,35 @@ def test_names_of_sources(tmp_path: Path):
         with pytest.raises(InputError, match=reason) as e:
             open_source(text)
         assert "\n" not in str(e.value)
-    with pytest.raises(InputError, match="only the sketchbook has kinds"):
+    with pytest.raises(InputError, match="files have none, only procedural worlds"):
         open_source(a, "one=1")
+
+
+def test_a_module_with_a_function_record_is_a_source(tmp_path: Path, monkeypatch):
+    """By its name alone, in a package, too. A file of that name comes first; what is neither is one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "worlds").mkdir()
+    (tmp_path / "worlds/tiny_world.py").write_text(WORLD)
+    (tmp_path / "empty_world.py").write_text("raise_no_flag = 1")
+    (tmp_path / "loud_world.py").write_text("raise SystemExit('imported')")
+    assert open_source("worlds.tiny_world")(3) == {"seed": 3, "split": "train", "kinds": None}
+    assert open_source("worlds.tiny_world", "a=2,b", "seen")(4) == {"seed": 4, "split": "seen", "kinds": {"a": 2.0, "b": 1.0}}
+    assert open_source("worlds.tiny_world=1,sketchbook=2").counts == [1, 2]
+    with pytest.raises(InputError, match="empty_world: no such file, and the module of that name has no function record"):
+        open_source("empty_world")
+    for name in ("no_world", "worlds.none", "no.world", "worlds", "loud_world.jsonl", "loud_world.tar", "a b", "./sketchbook"):
+        with pytest.raises(InputError, match="no such file|is a folder|no function record") as e:
+            open_source(name)
+        assert "\n" not in str(e.value)
+    write(tmp_path / "sketchbook", 2)
+    assert len(open_source("sketchbook")) == 2
+
+
+WORLD = """
+def record(seed, split="train", kinds=None):
+    return {"seed": seed, "split": split, "kinds": kinds}
+"""
 
 
 # ----------------------------------------------------------------------------------------------------------- position

@@ -227,11 +227,12 @@ def test_what_is_held_out_is_never_trained():
     ("requests.json", ["remove", "held_out"], ["Away with {x} and {z}!"], "'Away with {x} and {z}!'"),
     ("requests.json", ["one", "train"], ["~Draw {x}."], "stands in its own list"),
     ("requests.json", ["story", "held_out"], ["draw {x}"], "in training and held out: 'draw {x}'"),
+    ("grammar.json", ["attach", "train"], [" with {p}"], "' with {p}' does not have the placeholders p c be?"),
     ("replies.json", ["say", "a_no"], ["No."], "replies.json: a_no: 'No.'"),
     ("replies.json", ["talk", "hello", "say"], ["Hello, {x}!"], "replies.json: hello: 'Hello, {x}!'"),
 ])
 def test_a_sentence_out_of_place_is_named(file, path, value, message):
-    files = {name: phrases.load(name) for name in ("requests.json", "replies.json")}
+    files = {name: phrases.load(name) for name in ("requests.json", "replies.json", "grammar.json")}
     place = files[file]
     for step in path[:-1]:
         place = place[step]
@@ -240,7 +241,7 @@ def test_a_sentence_out_of_place_is_named(file, path, value, message):
     else:
         place[path[-1]] = value
     with pytest.raises(ValueError, match=re.escape(message)):
-        phrases.check(files["requests.json"], files["replies.json"])
+        phrases.check(files["requests.json"], files["replies.json"], files["grammar.json"])
 
 
 def test_every_held_out_dialogue_holds_something_new():
@@ -249,7 +250,7 @@ def test_every_held_out_dialogue_holds_something_new():
         record = dialogue(seed, "held_out")
         assert record["held_out"] and record["held_out_by"]
         reasons |= set(record["held_out_by"])
-    assert reasons == {"colour", "relation", "phrasing"}
+    assert reasons == {"colour", "relation", "phrasing", "attached"}
 
 
 def test_mistakes_are_named():

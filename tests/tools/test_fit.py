@@ -50,13 +50,13 @@ def test_painting(fused_attention):
     def paint():
         flow.denoise(net, [clean] * 2, [(24, 24)] * 2, [context] * 2, [context] * 2, [0, 1], sigmas=schedule, guidance=3.0)
 
-    said = fit.painting_bytes(pretend(dit.DiT, c), (192, 192), 2, 3, 2, 300, 4)
+    said = fit.painting_bytes(pretend(dit.DiT, c), (24, 24), 2, 3, 2, 300, 4)
     assert said == pytest.approx(highest(paint), rel=0.03)
 
 
 def test_a_painting_is_told_by_its_first_steps():
     net = pretend(dit.DiT, dit.PRESETS["tiny"])
-    few, many = (fit.painting_bytes(net, (512, 512), 1, 2, 2, 40, steps) for steps in (4, 40))
+    few, many = (fit.painting_bytes(net, (64, 64), 1, 2, 2, 40, steps) for steps in (4, 40))
     assert many - few == pytest.approx(36 * (9 * 6 + 2) * 256 * 4, rel=0.01)  # modulations of the other steps
 
 

@@ -16,6 +16,8 @@ import dit
 import flops
 import model
 import ops
+import train_stage1
+import train_stage2
 import vae
 from checkpoint import InputError
 from flops import Batch
@@ -248,17 +250,24 @@ def test_more_gpus_and_checkpointing_cost_what_they_must(one, two):
     assert hours[8] == pytest.approx(8 * hours[64], rel=0.02)
 
 
-@pytest.mark.parametrize("cls, words", [(Stage1Config, "logits"), (Stage2Config, "VAE encoder")])
-def test_plan_flag_of_the_scripts(cls, words, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, words", [(train_stage1, "logits"), (train_stage2, "VAE encoder")])
+def test_plan_flag_of_the_scripts(script, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model_flag = ["--mllm", "tiny"] if cls is Stage1Config else ["--mllm=tiny", "--dit=tiny", "--vae=tiny", "--documents=1"]
-    with pytest.raises(SystemExit) as done:
-        parse_config(cls, ["--plan", "--world", "8", *model_flag])
+    parts = ["--mllm", "tiny"] if script is train_stage1 else ["--mllm=tiny", "--dit=tiny", "--vae=tiny", "--documents=1"]
+    script.main(["--plan", "--world", "8", *parts])
     out = capsys.readouterr().out
-    assert not done.value.code and words in out and "GPU-hours" in out and "8 x H200" in out
+    assert words in out and "GPU-hours" in out and "8 x H200" in out
     assert not list(tmp_path.iterdir())  # a plan leaves nothing behind
     with pytest.raises(InputError, match="unknown flag --world"):
-        parse_config(cls, ["--world", "8"])  # without --plan these flags do not exist
+        script.main(["--world", "8"])  # without --plan these flags do not exist
+
+
+def test_help_names_the_flag_where_it_is_obeyed(capsys):
+    with pytest.raises(SystemExit):
+        train_stage2.main(["--help"])
+    assert "--plan" in capsys.readouterr().out
+    with pytest.raises(InputError, match="unknown flag --plan"):
+        parse_config(Stage2Config, ["--plan"])
 
 
 def test_plan_reads_a_folder_and_refuses_what_is_none(tmp_path):
@@ -291,8 +300,7 @@ def test_the_commands_of_the_readme_fit():
     ):
         script, *flags = re.search(rf'{name}="(.+?)"', text)[1].split()
         assert script == f"train_stage{name[1]}.py"
-        planned = dataclasses.make_dataclass("Planned", [], bases=(plan.PlanConfig, cls))
-        p = plan.Plan(parse_config(planned, [*flags, *presets]))
+        p = plan.planned(cls, [*flags, *presets])
         assert all(p.but(world=world).advice().startswith("fits") for world in worlds)
 
 
