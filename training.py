@@ -263,7 +263,7 @@ class Run:
         self.unlogged = 0.0  # of it, since the last line of the log
         self.window: dict[str, float | list[float]] = {}  # sums of the statistics since then
         self.asked = ""  # the signal that asks for an end
-        self.laps = Laps(ranks.device) if config.profile else None
+        self.laps: Laps | None = None
         self._resume()
         self.saved = self.step
         if ranks.main:
@@ -279,6 +279,7 @@ class Run:
         self.shown = self.started  # when the page was
         self.tick = self.started - self.unlogged  # of the last line of the log, were there no break between sittings
         self.base_seconds = self.seconds
+        self.laps = Laps(self.ranks.device) if self.config.profile else None
         with self._signals():
             while self.step < self.config.steps and not self._ending():
                 # A rank that does not come on from here is missed by the others after --timeout.

@@ -20,7 +20,7 @@ LONG = 60  # lines of a function that is too long to be seen at once
 PACE = 15  # lines that a reader takes in a minute
 EVENINGS = {  # the reading order of the README
     1: ("sample", "pipeline", "tokenizer", "model", "connector"),
-    2: ("vae", "dit", "flow", "data", "train_stage1", "train_stage2"),
+    2: ("vae", "dit", "flow", "data", "train_stage1", "train_stage2", "replay"),
     3: ("ops", "training", "distributed", "flags", "checkpoint", "threads", "interrupt", "flops"),
     4: ("kernels",),
 }

@@ -21,7 +21,7 @@ from checkpoint import InputError
 from data import Document, batches, fill, loader, prepare
 from model import MLLM, PRESETS, ImageProcessor
 from records.files import Files
-from records.stream import Mix, Quarantine, Stream, expand, open_source, permuted
+from records.stream import Mix, Quarantine, Stream, expand, open_source, permuted, pick_workers
 from sketchbook import dialogues
 from tokenizer import Rendered, Tokenizer
 from training import run_script
@@ -76,6 +76,13 @@ def test_the_order_is_a_function_of_seed_and_number_alone(tmp_path: Path):
     for workers in (0, 2):
         ranks = [iter(Stream(source, 1, rank, 3, workers=workers)) for rank in range(3)]
         assert [said(next(rank)) for _ in range(3) for rank in ranks] == got
+
+
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 1, 16), (64, 8, 7), (4, 8, 1)])
+def test_workers_take_the_cores_that_a_rank_has_to_spare(cores, ranks, workers, monkeypatch):
+    monkeypatch.setattr("records.stream.usable_cores", lambda: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert pick_workers(-1) == workers and pick_workers(0) == 0 and pick_workers(40) == 40
 
 
 def test_no_worker_outlives_its_training(tmp_path: Path):

@@ -111,6 +111,15 @@ def test_flops_of_the_vae_encoder(name):
     assert tally.flops == pytest.approx(flops.encoder_flops(c, 96, 64), rel=0.01)
 
 
+def test_how_many_data_workers_a_gpu_needs(one, two):
+    """What is trained in a second against what a worker prepares; a small picture is prepared faster by its area."""
+    for p, documents in ((one, 2), (two, 1)):
+        trained, prepared = p.reading()
+        assert trained == pytest.approx(documents / p.schedule()[0]) and prepared == plan.PHOTOS[p.stage] / 5
+        assert p.but(picture=240).reading()[1] == 4 * prepared
+        assert f"data: {trained:.1f} documents/s on each GPU" in p.report() and "so --workers 1 for each" in p.report()
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_flops_at_full_size(stage, one, two):
     p = one if stage == 1 else two
