@@ -49,6 +49,7 @@ class Stage1Config(TrainConfig):
     lookahead: int = 16  # documents that may wait for a micro-batch with room for them
     # ---- model
     mllm: str = BUNDLED  # run, folder or Hub id of the language model to start from
+    tower: str = ""  # run, folder or Hub id whose vision tower takes the place of mllm's own; what it has learnt to see stays
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     # ---- other defaults than those of every run
     out: str = "runs/stage1"
@@ -68,13 +69,21 @@ def train(c: Stage1Config) -> None:
     ranks.claim(c.out)
     torch.manual_seed(c.seed)
 
-    # All of the MLLM is trained.
+    # All of the MLLM is trained. A tower that comes from elsewhere is not: it sees already, and at the rates at which a small
+    # decoder learns to read, the few words that depend on a picture would teach it to forget (measured: README, Results).
     folder = part_folder(c.mllm, "mllm")
     tokenizer = Tokenizer.from_pretrained(folder)
     processor = ImageProcessor.from_pretrained(folder)
     mllm = MLLM.from_pretrained(folder, device=ranks.device)
     mllm.set_checkpointing(c.checkpointing)
-    if ranks.main:
+    if c.tower:
+        seeing = MLLM.from_pretrained(part_folder(c.tower, "mllm"), device=ranks.device)
+        if seeing.config.vision != mllm.config.vision:
+            raise InputError(f"--tower {c.tower}: its vision tower is not of the form that {c.mllm} has")
+        mllm.visual = seeing.visual.requires_grad_(False)
+    if ranks.main and c.tower:
+        print_trained({"decoder": mllm.model}, {"vision tower": mllm.visual})
+    elif ranks.main:
         print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
     def save(folder: Path, mllm: MLLM) -> None:
