@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 context = multiprocessing.get_context("forkserver")
 # A first optimizer step imports torch._dynamo, which takes as long as torch itself.
 context.set_forkserver_preload(["train_stage1", "train_stage2", "sketchbook.pretrain", "torch._dynamo"])
-KINDS = ("stage1", "stage2", "vae", "mllm", "dit")
+KINDS = ("stage1", "stage2", "vae", "mllm", "eye", "dit")
 
 
 def config(kind: str, parts: Path, out: Path, **options):
@@ -24,7 +24,7 @@ def config(kind: str, parts: Path, out: Path, **options):
     from sketchbook import pretrain
 
     classes = {"stage1": train_stage1.Stage1Config, "stage2": train_stage2.Stage2Config}
-    classes |= {k: pretrain.COMMANDS[k][0] for k in ("vae", "mllm", "dit")}
+    classes |= {k: pretrain.COMMANDS[k][0] for k in ("vae", "mllm", "eye", "dit")}
     common = {"out": str(out), "device": "cpu", "dtype": "fp32", "sheet_every": 0, "save_every": 0, "log_every": 1}
     common |= {"steps": 4, "decay": 0.0, "warmup": 2}
     own = {
@@ -32,6 +32,7 @@ def config(kind: str, parts: Path, out: Path, **options):
         "stage2": {"mllm": str(parts), "dit": str(parts), "vae": str(parts), "documents": 2},
         "vae": {"batch": 2, "size": 32},
         "mllm": {"batch": 2, "size": 32, "vocabulary": 400},
+        "eye": {"mllm": str(parts), "batch": 2, "size": 32},
         "dit": {"mllm": str(parts), "vae": str(parts), "batch": 2, "size": 32},
     }[kind]
     return classes[kind](**{**common, **own, **options})
@@ -84,7 +85,7 @@ def rank_main(kind, c, rank, size, port, log, hook) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in a run of its own
     shrink()
     train = {"stage1": train_stage1.train, "stage2": train_stage2.train}
-    train |= {k: pretrain.COMMANDS[k][1] for k in ("vae", "mllm", "dit")}
+    train |= {k: pretrain.COMMANDS[k][1] for k in ("vae", "mllm", "eye", "dit")}
     try:
         if hook:
             hook[0](rank, *hook[1:])

@@ -127,6 +127,24 @@ def test_frozen_parts_stay_bit_identical(parts, tmp_path, monkeypatch):
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "auto"), rel=0.01)
 
 
+def test_a_tower_from_elsewhere_is_taken_and_kept(parts, tmp_path, monkeypatch):
+    other = MLLM.from_pretrained(parts / "mllm")
+    with torch.no_grad():
+        for p in other.visual.parameters():
+            p.add_(0.1)
+    other.save_pretrained(tmp_path / "eye" / "mllm")
+    STAGES[1](config(1, parts, tmp_path / "run", steps=2, warmup=1, weight_decay=0.5, tower=str(tmp_path / "eye")))
+    made = MLLM.from_pretrained(tmp_path / "run" / "step_000002" / "mllm")
+    before = MLLM.from_pretrained(parts / "mllm")
+    assert all(torch.equal(a, b) for a, b in zip(made.visual.parameters(), other.visual.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(made.model.parameters(), before.model.parameters(), strict=True))
+
+    wider = dataclasses.replace(other.config, vision=dataclasses.replace(other.config.vision, intermediate_size=512))
+    MLLM.from_config(wider).save_pretrained(tmp_path / "wider" / "mllm")
+    with pytest.raises(InputError, match="--tower .*wider: its vision tower is not of the form"):
+        STAGES[1](config(1, parts, tmp_path / "no", steps=1, tower=str(tmp_path / "wider")))
+
+
 def test_loss_positions_of_a_document(parts):
     """Hand-written: which tokens the language model answers for."""
     from tokenizer import Tokenizer, render
