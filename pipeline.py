@@ -111,6 +111,7 @@ class Settings:
         need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         need(self.negative in ("chunk", "empty", "none"), "negative", "chunk, empty or none")
         need(self.condition_time is None or 0 <= self.condition_time < 1, "condition_time", "from 0 to below 1")
+        # Half a surrogate pair is a str to Python, but no text: the tokenizer would fail on it much later.
         try:
             self.system.encode()
         except UnicodeEncodeError as e:
@@ -253,8 +254,10 @@ class Answer:
         duo = self.duo
         s = self.settings
         tokenizer = duo.tokenizer
+        # One character may be several tokens: text is given out only when its bytes are whole.
         decoder = StreamDecoder(tokenizer)
         capacity = self.capacity
+        # A source of chance of its own, so that an answer does not depend on which others are written beside it.
         self.choices = torch.Generator().manual_seed(derive(s.seed, self.index, "text"))
         if self.cache is None:
             self.cache = duo.cache(capacity)
@@ -273,7 +276,7 @@ class Answer:
         painted = 0
         length = 0
         while self.tokens < s.max_tokens:
-            # Read, and learn which token follows.
+            # Read, and learn which token follows. What does not fit as a whole is not begun.
             if length + len(unread) > capacity:
                 reason = "context"
                 break
@@ -286,12 +289,13 @@ class Answer:
                 reason = "end"
                 break
 
-            # BOV: a picture is due.
+            # BOV: a picture is due. It was the model's own choice; nothing but this token decides between text and picture.
             if token == tokenizer.vision_start:
                 if painted == s.max_images:
                     reason = "max_images"
                     break
                 yield from self._write(decoder.flush())
+                # BOV itself is not read yet, so the condition ends with the token before it, as in training.
                 rows = torch.cat(self.rows)                                            # (n, text_dim)
                 self.rows = [rows]
                 # The negative branch is a slice: causal states before the last chunk of text know nothing of it.
@@ -315,6 +319,7 @@ class Answer:
                 grids = [grid]
                 h, w = duo.processor.merged(grid)
                 unread = [token, *[tokenizer.image_pad] * (h * w), tokenizer.vision_end]
+                # The next picture's chunk is what will be written from here on.
                 self._chunk = length + len(unread)
                 continue
 
@@ -323,6 +328,7 @@ class Answer:
             unread = [token]
             pixels = None
             grids = []
+        # The answer may end within a character: what is there of it becomes U+FFFD, and nothing is dropped in silence.
         yield from self._write(decoder.flush())
         self.stop = reason
         # A list of finished answers is light.
@@ -347,6 +353,7 @@ class Answer:
     def _write(self, text: str) -> Iterator[Text]:
         if not text:
             return
+        # Between two pictures there is one part of text, however many tokens it came in.
         if self.parts and isinstance(self.parts[-1], str):
             self.parts[-1] += text
         else:
@@ -363,6 +370,7 @@ def read_dialogue(messages: str | list[dict]) -> list[dict]:
         if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") in p for p in parts):
             form = '{"role": ..., "content": text or [{"type": "text", "text": ...}, {"type": "image", "image": ...}]}'
             raise InputError(f"messages: each must be {form}, not {message!r:.80}")
+        # Unpaired surrogates come in with JSON escapes, and no tokenizer has bytes for them.
         for text in (p["text"] for p in parts if isinstance(p.get("text"), str)):
             try:
                 text.encode()
@@ -379,6 +387,8 @@ def read_dialogue(messages: str | list[dict]) -> list[dict]:
 
 def derive(*key: int | str) -> int:
     """A seed that depends on nothing but the key, the same on every machine."""
+    # Python's own hash of a text differs from process to process, and with seed + number (1, 2) and (2, 1) would get the same
+    # noise. Shifted by a bit, since a seed is below 2^63.
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
@@ -393,14 +403,17 @@ class Offload:
     """
 
     def __init__(self, parts: dict[str, list[nn.Module]], device: torch.device):
-        self.device, self.present = device, set()
+        self.device = device
+        self.present = set()
         self.home: dict[str, list[tuple[Tensor, list]]] = {}  # storages as bytes, and the tensors in each with their layouts
         for name, modules in parts.items():
+            # By storage, not by tensor: joined projections are views of one, and copied apart they would be joined no more.
             storages = {}
             for t in (t for m in modules for t in (*m.parameters(), *m.buffers())):
                 storage = t.untyped_storage()
                 _, views = storages.setdefault(storage.data_ptr(), (storage, []))
                 views.append((t, t.dtype, t.storage_offset(), t.shape, t.stride()))
+            # Only out of pinned memory can the GPU fetch by itself, while the host goes on.
             self.home[name] = []
             for storage, views in storages.values():
                 flat = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -409,6 +422,7 @@ class Offload:
 
     def bring(self, *names: str) -> None:
         """Only these parts are at work now."""
+        # First out, then in: there may not be room for both.
         for name in self.present - {*names}:
             self.leave(name)
         for name in names:
@@ -460,6 +474,7 @@ class Writer:
         self.graphs = graphs
         self.context = mllm.config.max_position_embeddings
         self.patch = 1  # a picture's sides are multiples of it; a painter has its own
+        # The vocabulary holds tokens that are never to be written (image pads, roles): sampling is kept from them.
         allowed = torch.zeros(mllm.config.vocab_size, dtype=torch.bool)
         allowed[tokenizer.writable] = True
         self.allowed = allowed.to(self.device)
@@ -485,12 +500,14 @@ class Writer:
 
     def stream(self, answer: Answer, progress: Callable[[int, int], None] | None = None) -> Iterator[Event]:
         """Write one answer, painting what it asks for. progress(done, steps) is called while a picture is painted."""
-        writer, reply = answer.write(), None
+        writer = answer.write()
+        reply = None  # a coroutine has to be started with None
         while True:
             try:
                 event = writer.send(reply)
             except StopIteration:
                 return
+            # Reading is the driver's own business. A Paint is shown before it is answered, so that a bar can appear.
             if isinstance(event, Read):
                 reply = self.read([event])[0]
                 continue
@@ -535,9 +552,11 @@ class Writer:
         in the queue, one that needs a picture waits; when all wait, their pictures are painted together. done(answer) is called
         as soon as one is finished, progress(done, steps) while pictures are painted. Memory: `batch` KV caches.
         """
-        queue, active = deque(answers), {}  # answer -> (its coroutine, what it waits for)
+        queue = deque(answers)
+        active = {}  # answer -> (its coroutine, what it waits for)
         if not queue:
             return
+        # One cache for all, as long as the longest may become: a place is used again by whoever comes next.
         places = [*range(min(batch, len(queue)))]
         cache = self.cache(max(a.capacity for a in answers), len(places))
         step = self.step(cache)
@@ -556,7 +575,9 @@ class Writer:
             # Free places go to those that wait to begin.
             while queue and places:
                 answer = queue.popleft()
-                answer.cache, answer.step, answer.document = cache, step, places.pop()
+                answer.cache = cache
+                answer.step = step
+                answer.document = places.pop()
                 cache.truncate(answer.document, 0)
                 active[answer] = answer.write(), None
                 go_on(answer, active[answer][0], None)
@@ -589,17 +610,22 @@ class Writer:
         Single tokens of documents that share a cache are one pass. Prompts and pictures are long enough to be one each.
         """
         self.at_work("decoder", *["vision"] * any(r.grids for r in requests))
+        # Decoding is bound by reading the weights: many documents that go on by a token each cost little more than one.
         tokens = {}
         step = [r for r in requests if len(r.ids) == 1]
         # A step costs a CPU as much for a place where nobody reads.
         if self.device.type == "cpu" and step and len(step) <= max(1, len(step[0].answer.cache.counts) // 8):
             step = []
-        for batch in [*([r] for r in requests if r not in step), *([step] if step else [])]:
+        passes = [[r] for r in requests if r not in step]
+        if step:
+            passes.append(step)
+        for batch in passes:
             began = time.perf_counter()
             rows, logits = self._step(batch) if batch is step else self._append(batch[0])
             for r, own, row in zip(batch, rows.chunk(len(batch)), logits, strict=True):
                 r.answer.rows.append(own)
                 tokens[id(r)] = self.choose(row, r.answer.settings, r.answer.choices)
+            # Only now: choosing a token has waited for the device, so the clock shows work and not launches.
             for r in batch:
                 r.seconds = (time.perf_counter() - began) / len(batch)
         return [tokens[id(r)] for r in requests]
@@ -607,8 +633,10 @@ class Writer:
     def _append(self, r: Read) -> tuple[Tensor, Tensor]:
         """What one document is to read -> connector rows (N, text_dim) and the logits of what follows (1, vocab)."""
         merged = [self.processor.merged(grid) for grid in r.grids]
+        # A picture takes fewer positions than it has tokens (mRoPE), so they are counted apart from the length.
         positions, after = mrope_positions(r.ids, merged, self.tokenizer.image_pad)
-        positions, r.answer.position = positions + r.answer.position, r.answer.position + after
+        positions = positions + r.answer.position
+        r.answer.position += after
         hidden = self.mllm(
             torch.tensor(r.ids, device=self.device),
             positions.to(self.device),
@@ -618,14 +646,18 @@ class Writer:
             cache=r.answer.cache,
             document=r.answer.document,
         )
+        # The connector wants every token; logits, a vocabulary wide, only the last one, behind which the model writes.
         return self.connect(hidden), self.mllm.logits(hidden[-1][-1:])
 
     def _step(self, batch: list[Read]) -> tuple[Tensor, Tensor]:
         """A token more in each of S documents of one cache -> connector rows (S, text_dim), logits (S, vocab)."""
-        cache, places = batch[0].answer.cache, [r.answer.document for r in batch]
-        ids, positions = torch.zeros(2, len(cache.counts), dtype=torch.long)               # of those that wait: anything
+        cache = batch[0].answer.cache
+        places = [r.answer.document for r in batch]
+        # Always all S places, for a graph has one shape. What those hold that wait is anything: it leaves no trace.
+        ids, positions = torch.zeros(2, len(cache.counts), dtype=torch.long)               # (S,) each
         for r in batch:
-            ids[r.answer.document], positions[r.answer.document] = r.ids[0], r.answer.position
+            ids[r.answer.document] = r.ids[0]
+            positions[r.answer.document] = r.answer.position
             r.answer.position += 1
         cache.advance(places)
         rows, logits = batch[0].answer.step(ids.to(self.device), positions.to(self.device))
@@ -640,6 +672,8 @@ class Writer:
             if not math.isfinite(best):
                 raise not_finite("the language model's logits", self.mllm)
             return int(token)
+        # Nucleus: of the likeliest as many as it takes to have the share top_p. The unlikely ones are many, and together
+        # likely enough to spoil a text that draws among all.
         p, order = (logits / settings.temperature).softmax(0).sort(descending=True)
         mass = p.cumsum(0)
         keep = max(1, int((mass - p < settings.top_p).sum()))  # the smallest set that has the share top_p
@@ -678,6 +712,7 @@ class DuoGen(Writer):
         super().__init__(mllm, tokenizer, processor, size, defaults, offload, graphs)
         for part in (mllm, dit, vae):
             part.eval().requires_grad_(False)
+        # Before offloading, which remembers where each weight lies.
         mllm.fuse_for_inference()
         dit.fuse_for_inference()
         self.dit = dit
@@ -691,6 +726,7 @@ class DuoGen(Writer):
             decoder = [mllm.model, mllm.lm_head, connector]
             painter = [m for m in dit.children() if m is not connector]
             self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
+        # Threads pay by the size of the part that is at work, so the largest decides.
         largest = max(sum(p.numel() for p in part.parameters()) for part in (mllm, dit, vae))
         self.crew = Crew(largest, self.device.type)
 
@@ -723,7 +759,9 @@ class DuoGen(Writer):
         named = {"mllm": mllm, "dit": dit, "vae": vae}
 
         # Where each part comes from: whoever names it has the last word, the checkpoint speaks for the others.
-        base, sources, sampling = None, dict(named), {}
+        base = None
+        sources = dict(named)
+        sampling = {}
         if ckpt is not None or not all(named.values()):
             base = find_checkpoint(ckpt, revision)
             manifest = read_manifest(base / "duogen.json")
@@ -771,6 +809,7 @@ class DuoGen(Writer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder; duogen.json, without which it is none, comes last."""
         folder = Path(folder)
+        # As Qwen has it: tokenizer and picture processor lie in the folder of the language model.
         for part in (self.mllm, self.tokenizer, self.processor):
             part.save_pretrained(folder / "mllm")
         self.dit.save_pretrained(folder / "dit")
@@ -809,13 +848,16 @@ class DuoGen(Writer):
 
         One part of the system after the other: all encoding, then all painting, then all decoding.
         """
+        # Encode what the DiT has not been shown yet; the answer keeps the latents, so no picture is encoded twice.
         if any(r.unseen for r in requests):
             self.at_work("vae")
         for r in requests:
             began = time.perf_counter()
-            r.conditions, r.unseen = r.conditions + self.encode(r.unseen), []
+            r.conditions = r.conditions + self.encode(r.unseen)
+            r.unseen = []
             r.seconds += time.perf_counter() - began
 
+        # Paint. Pictures of different sizes and pasts lie in one pack, one behind the other.
         self.at_work("dit")
         latents = {}
         for batch in batches_of(requests, self.patch, self.vae.config.factor):
@@ -825,6 +867,7 @@ class DuoGen(Writer):
             for r in batch:
                 r.seconds += (time.perf_counter() - began) / len(batch)
 
+        # Decode, each alone: at 704 x 1280 and 96 channels a single activation of Wan's decoder is 0.35 GB in fp32.
         self.at_work("vae")
         images = []
         for r in requests:
@@ -885,6 +928,7 @@ def batches_of(requests: list[Paint], patch: int, factor: int) -> list[list[Pain
     room: dict[tuple, int] = {}  # patches that the newest batch of these settings can still take
     for r in requests:
         patches = math.prod(r.size) // patch**2 + sum(z[0].numel() // latents_per_patch for z in r.conditions)
+        # Guidance computes both branches in one pass: the picture and all that it looks at lie in the pack twice.
         patches *= 1 if r.negative is None else 2
         alike = r.answer.settings.painting
         if room.get(alike, 0) < patches:
@@ -932,17 +976,21 @@ def check_size(size: tuple[int | None, int | None], patch: int) -> None:
 
 def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor, dit: DiTConfig, vae: VAEConfig) -> None:
     """InputError, with both numbers, where two parts do not belong together."""
-    layers, width = mllm.num_hidden_layers, mllm.hidden_size
+    # The connector reads the states of all layers side by side (paper), so depth and width must both be right.
+    layers = mllm.num_hidden_layers
+    width = mllm.hidden_size
     if dit.crossattn_proj_in_channels != layers * width:
         raise InputError(
             f"the connector in the DiT reads {dit.crossattn_proj_in_channels} numbers per token, the language model gives "
             f"{layers} layers x {width} = {layers * width}: take a DiT that was trained with this language model"
         )
+    # One channel more goes in than comes out: the mask that tells clean pictures from the one that is painted.
     if (dit.out_channels, dit.in_channels) != (vae.z_dim, vae.z_dim + 1):
         raise InputError(
             f"the DiT paints latents of {dit.out_channels} channels (and reads {dit.in_channels}, with the mask), the VAE has "
             f"{vae.z_dim}: take the VAE that the DiT was trained with"
         )
+    # The processor's numbers stand in a file of their own, which can be exchanged without the weights.
     vision = mllm.vision
     seen = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     cut = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
@@ -950,7 +998,9 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
         raise InputError(f"preprocessor_config.json cuts patches {cut} (size, merge, frames), the language model reads {seen}")
     if tokenizer.vocab_size > mllm.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the language model {mllm.vocab_size} embeddings")
-    ids, known = (tokenizer.image_pad, tokenizer.vision_start), (mllm.image_token_id, mllm.vision_start_token_id)
+    # More embeddings than tokens are usual (Qwen pads its table), fewer cannot be. The two ids are what pictures hang on.
+    ids = tokenizer.image_pad, tokenizer.vision_start
+    known = mllm.image_token_id, mllm.vision_start_token_id
     if ids != known:
         raise InputError(f"the tokenizer's <|image_pad|>, <|vision_start|> are {ids}, the language model's are {known}")
 
@@ -972,6 +1022,7 @@ def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:
             raise InputError(f"{BUNDLED}: the bundled checkpoint is missing: train it with `make tiny`, or name one (--ckpt)")
     if revision and Path(ckpt).exists():
         raise InputError(f"revision {revision}: {ckpt} is a folder on this machine, which has none: leave it out")
+    # An easy mistake, hence a message of its own: a training saves only the parts that it trains.
     folder = resolve(ckpt, revision=revision)
     if is_run(folder) and not (folder / "duogen.json").exists():
         flags = " ".join(f"--{part} {ckpt}" for part in parts_in(folder) if part in PARTS)
@@ -985,6 +1036,7 @@ def find_checkpoint(ckpt: str | Path | None, revision: str | None) -> Path:
 def read_manifest(path: Path) -> dict:
     """duogen.json, checked: {"parts": {part: source}, "sampling": {setting: value}}."""
     manifest = read_json(path)
+    # JSON's true equals 1 in Python, hence the look at the type.
     number = manifest.get("format")
     if number != FORMAT or type(number) is not int:
         raise InputError(f"{path}: format {number!r:.40}, this version reads format {FORMAT}: update the one or the other")
@@ -999,6 +1051,7 @@ def read_manifest(path: Path) -> dict:
             raise InputError(f"{path}: unknown part {part}: there are {', '.join(PARTS)}")
         if not isinstance(source, str) or not source:
             raise InputError(f"{path}: part {part} must be a folder's or a Hub repository's name, not {source!r:.40}")
+        # A checkpoint may be a stranger's: it must not name what lies elsewhere on this disk.
         place = PureWindowsPath(source)  # knows both kinds of slashes
         if place.anchor or ".." in place.parts or source.startswith("~"):
             raise InputError(f"{path}: part {part} is {source!r:.80}, outside its own folder: only a folder in there or a Hub "
@@ -1009,6 +1062,7 @@ def read_manifest(path: Path) -> dict:
 
 def write_manifest(folder: str | Path, defaults: Settings, size: tuple[int, int], parts: dict[str, str] | None = None) -> None:
     """duogen.json with the settings that differ from Settings(). parts: sources, by default the folders beside it."""
+    # What equals the default is left out: it then follows the default if that changes.
     plain = asdict(Settings())
     sampling = {k: v for k, v in asdict(defaults).items() if v != plain[k]} | {"height": size[0], "width": size[1]}
     Path(folder).mkdir(parents=True, exist_ok=True)
