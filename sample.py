@@ -91,7 +91,9 @@ def parser() -> Parser:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     """Flags, and the settings among them. A dash may be an underscore; an unknown flag is an error with a suggestion."""
     args = parser().parse_flags(argv, stray="put the prompt in quotes behind --prompt")
+    # Only what was given is in args: a default here would hide the checkpoint's own.
     values = {f.name: vars(args).pop(f.name) for f in fields(Settings) if f.name in args}
+    # Tried out on plain settings, so that a value out of range is told as the flag that it came from.
     try:
         replace(Settings(), **values)
     except InputError as e:
@@ -115,6 +117,7 @@ def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
         for flag in ("prompt", "image"):
             if getattr(args, flag):
                 raise InputError(f"--{flag} and --prompts exclude each other: put it into the file")
+        # An error is one of the jobs: the lines keep their numbers, and the good ones are answered all the same.
         jobs = []
         for number, record in read_lines(args.prompts):
             try:
@@ -128,6 +131,7 @@ def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
         raise InputError("--image needs a --prompt: say what to do with it")
     prompt = PROMPT if args.prompt is None else args.prompt
     check_prompt(prompt, "--prompt")
+    # Opened for the sake of their errors alone: a broken picture is told before the models are loaded.
     for path in args.image:
         try:
             load_image(path)
@@ -146,12 +150,20 @@ def read_lines(file: str) -> Iterator[tuple[int, dict | Problem]]:
 
 def read_job(file: str, number: int, record: dict | Problem, values: dict) -> Job:
     """A line of a --prompts file. InputError says which line and field."""
-    file, folder = ("stdin", Path()) if file == "-" else (file, Path(file).parent)
+    # Paths of pictures count from the file that names them; standard input lies nowhere, so there from the working directory.
+    if file == "-":
+        file = "stdin"
+        folder = Path()
+    else:
+        folder = Path(file).parent
     where = f"{file}:{number}"
     if isinstance(record, Problem):
         raise InputError(f'{record}; a line is {{"prompt": "..."}}')
     if "messages" in record:
-        own, messages = {k: v for k, v in record.items() if k in Settings.__dataclass_fields__}, record["messages"]
+        # A record of a training file. Its other keys are somebody's own and no mistake, so only settings are picked out.
+        own = {k: v for k, v in record.items() if k in Settings.__dataclass_fields__}
+        messages = record["messages"]
+        # The corpus' answer is left off: it is what the model is asked for.
         if isinstance(messages, list):
             while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
                 messages = messages[:-1]
@@ -165,8 +177,10 @@ def read_job(file: str, number: int, record: dict | Problem, values: dict) -> Jo
             raise InputError(f"{where}: messages: no user message at the end to be answered")
         prompt = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
     else:
+        # A line written for this program: whatever else it has must be a setting, so that a slip of the pen is told.
         own = {k: v for k, v in record.items() if k not in ("prompt", "images", "name")}
-        prompt, images = record.get("prompt"), record.get("images", [])
+        prompt = record.get("prompt")
+        images = record.get("images", [])
         check_prompt(prompt, f"{where}: prompt")
         if not isinstance(images, list) or not all(isinstance(i, str) for i in images):
             raise InputError(f"{where}: images: must be a list of paths")
@@ -174,6 +188,7 @@ def read_job(file: str, number: int, record: dict | Problem, values: dict) -> Jo
             for at, problem in picture_problems(image, f"images[{i}]", folder.absolute(), True):
                 raise InputError(f"{where}: {at}: {problem}")
         messages = ask(prompt, [i if i.startswith("data:") else picture_path(folder, i) for i in images])
+    # The line's own settings go before those of the command line; both are tried before any model is loaded.
     name = record.get("name", slug(prompt))
     override(Settings(), values | own, where)
     return Job(messages, check_name(name, f"{where}: name"), values | own, where)
@@ -197,6 +212,7 @@ def ask(prompt: str, images: list[str | Path]) -> list[dict]:
 
 def slug(prompt: str) -> str:
     """A folder's name from a prompt: its first words."""
+    # Composed first: a letter with a loose accent would fall into two words at the accent.
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
     name = ""
     for word in words:
@@ -207,8 +223,10 @@ def slug(prompt: str) -> str:
 
 
 def check_name(name: object, where: str) -> str:
+    # It becomes part of a path: no slash and no dot in front, so that it can lead nowhere else.
     if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w .-]{0,99}", name) or name != name.strip():
         raise InputError(f"{where} {name!r:.40}: must be a plain folder name of letters, digits, blanks, dots, - and _")
+    # In bytes, for file systems count these: a hundred characters may be three hundred.
     if RESERVED.fullmatch(name) or name.endswith(".") or len(name.encode()) > 200:
         raise InputError(f"{where} {name!r:.40}: no file system holds it beside everything else: choose another name")
     return name
@@ -222,7 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # an answer in Chinese must not end a run in an ASCII terminal
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    LOST.clear()
+    LOST.clear()  # of an earlier call in the same process
+    # Within `heard` Ctrl-C and SIGTERM are exceptions, so that those who write an answer can save it on their way out.
     try:
         with interrupt.heard():
             return run(sys.argv[1:] if argv is None else argv) or int(bool(LOST))
@@ -244,6 +263,7 @@ def run(argv: list[str]) -> int:
         check_name(args.name, "--name")
     if args.batch is not None and args.batch < 1:
         raise InputError(f"--batch {args.batch}: must be 1 or more")
+    # Ahead of the device: a plan is made on any machine for another.
     if args.plan:
         from tools.fit import planned
 
@@ -251,6 +271,7 @@ def run(argv: list[str]) -> int:
         parts = {"mllm": args.mllm, "dit": args.dit, "vae": args.vae}
         say(planned(args.ckpt, parts, values, batch, len(args.image), args.dtype).report())
         return 0
+    # What this machine cannot do is known without a checkpoint, too.
     device = pick_device(args.device)
     dtype = parse_dtype(args.dtype, device)
     set_backend(args.attention, device)
@@ -302,7 +323,9 @@ def run(argv: list[str]) -> int:
 
 def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:
     """Write an answer, to the terminal as it grows, and save it."""
-    began, status = time.perf_counter(), 0
+    began = time.perf_counter()
+    status = 0
+    # Ended early, what is there is an answer like others, and is saved below; of nothing there is no page.
     try:
         show(duo, answer)
     except (KeyboardInterrupt, BrokenPipeError) as e:
@@ -330,26 +353,31 @@ def many(
 
     Those that are in the folder already as a whole, by what is `wanted`, are kept, and interrupted ones are made again.
     """
-    began, number = time.perf_counter(), {a: n for n, a in answers.items()}
+    began = time.perf_counter()
+    number = {a: n for n, a in answers.items()}
     problems = [str(job) for job in jobs if not isinstance(job, Job)]
     names = dict(zip(answers, unique([jobs[n].name for n in answers]), strict=True))
+    # Each saved answer serves once: of two equal lines the second takes the second answer, or is written.
     whole, interrupted = saved(out)
     cards = {n: whole[key].pop(0) for n, key in wanted.items() if whole.get(key)}
     if cards:
         print(f"{len(cards)} of {len(jobs)} are there already: {out}", file=sys.stderr)
     waiting = [answer for n, answer in answers.items() if n not in cards]
 
+    # After every answer, so that the overview is true whenever the run ends.
     def write_overview() -> None:
         with saving(out):
             write_text(out / "index.html", overview(title, [cards[n] for n in sorted(cards)], problems, len(jobs)))
 
     def done(answer: Answer) -> None:
+        # Saved before it is printed: a reader of stdout may go away, and the files are what counts.
         n = number[answer]
         facts = about | {"asked": wanted[n], "total_seconds": round(time.perf_counter() - began, 3)}
         earlier = interrupted.get(wanted[n])
         folder = save(out, names[n], answer, facts, instead=earlier.pop() if earlier else None)
         cards[n] = card(folder)
         write_overview()
+        # The bar is on stderr, mostly in the same terminal: without clearing, the answer would begin behind it.
         bar.clear()
         say(f"[{n + 1}/{len(jobs)}] {printable(prompt_of(answer.messages))}\n")
         for k, part in enumerate(answer.parts):
@@ -369,6 +397,7 @@ def many(
         try:
             duo.write_many(waiting, batch=batch, done=done, progress=progress)
         except (KeyboardInterrupt, BrokenPipeError) as e:
+            # Several were being written at once; those that had not begun leave no page.
             status = ended_early(e)
             for answer in waiting:
                 if answer.parts and number[answer] not in cards:
@@ -411,21 +440,28 @@ def unique(names: list[str]) -> list[str]:
     """The names, a second "a" as "a-2": known before anything is saved, whatever is finished first."""
     taken = []
     for name in names:
-        taken.append(next(n for k in count(1) for n in [name if k == 1 else f"{name}-{k}"] if n not in taken))
+        # "a-2" may itself be a name that somebody gave, so the next free number is looked for among all.
+        numbered = (name if k == 1 else f"{name}-{k}" for k in count(1))
+        taken.append(next(n for n in numbered if n not in taken))
     return taken
 
 
 def show(duo: DuoGen, answer: Answer) -> None:
     """Write the answer, and to the terminal as it is written; a bar runs where a picture is painted, if someone sees it."""
-    number, new_line, bar = 0, True, tqdm(disable=True)
+    number = 0  # of the picture
+    new_line = True  # whether the terminal stands at the start of one
+    bar = tqdm(disable=True)  # until there is a picture to paint
 
+    # tqdm counts up by differences; the sampler says how far it is.
     def progress(done: int, _: int) -> None:
         bar.update(done - bar.n)
 
     try:
         for event in duo.stream(answer, progress):
+            # The model puts line breaks around pictures. A caption has ended its line already, so they are not doubled.
             if isinstance(event, Text):
-                text = printable(event.text.lstrip("\n") if new_line else event.text)
+                text = event.text.lstrip("\n") if new_line else event.text
+                text = printable(text)  # a model's words must not steer the terminal
                 say(text, end="")
                 new_line = text.endswith("\n") if text else new_line
             elif isinstance(event, Paint):
@@ -437,6 +473,7 @@ def show(duo: DuoGen, answer: Answer) -> None:
                 say(caption(number, event))
                 new_line = True
     finally:
+        # However it ends, the shell's prompt or an error begins on a line of its own.
         bar.close()
         say("" if new_line else "\n", end="")
 
