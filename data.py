@@ -183,6 +183,7 @@ def tokenize(
 
     if not any(rendered.loss):
         raise InputError("nothing to learn from: no assistant message")
+    # Only now, since the pictures of the assistant's may have been in what was cut off.
     if targets_only and not any(span.role == "assistant" for span in rendered.images):
         return None
     positions, _ = mrope_positions(rendered.ids, merged[:n], tokenizer.image_pad)
@@ -196,8 +197,10 @@ def to_float(picture: Tensor) -> Tensor:
 
 def normalised(patches: Tensor, processor: ImageProcessor) -> Tensor:
     """Bytes (P, 3 * p * p) -> (P, 3 * T * p * p): what the processor itself makes of the picture, T times the same."""
+    # A patch lies in memory colour by colour, so each colour's mean and deviation meet it by broadcasting.
     mean, std = (torch.tensor(x, device=patches.device).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
     x = (patches.unflatten(1, (3, 1, -1)).float() / 255 - mean) / std                  # (P, 3, 1, p * p)
+    # Qwen's tower reads pairs of video frames; a picture is a film that stands still, and is repeated only here, on the device.
     return x.expand(-1, -1, processor.temporal_patch_size, -1).flatten(1)
 
 
@@ -231,6 +234,7 @@ def pack_documents(documents: list[Document]) -> MLLMBatch:
     ids = torch.from_numpy(np.array([i for d in documents for i in d.rendered.ids]))   # (N,)
     loss = torch.from_numpy(np.array([x for d in documents for x in d.rendered.loss]))  # (N,)
     ends = torch.tensor([0, *map(len, documents)]).cumsum(0)                           # (S + 1,)
+    # The token that is learnt at a place is the next one, so whether it counts is asked of the next one, too.
     supervised = loss.roll(-1)
     # The last token of a document answers for none: what follows it is another document.
     supervised[ends[1:] - 1] = False
@@ -259,12 +263,14 @@ def batches(
     First fit: a list takes the waiting documents that still fit, the oldest first, then new ones, until `lookahead` wait. The
     oldest always fits into an empty list, so none waits for ever. The position names those that wait; they are read again.
     """
+    # 0 and None are no limit, so nothing is counted for them.
     budget = {name: most for name, most in budget.items() if most}
     items = iter(stream)
     waiting = deque()  # (number in the stream, document) of those that did not fit into earlier lists
     more = True  # whether the stream may still have documents
     while True:
-        batch, misfits = [], []
+        batch = []
+        misfits = []  # (number, document) of those for which there was no room in this list
         left = dict(budget)
         while len(batch) != documents and (waiting or (more and len(misfits) < lookahead)):
             # The oldest of those that wait, else a new one.
@@ -275,6 +281,7 @@ def batches(
                 if document is None:
                     more = False
                     break
+                # The stream moves on, so its number and name are noted while they are this document's.
                 number = stream.item
                 if isinstance(document, Document):
                     document.name = stream.where
@@ -286,6 +293,7 @@ def batches(
                 continue
             batch.append(document)
             left = {name: left[name] - size[name] for name in left}
+        # Only with nothing waiting and nothing to come is a list empty, since the first one always fits.
         if not batch:
             return
         # Whoever did not fit goes back to the front, oldest first.
@@ -323,6 +331,7 @@ def prepare(
         too_large = max_latents and document.latents + document.latents_of(j) > max_latents
         if not enough and not too_large:
             document.drawn.append(j)
+    # An error, so that the record is counted and told: left out in silence, nobody would know what is not trained.
     if document.targets and not document.drawn:
         least = min(map(document.latents_of, document.targets))
         raise InputError(f"too large: {least:,} latent patches up to the smallest target, the limit is {max_latents:,}")
@@ -331,6 +340,7 @@ def prepare(
 
 def before(document: Document, j: int) -> Document:
     """What conditions picture j: the text up to its BOV, the patches of earlier pictures, and the pictures up to j itself."""
+    # The first n tokens end before BOV; the picture itself is only a target, and its patches are not for the vision tower.
     whole = document.rendered
     n = whole.images[j].bov
     rendered = replace(whole, ids=whole.ids[:n], loss=whole.loss[:n], images=whole.images[: j + 1])
@@ -369,6 +379,7 @@ def loader(
     one of every rank, in a list. max_tokens defaults to `tokens`; it, pictures, max_area, patch and targets_only are those of
     `tokenize`, targets that of `prepare`, other options those of `Stream`.
     """
+    # Handed to the stream, so that its workers, where it has some, decode and tokenize while the model trains.
     ready = partial(
         prepare,
         seed=seed,
@@ -383,6 +394,7 @@ def loader(
         patch=patch,
         targets_only=targets_only,
     )
+    # A list may need as many documents as it holds at most, so at least so many are prepared ahead.
     stream = Stream(source, seed, prepare=ready, ahead=max(16, documents or 0), **options)
     if position is not None:
         stream.resume(position)
@@ -396,16 +408,20 @@ def loader(
 
 def check(path: str, pictures: bool = True, tokenizer: Tokenizer | None = None, processor: ImageProcessor | None = None) -> int:
     """Print every problem of a file and a summary; the number of records that cannot be used."""
+    # A shard has an index; the lines of a file are counted first, for the bar alone.
     if path.endswith(".tar"):
         shard = Shard(path)
-        lines, unit = len(shard), " records"
+        lines = len(shard)
+        unit = " records"
         records = ((shard.where(i)[1], *shard.raw(i)) for i in range(lines))
     else:
         with open_lines(path) as file:
-            lines, unit = sum(1 for _ in file), " lines"
+            lines = sum(1 for _ in file)
+        unit = " lines"
         records = ((line, record, Path(path).parent) for line, record in read_records(path))
     total = Counter()  # of records, bad ones, pictures, those in answers, tokens, supervised ones
-    kinds, warned = Counter(), Counter()
+    kinds = Counter()  # of problems
+    warned = Counter()
     for line, record, folder in tqdm(records, total=lines, unit=unit, disable=None, leave=False):
         total["records"] += 1
 
@@ -434,13 +450,16 @@ def check(path: str, pictures: bool = True, tokenizer: Tokenizer | None = None, 
         if problems:
             total["bad"] += 1
             continue
+        # Counted in the normal form, where every way to write a picture is the same.
         for message in normalise(record, folder):
             pictures_here = len(image_parts([message]))
             total["images"] += pictures_here
             if message["role"] == "assistant":
                 total["painted"] += pictures_here
 
-    n, bad = total["records"], total["bad"]
+    # Nothing in an empty file is bad, and yet no training could begin with it.
+    n = total["records"]
+    bad = total["bad"]
     if not n:
         raise InputError(f"{path}: no record in it")
     for what, count in (*warned.most_common(), *kinds.most_common()):
