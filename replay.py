@@ -53,12 +53,14 @@ class Encoded:
 @torch.no_grad()
 def encode(documents: list[Document], mllm: MLLM, vae: VAE, processor: ImageProcessor, device: torch.device) -> list[Encoded]:
     """One frozen pass over all of them. Its features are as the connector takes them: in bf16 under autocast."""
+    # The connector's product would round them to that type anyway, and in half the bytes of fp32 twice as many are kept.
     states, first = mllm_features(documents, mllm, device, processor)
     if torch.is_autocast_enabled(device.type):
         states = states.to(torch.get_autocast_dtype(device.type))
     pictures = encode_pictures(documents, vae, device)
     encoded = []
     for d, document in enumerate(documents):
+        # Both branches of guidance are prefixes of the same features (the model is causal): two numbers, no second pass.
         lengths = {j: document.rendered.condition_lengths(j) for j in document.trained}
         encoded.append(Encoded(document.name, states[first[d] : first[d + 1]], pictures[d], lengths))
     return encoded
@@ -83,6 +85,8 @@ class EncodedDocuments:
         self.turn = 0  # micro-batches that have drawn
         self.missing = 0  # fills that a resumed run has to read again
         self.start = position  # where the next fill begins
+        # Of a resumed run: back to where its oldest fill began, for that is what has to be read again first. With another
+        # number of ranks the fills would be other documents, so it goes on behind what was read.
         if position and isinstance(position[0], dict):  # older checkpoints hold numbers
             own = position[ranks.rank % len(position)].get("kept")
             self.start = [{k: v for k, v in p.items() if k != "kept"} for p in position]
@@ -94,6 +98,8 @@ class EncodedDocuments:
     @property
     def due(self) -> bool:
         """Whether this micro-batch reads new documents."""
+        # With fewer fills, at the start or for good in a small budget, each micro-batch reads: a target in so small a pool
+        # would be drawn too often.
         return self.turn % DRAWS == 0 or len(self.fills) < DRAWS
 
     @property
@@ -103,10 +109,12 @@ class EncodedDocuments:
 
     def add(self, documents: list[Encoded], place: dict) -> None:
         """Keep a new fill, and drop the oldest that are too many. place: where the data stand behind it."""
+        # By bytes: documents are of all lengths and pictures of all sizes, so a number of fills would bound no memory.
         tensors = [tensor for document in documents for tensor in (document.features, *document.pictures)]
         targets = [target for document in documents for target in document.targets]
         self.fills.append(Fill(self.start, targets, sum(tensor.nbytes for tensor in tensors)))
         self.start = place
+        # The newest stays, however large: a step needs something to train.
         while len(self.fills) > 1 and sum(fill.bytes for fill in self.fills) > self.bytes:
             self.fills.popleft()
 
@@ -114,13 +122,17 @@ class EncodedDocuments:
         """Targets of a micro-batch: those of the newest fill if it is alone, else as many out of all, in the DiT's budget."""
         self.turn += 1
         newest = self.fills[-1].targets
+        # Alone, it is trained as it was read: a training that keeps nothing.
         if len(self.fills) == 1:
             return newest
+        # Out of all alike: what was read together is not trained together again.
         pool = [target for fill in self.fills for target in fill.targets]
-        drawn, patches = [], 0
+        drawn = []
+        patches = 0
         for i in torch.randperm(len(pool), generator=g)[: len(newest)].tolist():
             document, j = pool[i]
             patches += sum(z[0].numel() // 4 for z in document.pictures[: j + 1])  # a patch is 2 x 2 latents
+            # The loader's budget holds for the targets it read together, not for a mixture of many; the first is always taken.
             if drawn and self.latents and patches > self.latents:
                 break
             drawn.append(pool[i])
