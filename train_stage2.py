@@ -18,6 +18,7 @@ if __name__ == "__main__":  # Ctrl-C has to be quiet during the imports below, t
     interrupt.quiet()
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -80,31 +81,31 @@ def draw_samples(targets: list[tuple[Encoded, int]], drop: float, g: torch.Gener
     """For each target the tokens it reads, the pictures up to and with it, how many of them are given."""
     drawn = []
     for document, j in targets:
+        # The DiT is to paint without the request, too: guidance goes from what it paints then to what it paints with it.
         positive, negative = document.lengths[j]
         length = negative if torch.rand((), generator=g).item() < drop else positive
-        drawn.append((document, j, length))
-    drawn.sort(key=lambda sample: (sum(z[0].numel() for z in sample[0].pictures[: sample[1] + 1]), sample[2]))  # spares padding
+        latents = sum(z[0].numel() for z in document.pictures[: j + 1])
+        drawn.append((latents, length, document, j))
+    # Like lengths side by side: PyTorch's attention computes neighbours of one length as one dense batch.
+    drawn.sort(key=lambda sample: sample[:2])
 
     # The features of each document once, up to the last token that is read.
     needed: dict[Encoded, int] = {}
-    for document, _, length in drawn:
+    for _, length, document, _ in drawn:
         needed[document] = max(length, needed.get(document, 0))
+    # Where each document begins in them; accumulate gives the end as well, which zip leaves out.
     first = dict(zip(needed, accumulate(needed.values(), initial=0), strict=False))
     features = [document.features[:length] for document, length in needed.items()]
     return Samples(
         features=features[0] if len(features) == 1 else torch.cat(features),
-        rows=[range(first[document], first[document] + length) for document, _, length in drawn],
-        latents=[document.pictures[: j + 1] for document, j, _ in drawn],
-        clean=[j for _, j, _ in drawn],
+        rows=[range(first[document], first[document] + length) for _, length, document, _ in drawn],
+        latents=[document.pictures[: j + 1] for *_, document, j in drawn],
+        clean=[j for *_, j in drawn],
     )
 
 
-def train(c: Stage2Config) -> None:
-    ranks = Ranks(c.device, c.timeout)
-    ranks.claim(c.out)
-    torch.manual_seed(c.seed)
-
-    # DiT and connector are trained; MLLM and VAE are read.
+def load_parts(c: Stage2Config, ranks: Ranks) -> tuple[Tokenizer, ImageProcessor, MLLM, VAE, DiT]:
+    """DiT and connector, to be trained; MLLM and VAE, which are only read."""
     folder = part_folder(c.mllm, "mllm")
     tokenizer = Tokenizer.from_pretrained(folder)
     processor = ImageProcessor.from_pretrained(folder)
@@ -115,35 +116,57 @@ def train(c: Stage2Config) -> None:
     dit.gradient_checkpointing = c.checkpointing
     if ranks.main:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
+    return tokenizer, processor, mllm, vae, dit
 
+
+def open_data(
+    c: Stage2Config, run: Run, source, tokenizer: Tokenizer, processor: ImageProcessor, patch: int, position: list | None
+) -> Iterator[tuple[list[Document], dict]]:
+    """New documents for one rank, and where the data stand behind them. patch: pixels along a side of a patch of the DiT."""
+    return loader(
+        source,
+        tokenizer,
+        processor,
+        tokens=c.tokens,
+        patches=c.patches,
+        latents=c.latents,
+        documents=c.documents or None,
+        targets=c.targets,
+        targets_only=True,
+        lookahead=c.lookahead,
+        position=position,
+        patch=patch,
+        quarantine=Quarantine(file=run.folder / "quarantine.jsonl"),
+        seed=c.seed,
+        rank=run.ranks.rank,
+        world_size=run.ranks.size,
+        workers=pick_workers(c.workers),
+    )
+
+
+def train(c: Stage2Config) -> None:
+    ranks = Ranks(c.device, c.timeout)
+    ranks.claim(c.out)
+    torch.manual_seed(c.seed)
+    tokenizer, processor, mllm, vae, dit = load_parts(c, ranks)
+
+    # Only what is trained is saved: the frozen parts stay where they came from.
     def save(folder: Path, dit: DiT) -> None:
         dit.save_pretrained(folder / "dit")
 
+    # A resumed run takes up its weights, moments and place in the data here.
     run = Run(c, ranks, dit, save)
     loss_of = FlowLoss(dit, c.condition_time)
     if c.compile:
         compile_blocks(loss_of)
     loss_of = ranks.wrap(loss_of)
+
+    # Documents, and those that are kept encoded. The data begin where the oldest kept ones do.
     source = open_source(c.data, c.kinds)
     budget = {"tokens": c.tokens, "patches": c.patches, "latents": c.latents}
     kept = EncodedDocuments(c.replay_mb, run.position, ranks, c.latents)
-    data = loader(
-        source,
-        tokenizer,
-        processor,
-        **budget,
-        documents=c.documents or None,
-        targets=c.targets,
-        targets_only=True,
-        lookahead=c.lookahead,
-        position=kept.position,
-        patch=pixels_per_patch(vae.config, dit.config),
-        quarantine=Quarantine(file=run.folder / "quarantine.jsonl"),
-        seed=c.seed,
-        rank=ranks.rank,
-        world_size=ranks.size,
-        workers=pick_workers(c.workers),
-    )
+    patch = pixels_per_patch(vae.config, dit.config)
+    data = open_data(c, run, source, tokenizer, processor, patch, kept.position)
 
     def read() -> list[Document]:
         """New documents, encoded and kept."""
@@ -154,13 +177,17 @@ def train(c: Stage2Config) -> None:
         run.lap("frozen")
         return documents
 
+    # After a resume: what was kept is read again, which may take longer than a step and is no sign of a stuck rank.
     for _ in range(kept.missing):
         ranks.alive()
         read()
 
     for step in run.loop():
         # Data. Chance hangs on step, rank and micro-batch alone, so a resumed run draws what the straight one draws.
-        micro, drawn, samples, chance = [], [], [], []
+        micro = []  # the documents that each micro-batch has read, mostly none
+        drawn = []  # its targets
+        samples = []  # what the DiT learns from them
+        chance = []  # its generator, which goes on to times and noise
         for a in range(c.accumulate):
             g = generator(c.seed, step, a * ranks.size + ranks.rank)
             micro.append(read() if kept.due else [])
@@ -173,7 +200,7 @@ def train(c: Stage2Config) -> None:
         numbers = sum(z[j].numel() for s in samples for z, j in zip(s.latents, s.clean, strict=True))
         tokens = ranks.sum(numbers / dit.proj_out.out_features)
 
-        # Loss and gradient.
+        # Loss and gradient. Every sample has a noise level of its own (t), so a step sees coarse shapes and fine details alike.
         loss = 0.0
         parts = {}
         for s, g in ranks.micro_batches(loss_of, list(zip(samples, chance, strict=True))):
@@ -217,6 +244,7 @@ def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: 
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
     patch = pixels_per_patch(vae.config, dit.config)
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, patch=patch, targets_only=True)
+    # With the averaged weights, which are those that will be used. First and last targets: with few pictures before, and many.
     documents, _ = next(wanted)
     states, first = mllm_features(documents, mllm, run.ranks.device, processor)
     with run.averaged():
