@@ -142,7 +142,9 @@ def reads_as(view: View, subject: str) -> list[Seen]:
 
 def scene_of(picture: Image.Image) -> Scene | None:
     """What a picture shows, as the checker reads it; None if it does not recognise every thing."""
-    view, things, unit = see(picture), [], picture.width / 64
+    view = see(picture)
+    unit = picture.width / 64
+    things = []
     for t in view.things:
         if t.score < MATCH:
             return None
@@ -161,7 +163,9 @@ def sort_of(turn: dict) -> str:
         return "where"
     if rest:
         return "what"
-    return "how many" if first in NUMBERS else "which colour" if first in {*COLOURS, *BACKGROUNDS} else "which part"
+    if first in NUMBERS:
+        return "how many"
+    return "which colour" if first in {*COLOURS, *BACKGROUNDS} else "which part"
 
 
 def redefine(turn: dict, asked: str, picture: Image.Image | None) -> dict | None:
@@ -180,7 +184,8 @@ def redefine(turn: dict, asked: str, picture: Image.Image | None) -> dict | None
     need = turn["need"][0]
     if need["op"] == "background":
         return turn
-    subject, old = need["subject"], need["was" if need["op"] == "recolour" else "colour"]
+    subject = need["subject"]
+    old = need["was" if need["op"] == "recolour" else "colour"]
     view = see(picture)
     things = reads_as(view, subject)
     if f"{old} {subject}" in plain(asked):
@@ -234,13 +239,17 @@ class Case:
     """One dialogue as it is held, and what the checker says of it."""
 
     def __init__(self, record: dict):
-        self.record, self.turns, self.left_out = record, [], None
+        self.record = record
+        self.turns = []  # what is judged, an answer each
+        self.left_out = None  # why the dialogue is over before its end
         self.messages: list[dict] = []
-        self.said, self.shown = "", []  # every word so far; every picture, as (role, picture)
+        self.said = ""  # every word so far
+        self.shown = []  # every picture, as (role, picture)
 
     def ask(self) -> list[dict] | None:
         """The dialogue with its next request; None at its end, or where the next request cannot be judged."""
-        k, truth = len(self.turns), self.record["truth"]["turns"]
+        k = len(self.turns)
+        truth = self.record["truth"]["turns"]
         if k == len(truth) or self.left_out:
             return None
         message = self.record["messages"][2 * k]
@@ -255,40 +264,49 @@ class Case:
             self.left_out = f"the picture gives the request no meaning: {asked}"
         if self.left_out:
             return None
-        self.asked, self.said = asked, f"{self.said} {asked}"
+        self.asked = asked
+        self.said += f" {asked}"
         self.shown += [("user", p["image"]) for p in message["content"] if p["type"] == "image"]
         self.messages.append(message)
         return self.messages
 
     def take(self, answer) -> None:
         """Judge an answer (parts, stop, message: those of pipeline.Answer) to the request."""
-        texts, pictures, rows, story = [""], [], [], None
+        texts = [""]  # what stands before each picture, and behind the last
+        pictures = []
         for part in answer.parts:
             if isinstance(part, str):
                 texts[-1] += part
             else:
                 pictures.append(part.image)
                 texts.append("")
-        turn, least_most = self.turn, expected_images(self.turn)
-        row = {"kind": turn["kind"], "asked": self.asked, "texts": texts, "stop": answer.stop, "due": list(least_most)}
+        turn = self.turn
+        least, most = expected_images(turn)
+        row = {"kind": turn["kind"], "asked": self.asked, "texts": texts, "stop": answer.stop, "due": [least, most]}
         row |= {"drawn": len(pictures), "placed": well_placed(turn, texts, self.said)}
         if turn["kind"] == "question":
             row |= {"sort": sort_of(turn), "words": turn["words"]}
         # What is asked for must be said of a picture: after the last one it would be said of none.
-        told = texts[:-1] if len(pictures) >= least_most[0] > 0 else texts
+        told = texts[:-1] if len(pictures) >= least > 0 else texts
         row["text"] = bool("".join(texts).strip()) and text_complete(turn, told, self.said)
         if turn["kind"] == "question":
             row["named"] = [{"of": "answer", "told": row["text"], "shown": True}]
         else:
             row["named"] = kept(turn, texts, pictures, self.shown[-1][1] if self.shown else None, self.said)
+
+        # Picture by picture, each against the words just before it and the picture before.
+        rows = []
+        story = None  # the picture before, if the dialogue is a story
         for j, (picture, text) in enumerate(zip(pictures, texts, strict=False)):
-            if j < least_most[1]:  # one too many is counted where pictures are counted
+            if j < most:  # one too many is counted where pictures are counted
                 before = self.shown[-1][1] if self.shown else None
                 before = before.resize(picture.size) if before and before.size != picture.size else before
                 verdict = judge_text(picture, text, before, self.said)
                 stays = verdict.stayed
                 if turn["kind"] == "story":
-                    stays, story = hero_stayed(picture, story, turn["need"][0]["objects"][0]["subject"]), picture
+                    hero = turn["need"][0]["objects"][0]["subject"]
+                    stays = hero_stayed(picture, story, hero)
+                    story = picture
                 if stays is None and builds_on_one(turn["kind"], j):
                     stays = False  # a picture that cannot be read is not one that has kept everything
                 scores = {k: round(float(v), 3) for k, v in verdict.scores.items()}
@@ -351,8 +369,10 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The score interval of a share (E. B. Wilson, 1927): unlike the normal one it stays in [0, 1] and is never a point."""
     if n == 0:
         return 0.0, 1.0
-    p, q = right / n, z * z / n
-    middle, half = p + q / 2, z * math.sqrt(p * (1 - p) / n + q / (4 * n))
+    p = right / n
+    q = z * z / n
+    middle = p + q / 2
+    half = z * math.sqrt(p * (1 - p) / n + q / (4 * n))
     return max(0.0, (middle - half) / (1 + q)), min(1.0, (middle + half) / (1 + q))
 
 
@@ -433,13 +453,15 @@ class Report:
 
 def evaluate(duo, records: list[dict], settings: Settings | None = None, *, batch=64, title="dialogues", quiet=False) -> Report:
     """Hold the dialogues of `records` (see `dialogues`) with duo.generate_many, turn by turn, and judge them."""
-    began, cases = time.perf_counter(), [Case(r) for r in records]
+    began = time.perf_counter()
+    cases = [Case(r) for r in records]
     with tqdm(total=sum(len(r["truth"]["turns"]) for r in records), desc=title, unit="answer", disable=quiet) as bar:
         for turn in itertools.count():
             asking = [(case, messages) for case in cases if (messages := case.ask())]
             if not asking:
                 break
-            prompts, first = [messages for _, messages in asking], turn * len(cases)  # so that no noise is used twice
+            prompts = [messages for _, messages in asking]
+            first = turn * len(cases)  # so that no noise is used twice
             answers = duo.generate_many(prompts, settings, batch=batch, first=first, done=lambda _: bar.update())
             for (case, _), answer in zip(asking, answers, strict=True):
                 case.take(answer)
@@ -475,7 +497,8 @@ def through(vae: VAE, records: list[dict], batch: int = 64) -> dict[int, Image.I
     """{id of a picture of the assistant's: the picture encoded and decoded}."""
     told = [m for r in records for m in r["messages"] if m["role"] == "assistant"]
     pictures = [p["image"] for m in told for p in m["content"] if p["type"] == "image"]
-    device, again = next(vae.parameters()).device, {}
+    device = next(vae.parameters()).device
+    again = {}
     for i in range(0, len(pictures), batch):
         some = pictures[i : i + batch]
         x = torch.stack([to_tensor(p) for p in some]).to(device)                       # (B, 3, H, W)
@@ -525,9 +548,11 @@ def record_of(entry: dict, number: int) -> dict:
         elif of == "pictures":
             pictures = detail["count"]
 
-    found, order = list(objects.values()), list(objects)
+    found = list(objects.values())
+    order = list(objects)
     if entry["kind"] == "lesson":
-        subject, colours = order[0], dict(found[0]["parts"])
+        subject = order[0]
+        colours = dict(found[0]["parts"])
         if found[0]["colour"]:
             colours[SUBJECTS[subject].main] = found[0]["colour"]
         due = [pictures or len(SUBJECTS[subject].parts)] * 2
@@ -566,7 +591,8 @@ def single_shares(rows: list[dict]) -> dict[str, dict[str, Share]]:
     shares = {}
     for row in rows:
         cell = shares.setdefault(row["split"], {}).setdefault(row["category"], Share(0, 0))
-        cell.right, cell.n = cell.right + row["ok"], cell.n + 1
+        cell.right += row["ok"]
+        cell.n += 1
     return shares
 
 

@@ -76,7 +76,8 @@ def summary_table(report: Report, truth: Report, vae: Report) -> Table:
 
 
 def kinds_table(report: Report, truth: Report, vae: Report) -> Table:
-    shares, rows = report.shares(), []
+    shares = report.shares()
+    rows = []
     for kind in list(next(iter(shares.values())))[1:]:
         for split, kinds in shares.items():
             tops = [f"{100 * r.share('shows', split, kind).share:.0f}" for r in (truth, vae) if r.share("shows", split, kind).n]
@@ -94,7 +95,8 @@ def kinds_table(report: Report, truth: Report, vae: Report) -> Table:
 
 def questions_table(report: Report, truth: Report) -> Table:
     """Questions about a picture, in whatever dialogue they are asked, by what they ask for."""
-    found, splits = [s for s in SORTS if report.questions(None, s)], list(report.shares())
+    found = [s for s in SORTS if report.questions(None, s)]
+    splits = list(report.shares())
     rows = [[sort or "all", *(str(report.answered(s, sort)) for s in splits), str(truth.answered(None, sort)),
              "{0.share:.0%} /{0.n}".format(truth.guessed(sort))] for sort in (None, *found)]  # fmt: skip
     notes = [("answers right", "the answer has the words that are true of the picture, and none of those that would be false"),
@@ -180,7 +182,9 @@ def markdown(table: Table) -> str:
 def shown(case: Case) -> dict:
     """What the page shows of one dialogue."""
     marks = [m for metric, values in case.marks().items() if metric != "whole" for m in values]
-    record, pictures, turns = case.record, iter(case.shown), []
+    record = case.record
+    pictures = iter(case.shown)
+    turns = []
     by = f" ({', '.join(record['held_out_by'])})" if record["held_out_by"] else ""
     for k, turn in enumerate(case.turns):
         # Each picture with the words before it and what the checker objected to; first those that the user gave.
@@ -290,7 +294,8 @@ def load(args: argparse.Namespace, given: dict) -> tuple[DuoGen, Settings, int]:
     parts = {part: part_folder(getattr(args, part), part) for part in PARTS if getattr(args, part)}
     duo = DuoGen.from_pretrained(args.ckpt, **parts, device=device)
     settings = duo.settings(**given)
-    height, width = settings.height or duo.size[0], settings.width or duo.size[1]
+    height = settings.height or duo.size[0]
+    width = settings.width or duo.size[1]
     if height != width:
         raise InputError(f"pictures of {width} x {height}: those of sketchbook are square, give --height and --width")
     return duo, settings, height
@@ -304,13 +309,16 @@ def numbers(shares: dict) -> dict:
 def main(argv: list[str] | None = None) -> None:
     args, given = arguments(argv)
     duo, settings, side = load(args, given)
-    began, quiet = time.perf_counter(), {"quiet": True}
+    began = time.perf_counter()
+    quiet = {"quiet": True}
     splits = list(SPLITS) if args.split == "both" else [args.split]
     records = dialogues(args.n, args.seed, splits, args.kinds, side)
     report = evaluate(duo, records, settings, batch=args.batch)
     truth = evaluate(Corpus(records), records, **quiet)
     vae = evaluate(Corpus(records, through(duo.vae, records)), records, **quiet)
-    tables, single, runs = [summary_table(report, truth, vae), kinds_table(report, truth, vae)], {}, {}
+    tables = [summary_table(report, truth, vae), kinds_table(report, truth, vae)]
+    single = {}  # answers to the single requests, by who painted
+    runs = {}  # of the ablations
     tables.append(details_table(report))
     if report.questions():
         tables.append(questions_table(report, truth))
