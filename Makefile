@@ -34,8 +34,7 @@ tiny: .venv/runtime
 	$(PY) -m sketchbook.pretrain mllm
 	$(PY) -m sketchbook.pretrain eye
 	$(PY) -m sketchbook.pretrain dit
-	$(PY) train_stage1.py --mllm runs/tiny/mllm --tower runs/tiny/eye --data sketchbook=0.6,sketchbook.looking=0.4 --lr 1e-3 \
-		--out runs/tiny/stage1
+	$(PY) train_stage1.py --mllm runs/tiny/mllm --tower runs/tiny/eye --data sketchbook=0.6,sketchbook.looking=0.4 --lr 1e-3 --out runs/tiny/stage1
 	$(PY) train_stage2.py --mllm runs/tiny/stage1 --dit runs/tiny/dit --vae runs/tiny/vae --lr 1e-3 --out runs/tiny/stage2
 	$(PY) -m sketchbook.pretrain bundle
 

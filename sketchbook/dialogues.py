@@ -178,8 +178,10 @@ class Dialogue:
         # Habits of typing.
         text = text[:-1] if text[-1] in ".?!" and self.chance(0.2) else text
         text = text.lower() if self.chance(0.2) else text
-        text = hurried(self.rng, text) if self.chance(0.06) else text
-        text = mistyped(self.rng, text) if self.chance(0.08) else text
+        # Later requests are read anew by the exam, for the picture that was really drawn: they keep all their words.
+        if not self.turns:
+            text = hurried(self.rng, text) if self.chance(0.06) else text
+            text = mistyped(self.rng, text) if self.chance(0.08) else text
         text = text.upper() if self.chance(0.02) else text
         pictures = [{"type": "image", "image": scene} for scene in scenes]
         words = [{"type": "text", "text": text}]

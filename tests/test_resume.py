@@ -59,7 +59,7 @@ def draw_thrice(rank: int, *stop) -> None:
 def test_sittings_with_other_numbers_of_workers_equal_the_straight_run(kind, ranks, parts, tmp_path):
     """In stage 2 with encoded documents that are kept, the oldest of which have gone when the run is stopped."""
     straight, sittings = tmp_path / "straight", tmp_path / "sittings"
-    options = {"steps": 13, "replay_mb": 1.2, "documents": 1, "kinds": "one=1,lesson=1"} if kind == "stage2" else {}
+    options = {"steps": 13, "replay_mb": 1.0, "documents": 1, "kinds": "one=1,lesson=1"} if kind == "stage2" else {}
     runs.run(kind, runs.config(kind, parts, straight, workers=1, **options), tmp_path / "a.log", ranks, (draw_thrice,))
     for workers, step in ((3, 1), (0, options.get("steps", 4) - 3), (2, None)):
         c = runs.config(kind, parts, sittings, workers=workers, **options)

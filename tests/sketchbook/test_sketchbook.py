@@ -165,8 +165,10 @@ def test_records_have_the_form_of_the_file(kind):
                     words += len(re.findall(r"\w+|[^\w\s]", item["text"]))
                     assert "{" not in item["text"] and "~" not in item["text"]
                     assert not re.search(r"\ba (orange|ice|oval)", item["text"].lower())
-                    assert max(len(s.split()) for s in re.split(r"(?<=[.!?:])\s", item["text"])) < 25
-        assert words < 220
+                    # Users say much in one breath; the assistant does not.
+                    most = 25 if message["role"] == "assistant" else 60
+                    assert max(len(s.split()) for s in re.split(r"(?<=[.!?:])\s", item["text"])) < most
+        assert words < 260
         json.dumps(record["truth"])
 
 
