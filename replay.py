@@ -43,6 +43,7 @@ class Encoded:
     features: Tensor  # (n, L * H) MLLM states of its tokens
     pictures: list[Tensor]  # latents (C, h, w), in time order
     lengths: dict[int, tuple[int, int]]  # of each picture to train: tokens that it reads, with its last chunk and without
+    patches: dict[int, int]  # of each: those of the DiT, its own and of all pictures before it
 
     @property
     def targets(self) -> list[tuple["Encoded", int]]:
@@ -62,7 +63,8 @@ def encode(documents: list[Document], mllm: MLLM, vae: VAE, processor: ImageProc
     for d, document in enumerate(documents):
         # Both branches of guidance are prefixes of the same features (the model is causal): two numbers, no second pass.
         lengths = {j: document.rendered.condition_lengths(j) for j in document.trained}
-        encoded.append(Encoded(document.name, states[first[d] : first[d + 1]], pictures[d], lengths))
+        patches = {j: document.latents_of(j) for j in document.trained}
+        encoded.append(Encoded(document.name, states[first[d] : first[d + 1]], pictures[d], lengths, patches))
     return encoded
 
 
@@ -131,7 +133,7 @@ class EncodedDocuments:
         patches = 0
         for i in torch.randperm(len(pool), generator=g)[: len(newest)].tolist():
             document, j = pool[i]
-            patches += sum(z[0].numel() // 4 for z in document.pictures[: j + 1])  # a patch is 2 x 2 latents
+            patches += document.patches[j]
             # The loader's budget holds for the targets it read together, not for a mixture of many; the first is always taken.
             if drawn and self.latents and patches > self.latents:
                 break

@@ -1,6 +1,6 @@
 """Named details: whether an answer keeps everything that the user named, in its words and in its pictures.
 
-    kept(turn, texts, pictures, befores, context)   -> [{"of": "part", ..., "told": True, "shown": False}, ...]
+    kept(turn, texts, pictures, before, context)   -> [{"of": "part", ..., "told": True, "shown": False}, ...]
 
 A detail is what sketchbook/grammar.py says a request names: a thing, its colour, the colour of a part, a number, a place, the
 page, the number of pictures. It is kept if the words state it and a picture shows it. Requests that change a picture name what

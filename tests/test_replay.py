@@ -17,7 +17,8 @@ SIDE = 4  # of a latent: 4 patches of the DiT in a picture
 def encoded(name: str, targets: int = 2, tokens: int = 5) -> Encoded:
     """25 features of 4 bytes for each 5 tokens, and a picture of 64 bytes for each target."""
     lengths = {j: (tokens - j, 1) for j in range(targets)}
-    return Encoded(name, torch.zeros(tokens, 5), [torch.zeros(1, SIDE, SIDE)] * targets, lengths)
+    patches = {j: 4 * (j + 1) for j in range(targets)}
+    return Encoded(name, torch.zeros(tokens, 5), [torch.zeros(1, SIDE, SIDE)] * targets, lengths, patches)
 
 
 def ranks(size: int = 1, rank: int = 0) -> SimpleNamespace:
