@@ -42,6 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -147,20 +148,18 @@ def tokenize(
     """
     messages = normalise(record, folder)
 
-    # Every picture twice: as patches for the vision tower, and whole for the VAE. Both as bytes, which travel between processes
-    # and to a GPU at an eighth of the cost of what the models read; `MLLMBatch.to` and `to_float` make that.
-    as_bytes = replace(processor, image_mean=[0.0] * 3, image_std=[1.0] * 3, temporal_patch_size=1)
+    # Every picture twice: as patches for the vision tower, and whole for the VAE.
     patches, grids, whole = [], [], []
     for part in image_parts(messages):
         try:
             image = load_image(part["image"])
         except InputError as e:
             raise InputError(f"picture cannot be used: {e}") from None
-        pixels, grid = as_bytes(image)
-        patches.append((pixels * 255).round().byte())
+        pixels, grid = byte_patches(image, processor)
+        patches.append(pixels)
         grids.append(grid)
         if pictures:
-            whole.append(((to_tensor(image, patch, max_area) + 1) * 127.5).round().byte())
+            whole.append(byte_picture(image, patch, max_area))
     merged = [processor.merged(grid) for grid in grids]
 
     # Rendered anew without its last exchange until it fits: only a rendering knows how long it is.
@@ -188,6 +187,21 @@ def tokenize(
         return None
     positions, _ = mrope_positions(rendered.ids, merged[:n], tokenizer.image_pad)
     return Document(rendered, positions, torch.cat(patches[:n]) if n else None, grids[:n], whole[:n], patch=patch)
+
+
+# Bytes travel between processes and to a GPU at an eighth of the cost of what the models read.
+
+
+def byte_patches(image: Image.Image, processor: ImageProcessor) -> tuple[Tensor, tuple[int, int]]:
+    """What the vision tower is shown, (P, 3 * p * p) bytes, and its grid. `normalised` makes of it what the tower reads."""
+    plain = replace(processor, image_mean=[0.0] * 3, image_std=[1.0] * 3, temporal_patch_size=1)
+    pixels, grid = plain(image)
+    return (pixels * 255).round().byte(), grid
+
+
+def byte_picture(image: Image.Image, patch: int = PATCH, max_area: int | None = None) -> Tensor:
+    """What the VAE is shown, (3, H, W) bytes. `to_float` makes of it what the VAE reads."""
+    return ((to_tensor(image, patch, max_area) + 1) * 127.5).round().byte()
 
 
 def to_float(picture: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def pack_images(sizes: list[list[tuple[int, int]]], device: str | torch.device =
     within = torch.arange(len(images)) - begins[images]                                # (N,)
 
     # Each sample has a time of its own that counts its images from 0; rows and columns count from 0 in each image.
-    index = torch.cat([torch.arange(len(sample)) for sample in sizes])                 # (I,)
+    index = torch.tensor([k for sample in sizes for k in range(len(sample))])          # (I,)
     row = within // w[images]                                                          # (N,)
     column = within % w[images]                                                        # (N,)
     positions = torch.stack((index[images], row, column), 1)                           # (N, 3)
@@ -208,11 +208,15 @@ class Targets:
 
 
 def patchify(latent: Tensor, patch: int = 2) -> Tensor:
-    """(C, H, W) -> (H/p * W/p, C * p * p), feature (c * p + ph) * p + pw: the layout of noise, x_t and velocity everywhere."""
-    h, w = latent.shape[1:]
+    """(C, H, W) -> (H/p * W/p, C * p * p), feature (c * p + ph) * p + pw: the layout of noise, x_t and velocity everywhere.
+
+    Several of one size, (K, C, H, W), follow one another.
+    """
+    h, w = latent.shape[-2:]
     if h % patch or w % patch:
         raise InputError(f"a latent of {h}x{w} is no grid of {patch}x{patch} patches: picture sides must be multiples of 16")
-    return rearrange(latent, "c (h ph) (w pw) -> (h w) (c ph pw)", ph=patch, pw=patch)
+    pictures = latent.reshape(-1, *latent.shape[-3:])                                     # (K, C, H, W)
+    return rearrange(pictures, "k c (h ph) (w pw) -> (k h w) (c ph pw)", ph=patch, pw=patch)
 
 
 def unpatchify(x: Tensor, size: tuple[int, int], patch: int = 2) -> Tensor:

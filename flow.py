@@ -18,7 +18,9 @@ Sampling walks a schedule of noise levels from noise to a picture, all earlier p
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,6 +63,22 @@ def patch_grid(latent: Tensor, patch: int) -> tuple[int, int]:
     """(rows, columns) of patches that a latent (C, H, W) is cut into."""
     height, width = latent.shape[-2:]
     return height // patch, width // patch
+
+
+def patchify_all(pictures: list[Tensor], patch: int) -> Tensor:
+    """Latents (C, H, W) of any sizes -> (N, C4), the patches of one picture behind those of the other."""
+    # One by one they would cost a GPU's host more than the whole network does: those of one size in a row go together.
+    parts = []
+    for _, row in groupby(pictures, key=lambda z: z.shape):
+        parts.append(patchify(torch.stack(list(row)), patch))
+    return torch.cat(parts)
+
+
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal, of x's shape and on its device, from a seed that the host's generator draws."""
+    seed = torch.randint(2**62, (), generator=generator).item()
+    own = torch.Generator(x.device).manual_seed(seed)
+    return torch.randn(x.shape, device=x.device, generator=own)
 
 
 @dataclass
@@ -110,18 +128,18 @@ class FlowLoss(nn.Module):
         times = torch.where(given, self.condition_time, target_times)                  # (I,)
         given_token = given[pack.image_ids][:, None]                                   # (N, 1)
         t_token = times[pack.image_ids][:, None]                                       # (N, 1)
-        patches = [patchify(z, patch) for pictures in samples.latents for z in pictures]
-        x0 = torch.cat(patches)                                                        # (N, C4)
+        x0 = patchify_all([z for pictures in samples.latents for z in pictures], patch)  # (N, C4)
 
-        # Drawn on the host, whose generator gives the same numbers wherever the training runs. Given pictures get their share,
-        # too, and do not use it: one draw for all is simpler than one for each target.
-        eps = torch.randn(x0.shape, generator=noise).to(device)                        # (N, C4)
+        # Drawn on the device, which takes a GPU microseconds where the host needs as long as the GPU does for a layer; what is
+        # drawn hangs on the host's generator. Given pictures get their share and do not use it: one draw for all is simpler
+        # than one for each target.
+        eps = noise_like(x0, noise)                                                    # (N, C4)
         mixed = interpolate(x0, eps, t_token)                                          # (N, C4)
         x = torch.where(given_token, x0, mixed)                                        # (N, C4)
 
         # What a sample reads of the text: the connector's rows of the tokens before its BOV. The connector runs once over all
         # tokens, since several samples of a document read the same ones.
-        rows = torch.cat([torch.arange(r.start, r.stop) for r in samples.rows])
+        rows = torch.from_numpy(np.concatenate([np.arange(r.start, r.stop) for r in samples.rows]))
         context = self.dit.crossattn_proj(samples.features)                            # (M, D_text)
         context = context.index_select(0, rows.to(device))                             # (M', D_text)
         keys = Segments([len(r) for r in samples.rows], device)

@@ -20,8 +20,10 @@ A checkpoint holds neither features nor latents, but where in the data the oldes
 run reads these again, each as the batch that it was, which gives the same bytes. Another number of ranks begins with none.
 """
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -127,15 +129,17 @@ class EncodedDocuments:
         # Alone, it is trained as it was read: a training that keeps nothing.
         if len(self.fills) == 1:
             return newest
-        # Out of all alike: what was read together is not trained together again.
-        pool = [target for fill in self.fills for target in fill.targets]
+        # Out of all alike: what was read together is not trained together again. Target i of all is one of the fill in whose
+        # range i lies; a list of all of them would be made anew for each micro-batch.
+        ends = list(accumulate(len(fill.targets) for fill in self.fills))
         drawn = []
         patches = 0
-        for i in torch.randperm(len(pool), generator=g)[: len(newest)].tolist():
-            document, j = pool[i]
+        for i in torch.randperm(ends[-1], generator=g)[: len(newest)].tolist():
+            k = bisect_right(ends, i)
+            document, j = self.fills[k].targets[i - ends[k]]
             patches += document.patches[j]
             # The loader's budget holds for the targets it read together, not for a mixture of many; the first is always taken.
             if drawn and self.latents and patches > self.latents:
                 break
-            drawn.append(pool[i])
+            drawn.append((document, j))
         return drawn

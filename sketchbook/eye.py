@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from data import byte_patches
 from model import ImageProcessor, VisionTower
 from sketchbook.dialogues import held_out_in
 from sketchbook.scenes import BACKGROUNDS, COLOURS, SUBJECTS, Scene, outlines, random_scene, render
@@ -35,8 +36,8 @@ LEAST_SUBJECT = 0.1   # and a subject
 
 class Seen(NamedTuple):
     """What lies under the units of a picture, row by row."""
-    counts: np.ndarray    # (units, 1 + parts) pixels: of nothing, then of each of PARTS
-    coloured: np.ndarray  # (k, 3) unit, part, colour of every part that shows in a unit
+    counts: np.ndarray    # (units, 1 + parts) int16, pixels: of nothing, then of each of PARTS
+    coloured: np.ndarray  # (k, 3) int16, unit, part, colour of every part that shows in a unit
     page: int
 
 
@@ -62,7 +63,9 @@ def seen(scene: Scene, side: int, size: int = 64) -> Seen:
     cell, colour = np.divmod(found, len(NAMES))
     unit, part = np.divmod(cell, wide)
     shows = counts[unit, part] >= LEAST_PART * side**2
-    return Seen(counts, np.stack((unit, part - 1, colour), 1)[shows], PAGES.index(scene.background))
+    coloured = np.stack((unit, part - 1, colour), 1)[shows]
+    # Short numbers, for they travel between processes.
+    return Seen(counts.astype(np.int16), coloured.astype(np.int16), PAGES.index(scene.background))
 
 
 def units(labels: np.ndarray, side: int) -> np.ndarray:
@@ -72,11 +75,11 @@ def units(labels: np.ndarray, side: int) -> np.ndarray:
 
 
 def lesson(processor: ImageProcessor, size: int, seed: int) -> tuple[str, tuple[Tensor, tuple[int, int], Seen]]:
-    """A random scene with nothing held out: its name, patches, grid and truth."""
+    """A random scene with nothing held out: its name, patches in bytes, grid and truth."""
     rng = random.Random(f"eye {seed}")
     while held_out_in(scene := random_scene(rng)):
         pass
-    pixels, grid = processor(render(scene, size))
+    pixels, grid = byte_patches(render(scene, size), processor)
     return f"seed:{seed}", (pixels, grid, seen(scene, processor.patch_size * processor.merge_size, size))
 
 
@@ -96,7 +99,7 @@ class SeeingLoss(nn.Module):
         """pixels (P, C T p p), grids and truth of each picture."""
         x = self.tower(pixels, grids).float()                                              # (U, width)
         device = x.device
-        counts = torch.from_numpy(np.concatenate([t.counts for t in truth])).to(device)     # (U, 1 + parts)
+        counts = torch.from_numpy(np.concatenate([t.counts for t in truth])).to(device).long()  # (U, 1 + parts)
         area = counts[0].sum()
         each = len(x) // len(truth)
 
@@ -114,7 +117,7 @@ class SeeingLoss(nn.Module):
         loss = loss + 20 * F.binary_cross_entropy_with_logits(self.part(x), present)
 
         # The colour of each part that shows. A unit's number counts from the first unit of the whole batch.
-        coloured = np.concatenate([t.coloured + (i * each, 0, 0) for i, t in enumerate(truth)])
+        coloured = np.concatenate([t.coloured + np.array((i * each, 0, 0)) for i, t in enumerate(truth)])
         unit, part, colour = torch.from_numpy(coloured).to(device).unbind(1)                # (k,) each
         logits = self.colour(x[unit]).view(len(unit), len(PARTS), len(NAMES))
         logits = logits[torch.arange(len(unit), device=device), part]                       # (k, colours)

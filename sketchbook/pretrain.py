@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import InputError, part_folder
-from data import Document, batches, pack_documents, tokenize
+from data import Document, batches, byte_picture, normalised, pack_documents, to_float, tokenize
 from distributed import Ranks
 from dit import PRESETS as DIT_PRESETS
 from dit import DiT
@@ -37,7 +37,7 @@ from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, tra
 from model import MLLM, ImageProcessor, VisionTower
 from model import PRESETS as MLLM_PRESETS
 from pipeline import Settings, write_manifest
-from records.stream import Stream
+from records.stream import Stream, pick_workers
 from sketchbook import dialogues as sketchbook
 from sketchbook import looking
 from sketchbook.checker import judge
@@ -51,8 +51,10 @@ from vae import VAE, to_image, to_tensor
 
 
 def stream(item, c: TrainConfig, ranks: Ranks, position: list | int | None, documents: int) -> Iterator[tuple[list, dict]]:
-    """Lists of procedural items, item(seed), prepared by a background process, from where the run stopped."""
-    source = Stream(item, seed=c.seed, rank=ranks.rank, world_size=ranks.size, workers=1)
+    """Lists of procedural items, item(seed), prepared by background processes, from where the run stopped."""
+    source = Stream(
+        item, seed=c.seed, rank=ranks.rank, world_size=ranks.size, workers=pick_workers(c.workers), ahead=max(16, documents)
+    )
     if position is not None:
         source.resume(position if isinstance(position, list) else [position])
     return batches(source, documents=documents)
@@ -80,7 +82,7 @@ class VAEConfig(TrainConfig):
 
 
 def picture(size: int, seed: int) -> tuple[str, Tensor]:
-    return f"seed:{seed}", to_tensor(sketchbook.pictures(seed, 1, size)[0])
+    return f"seed:{seed}", byte_picture(sketchbook.pictures(seed, 1, size)[0])
 
 
 class VAELoss(nn.Module):
@@ -124,7 +126,7 @@ def train_vae(c: VAEConfig) -> None:
     vae = VAE.from_config(VAE_PRESETS["tiny"]).to(ranks.device, memory_format=torch.channels_last)
     if ranks.main:
         print_trained({"vae": vae}, {})
-    fixed = torch.stack([picture(c.size, 10**12 + i)[1] for i in range(256)]).to(ranks.device)
+    fixed = to_float(torch.stack([picture(c.size, 10**12 + i)[1] for i in range(256)]).to(ranks.device))
 
     def save(folder: Path, vae: VAE) -> None:
         measure_latents(vae, fixed)
@@ -139,7 +141,7 @@ def train_vae(c: VAEConfig) -> None:
     for step in run.loop():
         items, place = next(data)
         names, pictures = zip(*items, strict=True)
-        x = torch.stack(pictures).to(ranks.device, memory_format=torch.channels_last)
+        x = to_float(torch.stack(pictures).to(ranks.device)).contiguous(memory_format=torch.channels_last)
         g = generator(c.seed, step * ranks.size + ranks.rank)
         noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
         with autocast(c.dtype, ranks.device):
@@ -317,7 +319,7 @@ def train_eye(c: EyeConfig) -> None:
         names, pictures = zip(*items, strict=True)
         pixels, grids, truth = zip(*pictures, strict=True)
         with autocast(c.dtype, ranks.device):
-            loss, parts = loss_of(torch.cat(pixels).to(ranks.device), list(grids), list(truth))
+            loss, parts = loss_of(normalised(torch.cat(pixels).to(ranks.device), processor), list(grids), list(truth))
         stats = {"loss": ranks.backward(loss / ranks.size)}
         stats |= {name: part.item() / ranks.size for name, part in parts.items()}
         stats["images"] = len(names)
@@ -329,7 +331,7 @@ def train_eye(c: EyeConfig) -> None:
             run.log(stats, norm)
         run.optimizer.zero_grad()
         run.save_if_due(place)
-        if step == 0 and ranks.main:
+        if step == 0 and ranks.main and c.fresh:
             # A guess at the subject, the colour and the page, and half a chance for every part.
             guess = sum(map(math.log, (len(SUBJECTS) + 1, len(COLOURS), len(BACKGROUNDS)))) + 20 * math.log(2)
             check_step0("loss", stats["loss"], 0.8 * guess, 1.3 * guess)
@@ -366,7 +368,7 @@ def film(c: DiTConfig, tokenizer: Tokenizer, seed: int) -> Document:
         frames = frames[-1:]  # a still, as half of Cosmos' own data
     rendered = render(tokenizer, [{"role": "user", "content": caption}], [], generation_prompt=True)
     positions = torch.arange(len(rendered.ids)).expand(3, -1)
-    return Document(rendered, positions, None, [], [to_tensor(frame) for frame in frames])
+    return Document(rendered, positions, None, [], [byte_picture(frame) for frame in frames])
 
 
 def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, ranks: Ranks, g: torch.Generator) -> Samples:

@@ -5,6 +5,7 @@ from random import Random
 import numpy as np
 import torch
 
+from data import normalised
 from model import PRESETS, ImageProcessor, VisionTower
 from sketchbook.dialogues import held_out_in
 from sketchbook.eye import KNOWN, NAMES, PAGES, PART_ID, PARTS, SeeingLoss, lesson, seen
@@ -60,8 +61,9 @@ def test_a_tower_learns_what_it_is_told():
     loss_of = SeeingLoss(VisionTower(PRESETS["tiny"].vision))
     optimizer = torch.optim.AdamW(loss_of.parameters(), lr=2e-3)
     losses = []
+    pixels = normalised(torch.cat(pixels), PROCESSOR)
     for _ in range(150):
-        loss, right = loss_of(torch.cat(pixels), list(grids), list(truth))
+        loss, right = loss_of(pixels, list(grids), list(truth))
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
