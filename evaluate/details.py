@@ -113,7 +113,9 @@ def has(facts: Facts, detail: dict, story: bool) -> bool:
         right = [o.colour == detail["colour"] for o in objects if o.colour]
         return bool(right) and (all(right) if story else any(right))
     if of == "part":
-        return any(o.parts.get(detail["part"]) == detail["colour"] for o in objects)
+        # A thing has the colour of its main part, so whoever tells the one has told the other.
+        main = detail["part"] == SUBJECTS[detail["subject"]].main
+        return any(detail["colour"] == (o.colour if main else o.parts.get(detail["part"])) for o in objects)
     if of == "count":
         return any(o.count == detail["count"] for o in objects)
     first, word, second = detail["subject"], detail["relation"], detail["other"]

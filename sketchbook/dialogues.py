@@ -180,9 +180,9 @@ class Dialogue:
         text = text.lower() if self.chance(0.2) else text
         # Later requests are read anew by the exam, for the picture that was really drawn: they keep all their words.
         if not self.turns:
-            text = hurried(self.rng, text) if self.chance(0.06) else text
+            text = hurried(self.rng, text) if self.chance(0.1) else text
             text = mistyped(self.rng, text) if self.chance(0.08) else text
-        text = text.upper() if self.chance(0.02) else text
+        text = text.upper() if self.chance(0.04) else text
         pictures = [{"type": "image", "image": scene} for scene in scenes]
         words = [{"type": "text", "text": text}]
         self.messages.append({"role": "user", "content": pictures + words if self.chance(0.7) else words + pictures})
@@ -277,7 +277,7 @@ def lesson(d: Dialogue, subject: str | None = None, main: str | None = None) -> 
     page = background if d.chance(0.1) else None
     details = {name: colour for name, colour in told.items() if name != SUBJECTS[subject].main}
     asked = Wanted(subject, told.get(SUBJECTS[subject].main), parts=details)
-    text, named = request(d, "lesson", [asked], page=page, pictures=steps)
+    text, named = request(d, "lesson", [by_its_part(d, asked)], page=page, pictures=steps)
     d.ask(text)
     need = {"op": "lesson", "subject": subject, "colours": told, "steps": len(parts), "background": page}
     d.answer("lesson", len(parts), need=[need], named=named)
@@ -336,9 +336,17 @@ def one(d: Dialogue, kind: str = "one") -> None:
     asked = {**objects[0], "colour": None if free else main, "parts": objects[0]["parts"] if d.chance(0.75) else {}}
     page = scene.background if d.chance(0.25) else None
     need = {"op": "scene", "objects": [asked], "background": page}
-    words = request(d, kind, [wanted(asked)], page=page)
+    words = request(d, kind, [by_its_part(d, wanted(asked))], page=page)
     said = noun_phrase(subject, main) + with_parts(thing, parts)
     present(d, kind, words, said, scene, {"objects": objects}, need)
+
+
+def by_its_part(d: Dialogue, asked: Wanted) -> Wanted:
+    """Some say the colour of a thing by its main part: not "a blue lamp", but a lamp whose shade is blue."""
+    main = SUBJECTS[asked.subject].main
+    if not asked.colour or main == asked.subject or d.chance(0.85):
+        return asked
+    return Wanted(asked.subject, None, asked.count, {main: asked.colour, **asked.parts})
 
 
 def wanted(asked: dict) -> Wanted:
