@@ -30,6 +30,7 @@ import json
 import random
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,7 @@ from sketchbook.words import (
     a,
     articles,
     is_are,
+    listing,
     noun_phrase,
     part_phrase,
     plural,
@@ -653,7 +655,7 @@ def questions(d: Dialogue, scene: Scene) -> list[Question]:
     # What has not got its main part yet is no house so far, and has no colour of its own.
     if thing.drawn <= main_part(thing.subject):
         return items
-    items += [about_something_present(d, thing), about_number(d, scene, thing)]
+    items += [about_something_present(d, scene, thing), about_number(d, scene, thing)]
     if len(scene.things) == 1:
         x = noun_phrase(thing.subject, thing.main)
         items.append(Question("what", ways("q_what"), reply(d, "a_what", x=x), [thing.main, thing.subject]))
@@ -681,12 +683,23 @@ def about_background(d: Dialogue, scene: Scene) -> Question:
 
 def about_something_absent(d: Dialogue, scene: Scene) -> Question:
     absent = d.subject(besides={t.subject for t in scene.things})
-    return Question("no", ways("q_is", x=a(absent)), reply(d, "a_no", s=absent), ["no", absent], ["yes"])
+    return Question("no", ways("q_is", x=a(absent)), reply(d, "a_no", y=in_view(scene), s=absent), ["no", absent], ["yes"])
 
 
-def about_something_present(d: Dialogue, thing: Thing) -> Question:
+def about_something_present(d: Dialogue, scene: Scene, thing: Thing) -> Question:
     x = noun_phrase(thing.subject, thing.main)
-    return Question("yes", ways("q_is", x=a(thing.subject)), reply(d, "a_yes", x=x), ["yes", thing.subject], ["no"])
+    said = reply(d, "a_yes", y=in_view(scene), x=x)
+    return Question("yes", ways("q_is", x=a(thing.subject)), said, ["yes", thing.subject], ["no"])
+
+
+def in_view(scene: Scene) -> str:
+    """What there is, by name: 'two cats and a house'. Who says it first has looked before he says yes or no."""
+    counts = Counter((t.subject, t.drawn > main_part(t.subject)) for t in scene.things)
+    said = []
+    for (subject, known), n in counts.items():
+        # What has not got its main part yet is no house so far.
+        said.append(noun_phrase(subject, None, n) if known else f"the beginning of {a(subject)}")
+    return listing(said)
 
 
 def about_the_total(d: Dialogue, scene: Scene) -> Question:

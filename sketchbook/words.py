@@ -113,7 +113,7 @@ REPLIES = {
     "story_met": "the y place", "story_stood": "the r y place", "story_alone": "the place", "story_last": "the place",
     "story_ends": "the?",
     # answers to questions on a picture
-    "a_background": "b", "a_no": "s", "a_yes": "x", "a_total": "n", "a_total_one": "", "a_what": "x",
+    "a_background": "b", "a_no": "y s", "a_yes": "y x", "a_total": "n", "a_total_one": "", "a_what": "x",
     "a_count": "n xs", "a_count_one": "s",
     "a_colour": "s c", "a_part_colour": "p be c", "a_no_colour": "s c", "a_yes_colour": "s c",
     "a_beside": "x r s",
