@@ -408,8 +408,8 @@ def loader(
         patch=patch,
         targets_only=targets_only,
     )
-    # A list may need as many documents as it holds at most, so at least so many are prepared ahead.
-    stream = Stream(source, seed, prepare=ready, ahead=max(16, documents or 0), **options)
+    # As many are prepared ahead as a list may take at once; a dialogue rarely has under a hundred tokens.
+    stream = Stream(source, seed, prepare=ready, ahead=max(16, documents or 0, (tokens or 0) // 100), **options)
     if position is not None:
         stream.resume(position)
     listed = batches(stream, documents=documents, lookahead=lookahead, tokens=tokens, patches=patches, latents=latents)

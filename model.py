@@ -314,50 +314,55 @@ class VisionPlan:
     images: Segments
 
 
+@lru_cache(maxsize=256)
+def picture_plan(rows: int, columns: int, merge: int, window: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Of a picture: merge units in windowed order (U,), row and column of its patches in that order (P, 2), patches of windows.
+
+    Windows tile the picture; those at the right and lower edge are smaller. They are sorted by size: where PyTorch computes,
+    equal neighbours are one dense batch.
+    """
+    if rows < merge or columns < merge or rows % merge or columns % merge:
+        raise InputError(f"a picture of {rows}x{columns} patches does not divide into {merge}x{merge} merge units")
+    h = rows // merge
+    w = columns // merge
+
+    # Windows are numbered in raster order. Sorting puts the largest first, which are the whole ones.
+    i, j = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    windows_across = math.ceil(w / window)
+    of_unit = ((i // window) * windows_across + j // window).flatten()                        # (U,) window of each unit
+    sizes, by_size = of_unit.bincount().sort(descending=True, stable=True)
+    place = by_size.argsort()                                                                 # (windows,) inverse of by_size
+
+    # Units in the order of their windows; stable, so in raster order within one.
+    units = place[of_unit].argsort(stable=True)                                               # (U,)
+
+    # A patch stands at its unit's corner and then one of merge x merge steps from it.
+    corner = torch.stack((i.flatten(), j.flatten()), 1)[units] * merge                        # (U, 2)
+    inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))                   # (merge^2, 2)
+    positions = (corner[:, None] + inside).flatten(0, 1)                                      # (P, 2)
+    return units, positions, (sizes * merge**2).tolist()
+
+
 @lru_cache(maxsize=64)
 def vision_plan(grids: tuple[tuple[int, int], ...], merge: int, window: int, device: torch.device) -> VisionPlan:
     """grids: (rows, columns) in patches; window: merge units along a window's side.
 
-    Patches come in merge units of merge x merge, raster order of units. Windows tile each picture; those at the right and lower
-    edge are smaller. Attention in a window is then attention in a run of neighbours, as in a packed sequence. In each picture
-    the windows are sorted by size: where PyTorch computes, equal neighbours are one dense batch.
+    Patches come in merge units of merge x merge, raster order of units. Attention in a window is then attention in a run of
+    neighbours, as in a packed sequence.
     """
-    order = []
-    positions = []
-    windows = []
-    offset = 0
-    for rows, columns in grids:
-        if rows < merge or columns < merge or rows % merge or columns % merge:
-            raise InputError(f"a picture of {rows}x{columns} patches does not divide into {merge}x{merge} merge units")
-        h = rows // merge
-        w = columns // merge
-
-        # Windows are numbered in raster order. Sorting puts the largest first, which are the whole ones.
-        i, j = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        windows_across = math.ceil(w / window)
-        of_unit = ((i // window) * windows_across + j // window).flatten()                    # (h * w,) window of each unit
-        sizes, by_size = of_unit.bincount().sort(descending=True, stable=True)
-        place = by_size.argsort()                                                             # (windows,) inverse of by_size
-
-        # Units in the order of their windows; stable, so in raster order within one.
-        units = place[of_unit].argsort(stable=True)                                           # (h * w,)
-        order.append(units + offset)
-        windows += (sizes * merge**2).tolist()
-        offset += h * w
-
-        # A patch stands at its unit's corner and then one of merge x merge steps from it.
-        corner = torch.stack((i.flatten(), j.flatten()), 1)[units] * merge                    # (h * w, 2)
-        inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))               # (merge^2, 2)
-        positions.append((corner[:, None] + inside).flatten(0, 1))                            # (rows * columns, 2)
-
+    # Pictures of one size have one plan, which is made once: a training reads hundreds of them in a step.
+    plans = [picture_plan(rows, columns, merge, window) for rows, columns in grids]
+    units, positions, windows = zip(*plans, strict=True)
+    counts = torch.tensor([len(u) for u in units])                                            # (pictures,)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)                             # (U,) of the unit's picture
+    index = torch.cat(units) + first                                                          # (U,)
     images = [rows * columns for rows, columns in grids]
     with torch.inference_mode(False):  # kept for later calls, which may train
-        index = torch.cat(order)
         return VisionPlan(
             order=index.to(device, copy=True),
             back=index.argsort().to(device, copy=True),
             positions=torch.cat(positions).to(device, copy=True),
-            windows=Segments(windows, device),
+            windows=Segments([n for sizes in windows for n in sizes], device),
             images=Segments(images, device),
         )
 

@@ -80,12 +80,12 @@ class Stage2Config(TrainConfig):
 def draw_samples(targets: list[tuple[Encoded, int]], drop: float, g: torch.Generator) -> Samples:
     """For each target the tokens it reads, the pictures up to and with it, how many of them are given."""
     drawn = []
-    for document, j in targets:
+    chances = torch.rand(len(targets), generator=g).tolist()
+    for (document, j), chance in zip(targets, chances, strict=True):
         # The DiT is to paint without the request, too: guidance goes from what it paints then to what it paints with it.
         positive, negative = document.lengths[j]
-        length = negative if torch.rand((), generator=g).item() < drop else positive
-        latents = sum(z[0].numel() for z in document.pictures[: j + 1])
-        drawn.append((latents, length, document, j))
+        length = negative if chance < drop else positive
+        drawn.append((document.patches[j], length, document, j))
     # Like lengths side by side: PyTorch's attention computes neighbours of one length as one dense batch.
     drawn.sort(key=lambda sample: sample[:2])
 

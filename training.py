@@ -950,7 +950,9 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
     pictures = [tuple(picture.shape[1:]) for d in documents for picture in d.pictures]
     frozen = flops(2, mllm.config, Batch.of(mllm.config, lengths, grids, 0, pictures), dit.config, vae.config)
     patch = dit.config.patch_size[1] ** 2
-    rows = [([z[0].numel() // patch for z in row], len(r)) for row, r in zip(samples.latents, samples.rows, strict=True)]
+    rows = []
+    for pictures, tokens in zip(samples.latents, samples.rows, strict=True):
+        rows.append(([z.shape[1] * z.shape[2] // patch for z in pictures], len(tokens)))
     trained = flops(2, mllm.config, Batch.of(mllm.config, [len(samples.features)], samples=rows), dit.config, vae.config)
     parts = frozen | {name: trained[name] for name in ("connector", "DiT")}
     return float(sum(map(sum, parts.values())))

@@ -51,7 +51,7 @@ from threads import usable_cores
 
 ENDINGS = (".json", ".jsonl", ".tar")  # names of files, whether they exist or not
 
-TOGETHER = 4  # items that a worker sends in one message
+TOGETHER = 16  # items that a worker sends in one message
 
 # -------------------------------------------------------------------------------------------------------------- order
 
