@@ -21,8 +21,9 @@ list. As many ranks continue exactly; another number of them shares out the open
 Nothing is repeated or lost.
 """
 
-import fcntl
+import atexit
 import ctypes
+import fcntl
 import faulthandler
 import importlib.util
 import itertools
@@ -402,13 +403,24 @@ def until_closed(loader: DataLoader) -> Iterator[object]:
     items = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     workers = [p for p in multiprocessing.active_children() if p not in before]
+
+    def end() -> None:
+        for worker in workers:
+            worker.kill()
+
+    def end_quietly() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes a worker's end for a failure
+        end()
+
+    # A program may end with this generator half read. Then Python would send them one SIGTERM, and wait for ever.
+    atexit.register(end_quietly)
     try:
         for message in items:
             yield from pickle.loads(message)
     finally:
         del items  # asks them to end, waits 5 s, sends SIGTERM
-        for worker in workers:  # One that was not running meanwhile takes that and the SIGTERM at this process' end for one.
-            worker.kill()
+        end()  # one that was not running meanwhile takes that and the SIGTERM at this process' end for one
+        atexit.unregister(end_quietly)
 
 
 def end_with_training(worker: int) -> None:

@@ -327,3 +327,14 @@ def test_a_run_stops_when_thirty_percent_are_broken(tmp_path: Path, capsys, part
     lines = {row["line"] - 1 for row in listed}
     assert 40 < len(listed) < 90 and lines <= bad and len(lines) == len(listed)
     assert not list(out.glob("step_*"))
+
+
+def test_a_program_that_stops_reading_comes_to_its_end(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(chat(f"word {n}")) + "\n" for n in range(400)))
+    code = (
+        "from records.stream import Stream, open_source\n"
+        f"items = iter(Stream(open_source({str(tmp_path / 'a.jsonl')!r}), 1, workers=2))\n"
+        "next(items)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
