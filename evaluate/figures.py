@@ -1,0 +1,270 @@
+"""The report of a run: tables with intervals, JSON, and a page to look at.
+
+    python -m evaluate report --out runs/e
+
+It writes report.json, report.md and report.html into the folder, for every judge that has judged there. An interval is that of
+the bootstrap over items: again and again as many items are drawn with repetition, and the benchmark makes its figures of them;
+the middle 95 percent are the interval. Of every score three counts say how it came about: judged, refused, unparsable; a fourth,
+missing, counts answers that lacked what was to be judged: their score is the scale's lowest. Published figures stand beside ours
+with what differs.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from urllib.parse import quote
+
+from checkpoint import InputError, read_json
+from evaluate.answers import Answers, items_of, read_run
+from evaluate.benchmark import JUDGED, MISSING, REFUSED, UNPARSABLE, Figure, Request, find
+from evaluate.judging import prompt_hash
+from flags import Parser
+from pages.answer import harmless_json, write_text
+from pages.template import render
+
+WHYS = (JUDGED, REFUSED, UNPARSABLE, MISSING)
+
+
+class Table(NamedTuple):
+    """As evaluate.report has it, for the same template."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    notes: list[tuple[str, str]] = []
+    weak: list[tuple[str, str]] = []
+
+
+def main(argv: list[str]) -> None:
+    p = Parser("python -m evaluate report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", required=True, help="folder of the run")
+    p.add_argument("--draws", type=int, default=1000, help="of the bootstrap (1000)")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    args = p.parse_flags(argv)
+    if args.draws < 1:
+        raise InputError(f"--draws {args.draws}: must be 1 or more")
+    out = Path(args.out)
+    run = read_run(out)
+    module = find(run["benchmark"])
+    requests, items = items_of(module, run.get("items from"), run.get("n"))
+    if items != run["items"]:
+        raise InputError(f"{out}: its items were others ({run['items']}, now {items}): take the benchmark's file of then")
+    answers = Answers(Path(run["answers"]) if "answers" in run else out / "answers", requests)
+    judged = []
+    for folder in sorted((out / "judged").glob("*/")):
+        rows = [read_json(folder / f"{r.id}.json") for r in requests if (folder / f"{r.id}.json").is_file()]
+        if rows:
+            judged.append(Judged(module, folder, rows, len(requests), args.draws, args.seed))
+    if not judged:
+        raise InputError(f"{out}: nothing is judged there: `python -m evaluate judge` does it")
+
+    absent = [r.id for r in requests if not answers.has(r.id)]
+    about = {
+        "benchmark": module.NAME,
+        "title": module.TITLE,
+        "source": module.SOURCE,
+        "items": {"of": len(requests), "hash": items, "from": run.get("items from") or "the benchmark", "n": run.get("n")},
+        "answers absent": absent,
+        "system": run.get("system") or {"answers": run.get("answers")},
+        "settings": run.get("settings"),
+        "seeds": {"sampling": (run.get("settings") or {}).get("seed"), "bootstrap": args.seed, "draws": args.draws},
+    }
+    tables = [t for j in judged for t in j.tables(module)]
+    notes = facts(about)
+    results = about | {"judges": [j.to_json() for j in judged], "published": module.PUBLISHED}
+    write_text(out / "report.json", harmless_json(results))
+    text = f"# {module.TITLE}\n\n" + "\n\n".join([*map(markdown, tables), "\n".join(f"* {k}: {v}" for k, v in notes)]) + "\n"
+    write_text(out / "report.md", text)
+    made = time.strftime("%Y-%m-%d", time.gmtime())
+    ranges = spans(judged)
+    cards = [card(request, judged, answers, out, ranges) for request in requests]
+    cards.sort(key=lambda c: c["goodness"])
+    notes.append(("report of", made))
+    write_text(out / "report.html", render("benchmark.html", title=module.TITLE, tables=tables, facts=notes, cards=cards))
+    print(text, end="")
+    print(out / "report.html")
+
+
+class Judged:
+    """What one judge found."""
+
+    def __init__(self, module: ModuleType, folder: Path, rows: list[dict], of: int, draws: int, seed: int):
+        self.rows = rows
+        self.by_id = {row["id"]: row for row in rows}
+        self.of = of
+        self.card = read_json(folder / "judge.json")
+        if (folder / "models.json").is_file():
+            self.card |= read_json(folder / "models.json")
+        if self.card["prompts"] != prompt_hash(module):
+            self.card["note"] = "the prompts have changed since"
+        self.figures = bootstrap(module, rows, draws, seed)
+        self.counts = {}
+        for row in rows:
+            for name, score in row["scores"].items():
+                self.counts.setdefault(name, Counter())[score["why"]] += 1
+
+    def to_json(self) -> dict:
+        figures = {name: {k: finite(v) for k, v in figure._asdict().items()} for name, figure in self.figures.items()}
+        counts = {name: {why: count[why] for why in WHYS} for name, count in self.counts.items()}
+        return self.card | {"items": len(self.rows), "of": self.of, "figures": figures, "counts": counts}
+
+    def tables(self, module: ModuleType) -> list[Table]:
+        judge = self.card["judge"]
+        rows = [[name, number(f.value), f"{number(f.low)} to {number(f.high)}", str(f.n)] for name, f in self.figures.items()]
+        notes = [("judge", f"{judge}, {self.card['date']}, prompts {self.card['prompts']}"),
+                 ("items", f"{len(self.rows)} of {self.of} judged"),
+                 ("95 %", "interval by bootstrap over items")]  # fmt: skip
+        notes += [(key, str(self.card[key])) for key in ("answered as", "note") if key in self.card]
+        tables = [Table(f"By {judge}", ["figure", "value", "95 %", "items"], rows, notes)]
+        counts = [[name, *(str(count[why]) for why in WHYS)] for name, count in self.counts.items()]
+        notes = [(REFUSED, "the judge would not answer, or its filter stood before it"),
+                 (UNPARSABLE, "no score can be read from its answer"),
+                 (MISSING, "there was nothing to judge: the scale's lowest score")]  # fmt: skip
+        tables.append(Table(f"How the scores of {judge} came about", ["score", *WHYS], counts, notes))
+        if module.PUBLISHED:
+            tables.append(self.beside(module))
+        return tables
+
+    def beside(self, module: ModuleType) -> Table:
+        """Published figures, each line with what differs from ours."""
+        names = list(dict.fromkeys([*self.figures, *(n for p in module.PUBLISHED for n in p["figures"])]))
+        rows = [["ours", *(number(self.figures[n].value) if n in self.figures else "-" for n in names), self.card["judge"], ""]]
+        for published in module.PUBLISHED:
+            differs = [] if published["judge"] == self.card["judge"] else ["judge"]
+            if len(self.rows) < self.of or "n" in published and published["n"] != len(self.rows):
+                differs.append("items")
+            if published.get("rule"):
+                differs.append(f"rule: {published['rule']}")
+            mark = f"* {', '.join(differs)}" if differs else ""
+            cells = (number(published["figures"][n]) if n in published["figures"] else "-" for n in names)
+            rows.append([published["system"], *cells, str(published["judge"]), mark])
+        notes = [("*", "not comparable: judge, items or rule differ")]
+        notes += [(p["system"], str(p["source"])) for p in module.PUBLISHED]
+        return Table("Beside published figures", ["system", *names, "judge", "differs"], rows, notes)
+
+
+def bootstrap(module: ModuleType, rows: list[dict], draws: int, seed: int) -> dict[str, Figure]:
+    """The figures, each with the middle 95 percent of what it is for items drawn anew."""
+    figures = module.aggregate(rows)
+    chance = random.Random(seed)
+    drawn = {name: [] for name in figures}
+    for _ in range(draws):
+        again = module.aggregate(chance.choices(rows, k=len(rows)))
+        for name in figures:
+            # A small group may be missing from a draw.
+            if name in again and math.isfinite(again[name].value):
+                drawn[name].append(again[name].value)
+    return {name: f._replace(low=percentile(drawn[name], 2.5), high=percentile(drawn[name], 97.5)) for name, f in figures.items()}
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Between two values by their distance, as numpy has it."""
+    if not values:
+        return math.nan
+    values = sorted(values)
+    at = percent / 100 * (len(values) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (at - low) * (values[high] - values[low])
+
+
+def finite(value: float) -> float | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def facts(about: dict) -> list[tuple[str, str]]:
+    """What stands under the tables: where the items and the answers come from."""
+    items = about["items"]
+    source = ", ".join(f"{k} {v}" for k, v in about["source"].items())
+    system = ", ".join(f"{k} {v}" for k, v in about["system"].items())
+    seeds = ", ".join(f"{k} {v}" for k, v in about["seeds"].items())
+    found = [("items", f"{items['of']} from {items['from']}, hash {items['hash']}; {source}"), ("system", system)]
+    if about["settings"]:
+        found.append(("settings", ", ".join(f"{k} {v}" for k, v in about["settings"].items())))
+    found.append(("seeds", seeds))
+    if about["answers absent"]:
+        found.append(("answers absent", f"{len(about['answers absent'])}: {', '.join(about['answers absent'][:20])}"))
+    return found
+
+
+def markdown(table: Table) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    lines = [f"**{table.caption}**", "", line(table.head), line(["---"] * len(table.head)), *map(line, table.rows)]
+    return "\n".join([*lines, "", *(f"{name}: {meaning}  " for name, meaning in table.notes)]).strip()
+
+
+# -------------------------------------------------------------------------------------------------------------------- page
+
+
+def spans(judged: list["Judged"]) -> dict[tuple, tuple[float, float]]:
+    """{(judge, score, key): lowest and highest value}, so that scores of all scales can be held together."""
+    found = {}
+    for n, j in enumerate(judged):
+        for row in j.rows:
+            for name, score in row["scores"].items():
+                for key, value in parts_of(score["value"]):
+                    low, high = found.get((n, name, key), (value, value))
+                    found[n, name, key] = min(low, value), max(high, value)
+    return found
+
+
+def parts_of(value: float | dict | None) -> list[tuple[str, float]]:
+    if value is None:
+        return []
+    return list(value.items()) if isinstance(value, dict) else [("", value)]
+
+
+def goodness(id: str, judged: list["Judged"], ranges: dict) -> float:
+    """From 0, the worst of all items in every score, to 1; what nobody could judge comes first."""
+    places = []
+    for n, j in enumerate(judged):
+        for name, score in j.by_id.get(id, {"scores": {}})["scores"].items():
+            for key, value in parts_of(score["value"]):
+                low, high = ranges[n, name, key]
+                places.append((value - low) / (high - low) if high > low else 1.0)
+    return sum(places) / len(places) if places else -1.0
+
+
+def card(request: Request, judged: list["Judged"], answers: Answers, out: Path, ranges: dict) -> dict:
+    """One item of the page: what was asked, the answer, and every judge's scores and words."""
+    asked = []
+    for message in request.messages:
+        parts = message["content"]
+        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+            asked.append(part["text"] if part["type"] == "text" else "[picture]")
+    texts, pictures = [], []
+    if answers.has(request.id):
+        texts, files = answers.files(request.id)
+        # Addresses, not contents: a page with all pictures of 500 answers in it would be too heavy for a phone.
+        pictures = [quote(Path(os.path.relpath(f.absolute(), out.absolute())).as_posix()) for f in files]
+    scores = []
+    for j in judged:
+        for name, score in j.by_id.get(request.id, {"scores": {}})["scores"].items():
+            value = score["value"]
+            shown = ", ".join(f"{k} {v:.2f}".strip() for k, v in parts_of(value)) if value is not None else "-"
+            scores.append({"judge": j.card["judge"], "name": name, "value": shown, "why": score["why"], "words": score["words"]})
+    given = answers.given(request.id)
+    return {
+        "id": request.id,
+        "asked": " ".join(asked),
+        "given": [quote(Path(os.path.relpath(f.absolute(), out.absolute())).as_posix()) for f in given],
+        "texts": texts,
+        "pictures": pictures,
+        "scores": scores,
+        "whys": " ".join(sorted({s["why"] for s in scores})) if scores else "unjudged",
+        "meta": json.dumps(request.meta, ensure_ascii=False),
+        "goodness": goodness(request.id, judged, ranges),
+    }

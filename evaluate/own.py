@@ -1,0 +1,125 @@
+"""The judge `self`: this repository's own language model in the same process, of any size.
+
+Nothing is written and nothing is parsed: a yes is the probability of that word against no, a rating the mean of the scale by
+the probabilities of its numbers. The question is read once, and each candidate behind it from the cache.
+"""
+
+import hashlib
+import json
+import math
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint import InputError, parse_dtype, part_folder, pick_device
+from evaluate.judges import Question, Reply
+from model import MLLM, ImageProcessor, KVCache, mrope_positions
+from ops import Segments
+from pipeline import find_checkpoint, origin, read_manifest
+from tokenizer import Tokenizer, render
+
+ROOM = 16  # tokens that the longest candidate may have
+
+
+class Own:
+    """A judges.Backend."""
+
+    def __init__(self, mllm: MLLM, tokenizer: Tokenizer, processor: ImageProcessor, source: str = "self", weights: str = ""):
+        self.mllm = mllm.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.device = mllm.model.embed_tokens.weight.device
+        self.name = f"self {source}"
+        # Not where it lies: the same weights elsewhere answer the same.
+        self.identity = {"weights": weights, "dtype": str(mllm.model.embed_tokens.weight.dtype)}
+        self.lock = threading.Lock()  # one model, one question at a time
+
+    @classmethod
+    def from_pretrained(cls, ckpt: str | None, mllm: str | None, device: str = "auto", dtype: str = "auto") -> "Own":
+        base = None
+        source = mllm
+        if source is None:
+            base = find_checkpoint(ckpt, None)
+            source = read_manifest(base / "duogen.json")["parts"]["mllm"]
+        folder = part_folder(source, "mllm", base=base)
+        device = pick_device(device)
+        # A folder keeps its name when its weights are trained on, so they are part of what was asked.
+        weights = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            weights.update(json.dumps([file.name, file.stat().st_size]).encode())
+            with open(file, "rb") as f:
+                weights.update(hashlib.file_digest(f, "sha256").digest())
+        model = MLLM.from_pretrained(folder, dtype=parse_dtype(dtype, device), device=device)
+        parts = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
+        return cls(model, *parts, source="/".join(Path(origin(folder)).parts[-2:]), weights=weights.hexdigest())
+
+    def ask(self, question: Question) -> Reply:
+        with self.lock, torch.no_grad():
+            try:
+                return self.yes(question) if question.kind == "yes" else self.fields(question)
+            except InputError as e:  # longer than its context
+                return Reply(str(e), refused=True, model=self.name)
+
+    def yes(self, question: Question) -> Reply:
+        found, read = self.probabilities(question.parts, ["yes", "Yes", "no", "No"])
+        yes = found["yes"] + found["Yes"]
+        no = found["no"] + found["No"]
+        # Both may be so unlikely that floats end: then it has no opinion.
+        value = yes / (yes + no) if yes + no else 0.5
+        return Reply(f"yes {yes:.3g}, no {no:.3g}", value={"yes": value}, tokens=(read, 0), model=self.name)
+
+    def fields(self, question: Question) -> Reply:
+        """One number after another, each asked for by itself."""
+        value = {}
+        words = []
+        tokens = 0
+        for key, (low, high) in question.keys.items():
+            numbers = [str(n) for n in range(math.ceil(low), math.floor(high) + 1)]
+            # The instruction about JSON, which comes last, is not for this judge.
+            asked = f"Give one number from {low:g} to {high:g} for {key}. Answer with the number alone."
+            found, read = self.probabilities([*question.parts[:-1], asked], numbers)
+            mass = sum(found.values())
+            value[key] = sum(int(n) * p for n, p in found.items()) / mass if mass else (low + high) / 2
+            words.append(f"{key} {value[key]:.2f} (" + ", ".join(f"{n}: {p:.2g}" for n, p in found.items()) + ")")
+            tokens += read
+        return Reply("; ".join(words), value=value, tokens=(tokens, 0), model=self.name)
+
+    def probabilities(self, parts: list, candidates: list[str]) -> tuple[dict[str, float], int]:
+        """How likely the answer begins with each candidate, and no longer one; and how many tokens were read."""
+        typed = [{"type": "text", "text": f"{p}\n"} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+        patches = [self.processor(p) for p in parts if not isinstance(p, str)]
+        grids = [grid for _, grid in patches]
+        merged = [self.processor.merged(grid) for grid in grids]
+        rendered = render(self.tokenizer, [{"role": "user", "content": typed}], merged, generation_prompt=True)
+        room = self.mllm.config.max_position_embeddings
+        if len(rendered.ids) + ROOM > room:
+            raise InputError(f"the question has {len(rendered.ids):,} tokens, this judge reads {room - ROOM:,}")
+        embedding = self.mllm.model.embed_tokens.weight
+        cache = KVCache(self.mllm.config, len(rendered.ids) + ROOM, embedding.dtype, self.device)
+        positions, after = mrope_positions(rendered.ids, merged, self.tokenizer.image_pad)
+        pixels = torch.cat([p for p, _ in patches]).to(self.device) if patches else None
+        first = self.read(cache, rendered.ids, positions, pixels, grids)[-1]               # (vocab,)
+
+        ids = {c: self.tokenizer.encode(c) for c in candidates}
+        likely = {}
+        for candidate, tokens in ids.items():
+            logs = first[tokens[0]].item()
+            if len(tokens) > 1:
+                where = torch.arange(after, after + len(tokens) - 1).expand(3, -1)
+                rows = self.read(cache, tokens[:-1], where)                                # (tokens - 1, vocab)
+                logs += sum(row[token].item() for row, token in zip(rows, tokens[1:], strict=True))
+                cache.truncate(0, len(rendered.ids))
+            likely[candidate] = math.exp(logs)
+        # "1" is how "10" begins where digits are tokens: what belongs to the longer one is not the shorter one's.
+        longer = {a: [b for b in ids if len(ids[b]) > len(ids[a]) and ids[b][: len(ids[a])] == ids[a]] for a in ids}
+        return {a: max(0.0, likely[a] - sum(likely[b] for b in longer[a])) for a in ids}, len(rendered.ids)
+
+    def read(self, cache: KVCache, ids: list[int], positions: Tensor, pixels: Tensor | None = None, grids=None) -> Tensor:
+        """Logarithms of the probabilities of what follows each token; of a question, its last one alone."""
+        ids = torch.tensor(ids, device=self.device)
+        segments = Segments([len(ids)], self.device)
+        hidden = self.mllm(ids, positions.to(self.device), segments, pixels, grids or None, cache=cache)[-1]
+        # A vocabulary wide: of a long question the other rows are never looked at.
+        return self.mllm.logits(hidden[-ROOM:]).float().log_softmax(-1)
