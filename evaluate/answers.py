@@ -5,9 +5,9 @@
     calls/                   every question to a judge, and what it said (judges.py)
     judged/JUDGE/ID.json     the scores of an answer
 
-Answers of other systems are judged as well: a folder with ID/answer.json, of which only {"parts": [{"type": "text", "text": ""},
-{"type": "image", "image": FILE}]} is read, or lmms-eval's {"text": ..., "images": [FILE]} in its place; or one file with a line
-{"id": ID, "response": lmms-eval's string} for each. In its text <image> marks the place of a picture.
+Answers of other systems are judged as well: a folder with ID/answer.json, of which only "parts" is read, or which holds
+lmms-eval's {"text": ..., "images": [FILE]} instead; or one file with a line {"id": ID, "response": lmms-eval's string} for each. In its text
+<image> marks the place of a picture.
 """
 
 import hashlib

@@ -4,9 +4,9 @@
 
 It writes report.json, report.md and report.html into the folder, for every judge that has judged there. An interval is that of
 the bootstrap over items: again and again as many items are drawn with repetition, and the benchmark makes its figures of them;
-the middle 95 percent are the interval. Of every score three counts say how it came about: judged, refused, unparsable; a fourth,
-missing, counts answers that lacked what was to be judged: their score is the scale's lowest. Published figures stand beside ours
-with what differs.
+the middle 95 percent are the interval. Of every score three counts say how it came about: judged, refused, unparsable; a
+fourth, missing, counts answers that lacked what was to be judged: their score is the scale's lowest. Published figures stand
+beside ours with what differs.
 """
 
 import argparse
@@ -161,7 +161,8 @@ def bootstrap(module: ModuleType, rows: list[dict], draws: int, seed: int) -> di
             # A small group may be missing from a draw.
             if name in again and math.isfinite(again[name].value):
                 drawn[name].append(again[name].value)
-    return {name: f._replace(low=percentile(drawn[name], 2.5), high=percentile(drawn[name], 97.5)) for name, f in figures.items()}
+    ends = {name: (percentile(values, 2.5), percentile(values, 97.5)) for name, values in drawn.items()}
+    return {name: figure._replace(low=ends[name][0], high=ends[name][1]) for name, figure in figures.items()}
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -255,7 +256,8 @@ def card(request: Request, judged: list["Judged"], answers: Answers, out: Path, 
         for name, score in j.by_id.get(request.id, {"scores": {}})["scores"].items():
             value = score["value"]
             shown = ", ".join(f"{k} {v:.2f}".strip() for k, v in parts_of(value)) if value is not None else "-"
-            scores.append({"judge": j.card["judge"], "name": name, "value": shown, "why": score["why"], "words": score["words"]})
+            said = {"why": score["why"], "words": score["words"]}
+            scores.append({"judge": j.card["judge"], "name": name, "value": shown} | said)
     given = answers.given(request.id)
     return {
         "id": request.id,

@@ -6,8 +6,8 @@
     python -m evaluate judge geneval --out runs/x --judge self --answers theirs/                  answers of another system
 
 A server's key is read from JUDGE_API_KEY. Every item is a file as soon as it is judged, and every answer of the judge before
-that: the same command again goes on where it ended, and asks nothing twice. Several judges may judge the same answers, each in a
-folder of its own.
+that: the same command again goes on where it ended, and asks nothing twice. Several judges may judge the same answers, each in
+a folder of its own.
 """
 
 import argparse
