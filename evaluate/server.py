@@ -123,7 +123,9 @@ class Server:
         refusal = getattr(choice.message, "refusal", None)
         words = choice.message.content
         tokens = (getattr(out.usage, "prompt_tokens", 0), getattr(out.usage, "completion_tokens", 0))
-        reply = Reply(words if isinstance(words, str) else "" if words is None else repr(words), model=str(out.model))
+        if not isinstance(words, str):
+            words = "" if words is None else f"not text: {words!r}"
+        reply = Reply(words, model=str(out.model))
         reply.tokens = tuple(n if isinstance(n, int) else 0 for n in tokens)
         if refusal or choice.finish_reason == "content_filter":
             reply.refused = True
