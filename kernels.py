@@ -53,7 +53,7 @@ tests/aot_sm90.json. Instruction counts do not predict the time. How early the n
 * Short sequences have few tiles. 133 programs on 132 processors take as long as 264, so `quickest` looks at how many there are.
 * Causal changes no size, it shortens walks. D = 80 runs in the tiles of 128: its zero columns are multiplied but never read.
 
-Whole tiles are copied by Hopper's TMA unit, which saves the loop its address arithmetic; edges go by pointers, since a box would
+Whole tiles are copied by Hopper's TMA unit, which saves the loop its address arithmetic. Edges go by pointers: a box would
 reach into the next sequence, and a NaN there times p = 0 is NaN. Not used: warp specialisation, which Triton 3.6 compiles for
 some of these loops and breaks for others, and Gluon, which has no interpreter to test with.
 
@@ -76,6 +76,7 @@ results once. Bytes per element of a bf16 stream, forward, operation by operatio
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -701,6 +702,36 @@ def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> st
     if scale is not None and scale <= 0:
         return f"scale {scale} is not positive"
     return None
+
+
+# From how many operations in each of its calls on PyTorch's attention, which is cuDNN's there, is faster than the kernels here;
+# never where there is no entry. Sequences of one length are one call to it, any others a call each.
+SDPA_FROM = {
+    # architecture, with gradients, several calls
+    (9, False, False): 50e9,  # 8 x 900, 16 heads of 128: 0.48 of the time
+    (9, False, True): 200e9,
+    (9, True, False): 50e9,  # the same: forward 0.48, backward 0.63
+}
+
+
+def sdpa_is_faster(q: Tensor, k: Tensor, queries, keys, causal: bool) -> bool:
+    """Whether auto leaves this call to PyTorch. q (Nq, Hq, D), k (Nk, Hkv, D); queries, keys: their Segments."""
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    # cuDNN adds gradients in any order. Who asks PyTorch for equal bits gets the kernels, which always give them.
+    if gradients and torch.are_deterministic_algorithms_enabled():
+        return False
+    lengths = list(zip(queries.lengths, keys.lengths, strict=True))
+    # PyTorch masks by a matrix where queries are not as many as keys, and empty sequences are nobody's strength.
+    if causal and queries.lengths != keys.lengths:
+        return False
+    if not lengths or 0 in queries.lengths or 0 in keys.lengths:
+        return False
+    if not (torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()):
+        return False
+    calls = 1 + sum(a != b for a, b in pairwise(lengths))
+    least = SDPA_FROM.get((_architecture(q.device), gradients, calls > 1), math.inf)
+    pairs = sum(a * b for a, b in lengths) / (2 if causal else 1)
+    return 4 * q.shape[1] * q.shape[2] * pairs / calls >= least
 
 
 def attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tensor:
