@@ -426,7 +426,7 @@ def _dkv_step(
     dk, dv, k, v,
     Q, DO, q_box, do_box, LSE, DELTA,
     head, q0, m, nq, first,
-    sq, sd, scale,
+    sq, hq, sd, hd, total, scale,
     RAGGED: tl.constexpr,
     CAUSAL: tl.constexpr,
     TMA: tl.constexpr,
@@ -439,10 +439,9 @@ def _dkv_step(
     and stay in registers. first (BN,): the first query that reads each key."""
     rows = tl.arange(0, BM)
     dims = tl.arange(0, DIM)
-    q = _fetch(Q, q_box, head, q0 + m, sq, nq - m, rows, dims, RAGGED, TMA, D)
-    do = _fetch(DO, do_box, head, q0 + m, sd, nq - m, rows, dims, RAGGED, TMA, D)
-    lse_at = LSE + q0 + m + rows
-    delta_at = DELTA + q0 + m + rows
+    q = _fetch(Q + head * hq, q_box, head, q0 + m, sq, nq - m, rows, dims, RAGGED, TMA, D)
+    lse_at = LSE + head * total + q0 + m + rows
+    delta_at = DELTA + head * total + q0 + m + rows
     if RAGGED:
         real = rows < nq - m
         lse = tl.load(lse_at, mask=real, other=float("inf"))
@@ -458,6 +457,7 @@ def _dkv_step(
         p = tl.where(m + rows[None, :] >= first[:, None], p, 0.0)
 
     # (6). The tensor cores get p rounded; for (8) it stays in fp32.
+    do = _fetch(DO + head * hd, do_box, head, q0 + m, sd, nq - m, rows, dims, RAGGED, TMA, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=DOT)
 
     # (8).
@@ -502,33 +502,30 @@ def _backward_dkv(
     if CAUSAL:  # no query before reads any of these keys
         start = tl.maximum(n0 - (nk - nq), 0) // BM * BM
 
-    # Every head that read these keys sends them a gradient.
+    # Every head that read these keys sends them a gradient. Whole tiles of queries come by the TMA unit. Then what is left of
+    # each head, one tile at most: copying ahead would only cost registers, of which there are too few already.
     dk = tl.zeros((BN, DIM), tl.float32)
     dv = tl.zeros((BN, DIM), tl.float32)
-    for head in range(kv_head * group, kv_head * group + group):
-        q = Q + head * hq
-        do = DO + head * hd
-        lse = LSE + head * total
-        delta = DELTA + head * total
-        # Whole tiles by the TMA unit, then what is left. Without one a second loop would only spill: all tiles are the rest.
-        rest = start
-        if TMA:
-            rest = nq // BM * BM
+    rest = start
+    if TMA:
+        rest = nq // BM * BM
+        for head in range(kv_head * group, kv_head * group + group):
             for m in range(start, rest, BM):
                 dk, dv = _dkv_step(
                     dk, dv, k, v,
-                    q, do, q_box, do_box, lse, delta,
+                    Q, DO, q_box, do_box, LSE, DELTA,
                     head, q0, m, nq, first,
-                    sq, sd, scale,
+                    sq, hq, sd, hd, total, scale,
                     False, CAUSAL, TMA,
                     D, DIM, BM, DOT,
                 )  # fmt: skip
-        for m in range(rest, nq, BM):
+    for head in range(kv_head * group, kv_head * group + group):
+        for m in tl.range(rest, nq, BM, num_stages=1 if TMA else None):
             dk, dv = _dkv_step(
                 dk, dv, k, v,
-                q, do, q_box, do_box, lse, delta,
+                Q, DO, q_box, do_box, LSE, DELTA,
                 head, q0, m, nq, first,
-                sq, sd, scale,
+                sq, hq, sd, hd, total, scale,
                 True, CAUSAL, TMA,
                 D, DIM, BM, DOT,
             )  # fmt: skip

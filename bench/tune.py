@@ -41,6 +41,7 @@ from kernels import Tiles
 from ops import Segments
 
 LIMITS = {"forward": 6e-3, "dq": 1e-2, "dkv": 1e-2, "backward": 1e-2}  # relative errors of 16-bit numbers
+LATE = "the time was over"
 PATIENCE = 40  # seconds for one job, compilation included
 PROCESSES = 14
 SMALL = "small"  # what the case of a compile job is called
@@ -132,10 +133,10 @@ def cases(smoke: bool) -> list[Case]:
 
 
 class Job(NamedTuple):
-    """What a process is asked for. kind: compile, time, way or fresh."""
+    """What a process is asked for. kind: compile, time, way, fresh or machine."""
 
     kind: str
-    case: Case
+    case: Case | None
     candidate: Candidate | None = None
     way: str = ""
     backward: bool = False
@@ -246,11 +247,13 @@ class Inputs:
     def way(self, name: str, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
         leaves = [x.detach().requires_grad_(backward) for x in (self.q, self.k, self.v)]
         forced = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+        varlen = None
+        if name == "varlen_attn":
+            _, varlen = Peers(self.case, self.sq, self.sk, self.q.device).varlen()
 
         def forward() -> Tensor:
-            if name == "varlen_attn":
-                _, call = Peers(self.case, self.sq, self.sk, self.q.device).varlen()
-                return call(*leaves)
+            if varlen:
+                return varlen(*leaves)
             backend = "triton" if name == "ours" else "sdpa"
             with sdpa_kernel(forced[name]) if name in forced else nullcontext():
                 return ops.attention(*leaves, self.sq, self.sk, causal=self.case.causal, backend=backend)
@@ -292,6 +295,9 @@ def milliseconds(call: Callable, device: torch.device) -> float:
 
 
 def do(job: Job, inputs: Callable[[Case], Inputs], device: torch.device) -> dict:
+    if job.kind == "machine":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        return {"device": name, "cudnn": torch.backends.cudnn.version()}
     x = inputs(job.case)
     if job.kind == "fresh":
         return {"ms": fresh(x, job.backward, device)}
@@ -329,7 +335,7 @@ def fresh(x: Inputs, backward: bool, device: torch.device) -> float:
 
 
 def serve(pipe: connection.Connection, device: str) -> None:
-    """One job after the other, until the parent ends or the GPU is in an error, which the process cannot survive."""
+    """One job after the other, until the parent ends. A result with "ended" says that this process is of no more use."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
@@ -369,9 +375,10 @@ def end_with_parent() -> None:
 class Workers:
     """`count` processes that take one job at a time. What ends or blocks one costs the job that it had."""
 
-    def __init__(self, count: int, device: str):
+    def __init__(self, count: int, device: str, serve: Callable = serve):
         self.count = count
         self.device = device
+        self.serve = serve
         # From a server that has imported the libraries and touched no GPU: a fork behind CUDA's start would be broken.
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["bench.attention_peers"])
@@ -379,7 +386,7 @@ class Workers:
 
     def start(self) -> tuple:
         mine, theirs = self.context.Pipe()
-        process = self.context.Process(target=serve, args=(theirs, self.device), daemon=True)
+        process = self.context.Process(target=self.serve, args=(theirs, self.device), daemon=True)
         process.start()
         theirs.close()
         return mine, process
@@ -416,9 +423,9 @@ class Workers:
                 if time.time() - since > PATIENCE or late:
                     del busy[pipe]
                     process.kill()
-                    yield job, {"failed": "the time was over" if late else f"no result in {PATIENCE} s"}
+                    yield job, {"failed": LATE if late else f"no result in {PATIENCE} s"}
         for job in waiting:
-            yield job, {"failed": "the time was over"}
+            yield job, {"failed": LATE}
 
     def close(self) -> None:
         for _, process in self.free:
@@ -458,15 +465,18 @@ def run(device: str, smoke: bool, seconds: float, file: Path, processes: int) ->
             right.add((job.candidate, kind_of(job.case)))
     workers.close()
     print(f"compiled {len(right)} of {len(records)} in {time.time() - began:.0f} s", flush=True)
-    write(file, records, device)
 
     # One process, so that nothing else runs on the GPU.
     timer = Workers(1, device)
+    machine = {"torch": torch.__version__, "triton": kernels.triton.__version__, "cache": "L2 warm"}
+    for _, result in timer.run([Job("machine", None)], deadline):
+        machine |= result
+    write(file, records, machine)
     cuda = device.startswith("cuda")
     for number, case in enumerate(shapes):
         for job, result in timer.run(list(timing_jobs(case, right, found, cuda)), deadline):
             note(job, result)
-        write(file, records, device)
+        write(file, records, machine)
         # Behind the first shape, with which cuDNN itself has started.
         if number == 0:
             lengths = [20] if smoke else [3001, 3504, 4008]
@@ -478,19 +488,12 @@ def run(device: str, smoke: bool, seconds: float, file: Path, processes: int) ->
             for job, result in timer.run(jobs, deadline):
                 note(job, result)
     timer.close()
-    write(file, records, device)
-    print(f"all in {time.time() - began:.0f} s: {file}", flush=True)
+    write(file, records, machine)
+    print(f"all in {time.time() - began:.0f} s, {machine.get('device')}: {file}", flush=True)
     return records
 
 
-def write(file: Path, records: list[dict], device: str) -> None:
-    machine = {"torch": torch.__version__, "triton": kernels.triton.__version__, "cache": "L2 warm"}
-    # The driver's own list: to ask PyTorch would start CUDA in this process.
-    try:
-        models = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-        machine["device"] = models[0].read_text().splitlines()[0].partition(":")[2].strip()
-    except (OSError, IndexError):
-        machine["device"] = device
+def write(file: Path, records: list[dict], machine: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(json.dumps(record) for record in records)
     file.write_text(f'{{"machine": {json.dumps(machine)},\n"records": [\n{rows}\n]}}\n')
@@ -512,18 +515,21 @@ def table(records: list[dict], shapes: list[Case]) -> str:
     """A line for each shape and pass: the fastest candidates, ms."""
     lines = []
     for record in records:
-        if "failed" in record:
+        if "failed" in record and record["failed"] != LATE:
             lines.append(f"FAILED {record['kind']} {record['shape']} {record['what']} {record['name']}: {record['failed']}")
-    # Of many failures the last ones are enough: the file holds them all.
-    if len(lines) > 25:
-        lines = [f"{len(lines)} failures, of which the first:", *lines[:25]]
+    # The file holds them all.
+    if len(lines) > 20:
+        lines = [f"{len(lines)} failures, of which the first:", *lines[:20]]
+    late = sum(r.get("failed") == LATE for r in records)
+    if late:
+        lines.append(f"{late} cells were not begun: {LATE}")
     for case in shapes:
         own = [r for r in records if r["shape"] == case.shape and r["case"] == case.what and r["causal"] == case.causal]
         lines.append(f"{case.what}{', causal' if case.causal else ''}: {case.shape}")
         for what in ("forward", "dq", "dkv"):
             timed = sorted((r for r in own if r["kind"] == "time" and r["what"] == what and "ms" in r), key=lambda r: r["ms"])
             mine = taken(case, what)[:4]
-            cells = [f"{r['name']}{'*' * (tuple(r['tiles']) == mine)} {r['ms']:.4g}" for r in timed[:6]]
+            cells = [f"{r['name']}{'*' * (tuple(r['tiles']) == mine)} {r['ms']:.4g}" for r in timed[:4]]
             if cells:
                 lines.append(f"  {what:8} " + "  ".join(cells))
         for what in ("forward", "backward"):
@@ -548,7 +554,7 @@ def command() -> None:
     device = "cpu" if args.smoke else "cuda"
     records = run(device, args.smoke, args.seconds, args.out, args.processes)
     print(table(records, cases(args.smoke)))
-    sys.exit(0)
+    sys.exit(0 if any("ms" in r for r in records) else 1)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_dkv_by_addresses_equals_dkv_by_descriptors():
     o, lse = kernels.forward(q, k, v, call)
     rest = q, k, v, do, lse, kernels.output_sums(o, do), call
     for a, b in zip(kernels.backward_dkv(*rest), kernels.backward_dkv(*rest, by_tma=False), strict=True):
-        assert torch.equal(a, b)
+        assert distance(a, b.double()) <= 1e-6
 
 
 def test_kernels_keep_neighbours_apart_and_repeat_themselves(poisoned):
