@@ -229,3 +229,63 @@ def test_small_tiles_where_large_ones_would_leave_the_gpu_idle(lengths, heads, c
     s = Segments(lengths)
     assert kernels.quickest([LARGE, SMALL], s, s, causal, heads, "queries") is expected
     assert kernels.quickest([LARGE, SMALL], s, s, causal, heads, "queries") is expected  # as the second layer finds it
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(kernels, "_architecture", lambda device: 9)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+
+
+def faster(queries, keys=None, heads=16, kv_heads=16, dim=128, causal=False, gradients=False):
+    sq, sk = Segments(queries), Segments(keys or queries)
+    q = torch.empty(1, heads, dim, dtype=torch.bfloat16, requires_grad=gradients)
+    k = torch.empty(1, kv_heads, dim, dtype=torch.bfloat16)
+    return kernels.sdpa_is_faster(q, k, sq, sk, causal)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_auto_leaves_long_dense_calls_on_hopper_to_cudnn(hopper, gradients):
+    assert faster([4096] * 4, gradients=gradients) and faster([4500], gradients=gradients)
+    assert faster([4096] * 4, heads=28, kv_heads=4, causal=True, gradients=gradients)
+    assert faster([900] * 8, gradients=gradients)
+    assert not faster([900] * 2, gradients=gradients) and not faster([64] * 81, gradients=gradients)
+
+
+def test_auto_takes_cudnn_for_packs_of_few_and_long_sequences_without_gradients(hopper):
+    pictures = [20480, 4500, 900, 3600, 1296, 8100]
+    assert faster(pictures) and not faster(pictures, gradients=True)
+    assert not faster([4096, 64, 211, 2300, 388, 97, 1450, 640], heads=28, kv_heads=4, causal=True)
+    assert not faster(pictures, [512] * 6)
+
+
+def test_auto_keeps_what_pytorch_does_badly(hopper, monkeypatch):
+    assert not faster([4096] * 2, [8192] * 2, causal=True)  # it would want a mask
+    assert not faster([20480, 0]) and not faster([])
+    assert faster([4096] * 2, [8192] * 2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not faster([4096] * 4, gradients=True) and faster([4096] * 4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert not faster([4096] * 4)
+
+
+@pytest.mark.parametrize("architecture", [0, 8, 10])
+def test_auto_is_as_before_on_other_architectures(hopper, monkeypatch, architecture):
+    monkeypatch.setattr(kernels, "_architecture", lambda device: architecture)
+    assert not faster([4096] * 4)
+
+
+def test_auto_asks_the_table(monkeypatch):
+    """Where the kernels could do a call, auto leaves it to PyTorch if that is faster; who asks for the kernels gets them."""
+    x, s, asked = torch.randn(4, 1, 16), Segments([4]), []
+    monkeypatch.setattr(ops, "_attention_on_triton", lambda q, k, v, scale, choice: choice != "sdpa")
+    monkeypatch.setattr(kernels, "sdpa_is_faster", lambda *call: asked.append(call) or True)
+    monkeypatch.setattr(kernels, "attention", lambda *call: "kernels")
+    assert isinstance(attention(x, x, x, s, backend="auto"), Tensor) and len(asked) == 1
+    assert attention(x, x, x, s, backend="triton") == "kernels" and len(asked) == 1
+    monkeypatch.setattr(kernels, "sdpa_is_faster", lambda *call: False)
+    assert attention(x, x, x, s, backend="auto") == "kernels"
