@@ -27,7 +27,6 @@ KERNELS = {
     "forward": kernels._forward,
     "dq": kernels._backward_dq,
     "dkv": kernels._backward_dkv,
-    "onepass": kernels._backward_dkv,
     "decode": kernels._decode,
 }
 INT32 = {"TILES", "CU_Q", "CU_K", "K_LENGTHS"}
@@ -37,31 +36,36 @@ UNALIGNED = {"total", "group"}  # counts; all strides are multiples of 16 elemen
 def cases() -> dict[str, tuple]:
     """name -> (kernel, configuration, constants): bf16, which fp16 equals instruction by instruction."""
     table = {}
-    for (what, dim), t in kernels.HOPPER.items():
-        for d in (64,) if dim == 64 else (80, 128):
-            constants = {"D": d, "DIM": dim, "BN": t.n, "DOT": "tf32"}
-            if what == "decode":
-                options = {f"splits{n}": {"STATIC": True, "SPLITS": n, "ROWS": t.m} for n in (1, 4)}
-            else:
-                options = {"full": {"CAUSAL": False, "BM": t.m}, "causal": {"CAUSAL": True, "BM": t.m}}
-            for option, more in options.items():
-                more |= {"TMA": True} if what in ("forward", "dq") else {}
-                more |= {"DQ_TOO": what == "onepass"} if what in ("dkv", "onepass") else {}
-                table[f"{what} {d} {option}"] = KERNELS[what], t, constants | more
+    for (what, dim), candidates in kernels.HOPPER.items():
+        for t in candidates:
+            for d in (64,) if dim == 64 else (80, 128):
+                table |= options(what, d, dim, t)
     t = kernels.Tiles(64, 64, 4, 1)
     table["delta 128"] = kernels._delta, t, {"D": 128, "DIM": 128, "BM": 64}
     table["merge 128"] = kernels._merge, t, {"D": 128, "DIM": 128, "SPLITS": 8, "SLOTS": 8}
     return table
 
 
+def options(what: str, d: int, dim: int, t: kernels.Tiles) -> dict[str, tuple]:
+    """One configuration in each way it is compiled."""
+    constants = {"D": d, "DIM": dim, "BN": t.n, "DOT": "tf32"}
+    name = f"{what} {d} {t.m}x{t.n}, {t.warps} warps, {t.stages} stages"
+    if what == "decode":
+        variants = {f"splits{n}": {"STATIC": True, "SPLITS": n, "ROWS": t.m} for n in (1, 4)}
+    else:
+        variants = {"full": {"CAUSAL": False, "BM": t.m, "TMA": True}, "causal": {"CAUSAL": True, "BM": t.m, "TMA": True}}
+    return {f"{name}, {variant}": (KERNELS[what], t, constants | more) for variant, more in variants.items()}
+
+
 def compile_one(name: str) -> dict[str, int]:
     kernel, t, constants = cases()[name]
-    fp32 = {"LSE", "DELTA", "PARTS"} | ({"DQ"} if constants.get("DQ_TOO") else set())
+    fp32 = {"LSE", "DELTA", "PARTS"}
     fp32 |= {"O"} if name.startswith("decode") and constants["SPLITS"] > 1 else set()
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument.endswith("_box"):
-            signature[argument] = f"tensordesc<bf16[{t.n}, 1, {constants['DIM']}]>"
+            rows = t.n if argument in ("k_box", "v_box") else t.m
+            signature[argument] = f"tensordesc<bf16[{rows}, 1, {constants['DIM']}]>"
         elif argument in constants:
             signature[argument] = "constexpr"
         elif argument.isupper():

@@ -1,0 +1,63 @@
+"""The measurement behind the tables of kernels.py: processes that crash, and a run at toy sizes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import tune
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
+
+
+def serve(pipe, device):
+    """A process that dies of the way "dies", hangs at "hangs", and answers all others."""
+    while True:
+        way = pipe.recv().way
+        if way == "dies":
+            os.abort()
+        if way == "hangs":
+            time.sleep(60)
+        pipe.send({"ms": 1.0, "ended": way == "last"})
+
+
+def test_a_job_that_ends_its_process_costs_itself(monkeypatch):
+    monkeypatch.setattr(tune, "PATIENCE", 5)
+    workers = tune.Workers(2, "cpu", serve)
+    ways = ["a", "dies", "b", "last", "hangs", "c", "d"]
+    jobs = [tune.Job("way", None, way=way) for way in ways]
+    results = {job.way: result for job, result in workers.run(jobs, time.time() + 60)}
+    workers.close()
+    assert list(results) != [] and results.keys() == set(ways)
+    assert "ended with" in results["dies"]["failed"] and "no result" in results["hangs"]["failed"]
+    assert all(results[way] == {"ms": 1.0} for way in ("a", "b", "last", "c", "d"))
+
+
+def test_without_time_no_job_begins():
+    workers = tune.Workers(1, "cpu", serve)
+    assert list(workers.run([tune.Job("way", None, way="a")], 0.0)) == [(tune.Job("way", None, way="a"), {"failed": tune.LATE})]
+
+
+def test_toy_sizes(tmp_path):
+    """In a process of its own, as a user starts it."""
+    command = [sys.executable, "-m", "bench.tune", "--smoke", "--processes", "2", "--out", str(tmp_path / "tune.json")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads((tmp_path / "tune.json").read_text())["records"]
+    assert not [r for r in records if "failed" in r]
+    assert {r["kind"] for r in records} == {"compile", "time", "way", "fresh"} and "dq " in done.stdout
+
+
+def test_the_full_list_is_short_enough():
+    jobs = tune.compile_jobs(tune.cases(False), tune.candidates(False))
+    assert 40 < len(jobs) < 80
+    assert len(set(jobs_key(job) for job in jobs)) == len(jobs)
+
+
+def jobs_key(job):
+    return job.candidate, tune.kind_of(job.case)
