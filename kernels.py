@@ -83,6 +83,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import hopper
+
 try:
     import triton
     import triton.language as tl
@@ -661,6 +663,7 @@ SPLIT_KEYS = 256  # a split of fewer keys costs more to merge than it saves
 PROGRAMS = 2 * PROCESSORS  # splits until there are as many programs
 HEAD_DIMS = (16, 32, 64, 80, 128)
 LOG2E = 1.4426950408889634
+GLUON = True  # hopper.py's forward pass where it can; False: always the one of this file
 
 
 def config(what: str, dim: int, dtype: torch.dtype, architecture: int) -> list[Tiles]:
@@ -974,10 +977,18 @@ def backward_dkv(q, k, v, do, lse, delta, call: Call, t: Tiles | None = None, by
     return dk, dv
 
 
+def best_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """`forward`, or the same by hopper.py."""
+    if GLUON and hopper.takes(q, k, v):
+        tiles = tile_list(call.queries, call.keys, call.causal, hopper.QUERIES, "queries")
+        return hopper.forward(q, k, v, tiles, call)
+    return forward(q, k, v, call)
+
+
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, call):
-        o, lse = forward(q, k, v, call)
+        o, lse = best_forward(q, k, v, call)
         # Neither s nor p is kept: (5) finds p again from q, k and L.
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.call = call

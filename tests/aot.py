@@ -17,10 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+import hopper
 import kernels
 
 KERNELS = {
@@ -30,7 +33,7 @@ KERNELS = {
     "decode": kernels._decode,
 }
 INT32 = {"TILES", "CU_Q", "CU_K", "K_LENGTHS"}
-UNALIGNED = {"total", "group"}  # counts; all strides are multiples of 16 elements
+UNALIGNED = {"total", "group", "heads", "tiles"}  # counts; all strides are multiples of 16 elements
 
 
 def cases() -> dict[str, tuple]:
@@ -43,6 +46,8 @@ def cases() -> dict[str, tuple]:
     t = kernels.Tiles(64, 64, 4, 1)
     table["delta 128"] = kernels._delta, t, {"D": 128, "DIM": 128, "BM": 64}
     table["merge 128"] = kernels._merge, t, {"D": 128, "DIM": 128, "SPLITS": 8, "SLOTS": 8}
+    for option, causal in (("full", False), ("causal", True)):
+        table[f"hopper 128, {option}"] = hopper._forward, t, {"CAUSAL": causal}
     return table
 
 
@@ -59,11 +64,15 @@ def options(what: str, d: int, dim: int, t: kernels.Tiles) -> dict[str, tuple]:
 
 def compile_one(name: str) -> dict[str, int]:
     kernel, t, constants = cases()[name]
+    gluon = kernel is hopper._forward
     fp32 = {"LSE", "DELTA", "PARTS"}
     fp32 |= {"O"} if name.startswith("decode") and constants["SPLITS"] > 1 else set()
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        if argument.endswith("_box"):
+        if argument.endswith("_box") and gluon:
+            rows = hopper.M.value if argument == "q_box" else hopper.N.value
+            signature[argument] = f"tensordesc<bf16[{rows}, 128],{hopper.layout(rows, torch.bfloat16)!r}>"
+        elif argument.endswith("_box"):
             rows = t.n if argument in ("k_box", "v_box") else t.m
             signature[argument] = f"tensordesc<bf16[{rows}, 1, {constants['DIM']}]>"
         elif argument in constants:
@@ -74,7 +83,7 @@ def compile_one(name: str) -> dict[str, int]:
             signature[argument] = "fp32" if argument.startswith("scale") else "i32"
         if signature[argument][0] in "*i" and argument not in UNALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if gluon else ASTSource)(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": t.warps, "num_stages": t.stages})
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
