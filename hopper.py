@@ -1,4 +1,4 @@
-"""The forward pass of attention once more, for the tensor cores of Hopper, by hand in Gluon. Everything works without this file.
+"""Attention's forward pass once more, by hand in Gluon for Hopper's tensor cores. Everything works without this file.
 
 It computes what `kernels._forward` computes, equations (1) to (4) there, and gives the same o and L: the backward pass does not
 know which of the two has been. It takes 16-bit heads of 128 channels; `takes` says what else it wants.
@@ -36,11 +36,14 @@ q is on its way while this one ends. All tiles of one head follow each other, an
 differ in length, and there all heads of the longest tile come first, as in `kernels`: nothing long starts last.
 
 The edge of a sequence. A box of the TMA unit does not end where a sequence does, and what it reads of the neighbour may be
-NaN. Scores can be masked; a value cannot, since 0 times NaN is NaN. So the last box is moved back until it ends with the sequence:
+NaN. Scores can be masked; a value cannot, since 0 times NaN is NaN. So the last box is moved back until it ends where the
+sequence does, and of what it shares with the box before the scores are masked:
 
-    keys of a sequence    0           128          256       300          The columns that it shares with the box before are masked.
-    boxes                 [           ][           ]                      A sequence of fewer keys than a box has no room for that:
-    the last one                              [           ]               there the rows behind it are made 0 in shared memory.
+    keys of a sequence    0           128          256       300
+    boxes                 [           ][           ]
+    the last one                              [           ]
+
+A sequence with fewer keys than a box leaves no room for that. There the rows behind it are made 0 in shared memory.
 
 Measured (one H200, Triton 3.6, `python -m tools.check_hopper` repeats it): docs/bench/ keeps the figures of the table.
 """
