@@ -86,14 +86,15 @@ class Pack(NamedTuple):
 def poisoned(lengths: list[int], heads: int, dim: int, kind, device, generator, poison: float) -> tuple[Tensor, list[int]]:
     """x (N, heads, D), a slice out of the middle of a larger tensor, and the lengths with the gaps."""
     whole = [n for length in lengths for n in (length, GAP)]
-    rows = torch.full((sum(whole) + 300, heads, dim), poison, device=device, dtype=kind)
-    x = rows[150 : 150 + sum(whole)]
-    start = 0
+    end = 150 + sum(whole)
+    rows = torch.randn(end + 150, heads, dim, device=device, generator=generator).to(kind)
+    rows[:150] = poison
+    rows[end:] = poison
+    start = 150
     for length in lengths:
-        values = torch.randn(length, heads, dim, device=device, generator=generator)
-        x[start : start + length] = values.to(kind)
+        rows[start + length : start + length + GAP] = poison
         start += length + GAP
-    return x, whole
+    return rows[150:end], whole
 
 
 def make_pack(seed: int, form: str, heads: int, kv_heads: int, dim: int, kind, device, lengths, others) -> Pack:
@@ -166,6 +167,10 @@ class Setup(NamedTuple):
     rounds: int
     heads: tuple[tuple[int, int], tuple[int, int]]
 
+    def kinds_and_heads(self) -> list[tuple]:
+        """All heads in the first type, the last ones in every other."""
+        return [(self.kinds[0], heads) for heads in self.heads] + [(kind, self.heads[-1]) for kind in self.kinds[1:]]
+
     @classmethod
     def of(cls, rehearse: bool) -> Setup:
         if rehearse:
@@ -190,7 +195,7 @@ def check_forward(x: Setup, until: float) -> Iterator[dict]:
     for r in range(x.rounds):
         if time.time() > until:
             break
-        for form, causal, kind, heads in product(FORMS, (False, True), x.kinds, x.heads):
+        for form, causal, (kind, heads) in product(FORMS, (False, True), x.kinds_and_heads()):
             pack = make_pack(r, form, *heads, x.dim, kind, x.device, x.lengths, x.others)
             call = kernels.Call(pack.queries, pack.keys, causal, x.dim**-0.5)
             o, lse = x.forward(pack.q, pack.k, pack.v, call)
@@ -296,6 +301,14 @@ def milliseconds(run: Callable, cuda: bool) -> float:
 
 def measure(x: Setup, shapes: list[Shape], until: float) -> Iterator[dict]:
     cuda = x.device.type == "cuda"
+    # What a launch takes of the host: so short a call that the GPU waits for it.
+    for name, run in list(ways(x, Shape("host", [64], 4, 4)).items())[:2]:
+        run()
+        began = time.perf_counter()
+        for _ in range(200 if cuda else 1):
+            run()
+        took = time.perf_counter() - began
+        yield {"host": name, "us": 1e6 * took / (200 if cuda else 1)}
     for shape in shapes:
         for name, run in ways(x, shape).items():
             if time.time() > until:
@@ -308,14 +321,6 @@ def measure(x: Setup, shapes: list[Shape], until: float) -> Iterator[dict]:
             except Exception as e:
                 record |= {"failed": f"{type(e).__name__}: {e}"[:200]}
             yield record
-    # What a launch takes of the host: so short a call that the GPU waits for it.
-    for name, run in list(ways(x, Shape("host", [64], 4, 4)).items())[:2]:
-        run()
-        began = time.perf_counter()
-        for _ in range(200 if cuda else 1):
-            run()
-        took = time.perf_counter() - began
-        yield {"host": name, "us": 1e6 * took / (200 if cuda else 1)}
 
 
 # --------------------------------------------------------------------------------------------------------------- processes
@@ -362,18 +367,20 @@ def work(rehearse: bool, go, out, began: float, seconds: float) -> None:
         go.wait()
         out.send({"stage": "begin", "at": time.time() - began})
         end = began + seconds
-        now = time.time()
-        # Checks get half of what is left, and a third of the rest is for gradients.
-        for record in check_forward(x, now + 0.45 * (end - now)):
-            out.send(record)
-        out.send({"stage": "forward checked", "at": time.time() - began})
-        for record in check_backward(x, time.time() + 0.3 * (end - time.time())):
-            out.send(record)
-        out.send({"stage": "backward checked", "at": time.time() - began})
-        shapes = [Shape("rehearsal", [40, 20], 2, 2)] if rehearse else SHAPES
-        for record in measure(x, shapes, end):
-            out.send(record)
-        out.send({"stage": "end", "at": time.time() - began})
+
+        def part(name: str, share: float, records: Callable, *args) -> None:
+            # share: of the time that is left. A check that fails leaves the times their chance.
+            now = time.time()
+            try:
+                for record in records(x, *args, now + share * (end - now)):
+                    out.send(record)
+            except Exception:
+                out.send({"failed": f"{name}: {traceback.format_exc()[-500:]}"})
+            out.send({"stage": name, "at": time.time() - began})
+
+        part("forward", 0.5, check_forward)
+        part("backward", 0.3, check_backward)
+        part("end", 1.0, measure, [Shape("rehearsal", [40, 20], 2, 2)] if rehearse else SHAPES)
     except Exception:
         out.send({"failed": traceback.format_exc()[-600:]})
 
