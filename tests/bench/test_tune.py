@@ -46,11 +46,15 @@ def test_without_time_no_job_begins():
 def test_toy_sizes(tmp_path):
     """In a process of its own, as a user starts it."""
     command = [sys.executable, "-m", "bench.tune", "--smoke", "--processes", "2", "--out", str(tmp_path / "tune.json")]
+    command += ["--summary", str(tmp_path / "summary.json")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads((tmp_path / "tune.json").read_text())["records"]
     assert not [r for r in records if "failed" in r]
     assert {r["kind"] for r in records} == {"compile", "time", "way", "fresh"} and "dq " in done.stdout
+    shapes = json.loads((tmp_path / "summary.json").read_text())["shapes"]
+    assert [line["shape"] for line in shapes] == [case.shape for case in tune.cases(True)]
+    assert shapes[0].keys() >= {"forward", "dq", "dkv", "ways forward", "ways backward"}
 
 
 def test_the_full_list_is_short_enough():
