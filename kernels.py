@@ -42,14 +42,19 @@ memory one by one; on an H200 these additions take longer than the two products.
 Decoding has one query per sequence: there is nothing to tile but the query heads of one KV head, which read the same keys. One
 program per KV head would leave the GPU idle, so each takes a share of the keys and a second kernel joins the shares by their L.
 
-Why the numbers in HOPPER. All were measured on a Hopper GPU (bench/tune.py measures them again) and what they compile to is in
-tests/aot_sm90.json. Instruction counts do not predict the time. How early the next tile's copy starts does:
-* Triton starts the copy for tile i + stages - 1 at the end of iteration i. Of two stages every iteration waits for memory, four
-  of 64 keys hide it. They stay, beside q, under the 227 KiB of shared memory of a processor.
-* Tensor cores take their operands from warp groups (4 warps, 64 rows each): 8 warps share a tile of 128 rows.
-* dkv: two accumulators of (BN, D) instead of one. Small tiles leave room for two programs on a processor, one of which computes
-  while the other one waits. That is worth more than the few registers they spill.
-* decode: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, three stages keep it busy.
+Why the numbers in HOPPER. They are what an H200 ran fastest (docs/bench/tune_h200.json, which bench/tune.py makes), and what
+they compile to is in tests/aot_sm90.json. How many programs fit on a processor decides more than anything inside one:
+* Of two programs one multiplies while the other one exponentiates or waits for memory. Each may have half of the registers and
+  of the 228 KiB of shared memory: 4 warps, and two stages of 64 keys. Of 64 x 64, a third stage leaves room for one program
+  alone, and mostly costs a tenth to a third.
+* forward: 128 queries for 4 warps, so that every key read serves twice as many. They spill registers and are still the fastest,
+  mostly by a tenth or more before 8 warps with four stages.
+* dq keeps q and dO beside the tiles of k and v: 128 queries need 8 warps, and fill a processor. That is best on long walks. On
+  short ones nobody works while a program begins and ends, which is `pause`; 64 queries, two programs, are quicker there.
+* dkv: two accumulators of (BN, D) instead of one. 64 x 64 leaves room for two programs, at the price of spilled registers.
+* D = 64 needs half of everything, so a third or fourth stage fits, and the sizes of tiles differ by little.
+* decode, not measured: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, which three stages
+  should keep busy.
 * Short sequences have few tiles. 133 programs on 132 processors take as long as 264, so `quickest` looks at how many there are.
 * Causal changes no size, it shortens walks. D = 80 runs in the tiles of 128: its zero columns are multiplied but never read.
 
@@ -639,18 +644,19 @@ class Tiles(NamedTuple):
     n: int  # keys of a tile
     warps: int
     stages: int  # tiles that the loop keeps in flight
-    cost: float = 1.0  # time on a GPU that is full, beside the first of the list
+    cost: float = 1.0  # time on a GPU that is full, beside the first of the list: measured on 4 x 4096
+    pause: int = 0  # a program that is alone on its processor begins and ends in the time of so many rows that it visits
 
 
 # (what, padded head dim) on Hopper: `quickest` takes one of each list. tests/aot_sm90.json holds what each compiles to; the
 # module docstring says why.
 HOPPER = {
-    ("forward", 128): [Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 2, cost=1.17)],
-    ("forward", 64): [Tiles(128, 128, 8, 3)],
-    ("dq", 128): [Tiles(128, 64, 8, 3)],
-    ("dq", 64): [Tiles(128, 128, 8, 2)],
+    ("forward", 128): [Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2, cost=1.28)],
+    ("forward", 64): [Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3, cost=1.01)],
+    ("dq", 128): [Tiles(128, 64, 8, 3, pause=96), Tiles(64, 64, 4, 2, cost=1.15)],
+    ("dq", 64): [Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3, cost=1.02)],
     ("dkv", 128): [Tiles(64, 64, 4, 2)],
-    ("dkv", 64): [Tiles(64, 64, 4, 2)],
+    ("dkv", 64): [Tiles(64, 64, 4, 3)],
     ("decode", 128): [Tiles(16, 64, 4, 3)],
     ("decode", 64): [Tiles(16, 64, 4, 3)],
 }
@@ -813,7 +819,7 @@ def quickest(candidates: list[Tiles], rows, across, causal: bool, heads: int, si
 def _time(t: Tiles, rows, across, causal: bool, heads: int, side: str) -> float:
     """In pairs of query and key that one processor visits, waves of programs as long as the longest."""
     block = t.m if side == "queries" else t.n
-    visits = [n for n, _, _ in work(rows, across, causal, block, side)]
+    visits = [n + t.pause for n, _, _ in work(rows, across, causal, block, side)]
     longest = max(visits, default=0)
     if longest == 0:
         return 0.0

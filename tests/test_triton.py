@@ -210,7 +210,7 @@ def test_tiles_come_once_and_the_longest_first():
     assert kernels.tile_list(sk, sq, True, 64, "keys").tolist() == [[2, 0], [0, 0], [2, 64], [1, 0]]
 
 
-LARGE, SMALL = kernels.Tiles(128, 64, 8, 4), kernels.Tiles(64, 64, 4, 2, cost=1.17)
+LARGE, SMALL = kernels.Tiles(128, 64, 4, 2), kernels.Tiles(64, 64, 4, 2, cost=1.28)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +229,13 @@ def test_small_tiles_where_large_ones_would_leave_the_gpu_idle(lengths, heads, c
     s = Segments(lengths)
     assert kernels.quickest([LARGE, SMALL], s, s, causal, heads, "queries") is expected
     assert kernels.quickest([LARGE, SMALL], s, s, causal, heads, "queries") is expected  # as the second layer finds it
+
+
+@pytest.mark.parametrize("length, expected", [(512, "small"), (4096, "large")])
+def test_a_program_that_is_alone_on_its_processor_pays_off_on_long_walks(length, expected):
+    alone, small = kernels.Tiles(128, 64, 8, 3, pause=96), kernels.Tiles(64, 64, 4, 2, cost=1.15)
+    s = Segments([length] * 32)
+    assert kernels.quickest([alone, small], s, s, False, 16, "queries") is {"small": small, "large": alone}[expected]
 
 
 @pytest.fixture
