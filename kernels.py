@@ -81,7 +81,6 @@ results once. Bytes per element of a bf16 stream, forward, operation by operatio
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -707,34 +706,37 @@ def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> st
     return None
 
 
-# From how many operations in each of its calls on PyTorch's attention, which is cuDNN's there, is faster than the kernels here;
-# never where there is no entry. Sequences of one length are one call to it, any others a call each.
+# From how many operations PyTorch's attention, which is cuDNN's there, is faster than the kernels here; never where there is no
+# entry. tests/bench/test_tune.py holds them against docs/bench/tune_h200.json. Smaller calls, too, would be faster, but cuDNN
+# plans every new length for 70 ms. With these the plan is paid for within a thousand calls, which is one picture of the DiT.
 SDPA_FROM = {
-    # architecture, with gradients, several calls
-    (9, False, False): 50e9,  # 8 x 900, 16 heads of 128: 0.48 of the time
-    (9, False, True): 200e9,  # not measured: 710e9 in a pack of pictures, 15e9 in one of documents
-    (9, True, False): 50e9,  # the same: forward 0.48, backward 0.63
+    # architecture, head dim
+    (9, 128): 150e9,  # 1 x 4500, 16 heads: 0.71 of the time
+    (9, 80): 150e9,  # 1 x 5476, 16 heads: 0.84. The vision tower: pays where many pictures have one size
+    (9, 64): 250e9,  # 4 x 4096, 16 heads: 0.86
 }
 
 
-def sdpa_is_faster(q: Tensor, k: Tensor, queries, keys, causal: bool) -> bool:
-    """Whether auto leaves this call to PyTorch. q (Nq, Hq, D), k (Nk, Hkv, D); queries, keys: their Segments."""
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    # cuDNN adds gradients in any order. Who asks PyTorch for equal bits gets the kernels, which always give them.
-    if gradients and torch.are_deterministic_algorithms_enabled():
+def sdpa_is_faster(q: Tensor, k: Tensor, v: Tensor, queries, keys, causal: bool) -> bool:
+    """Whether auto leaves this call to PyTorch. q (Nq, Hq, D), k, v (Nk, Hkv, D); queries, keys: their Segments."""
+    # cuDNN adds gradients in any order, and a resumed training has to repeat every bit.
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    if torch.is_grad_enabled() and wanted:
         return False
-    lengths = list(zip(queries.lengths, keys.lengths, strict=True))
-    # PyTorch masks by a matrix where queries are not as many as keys, and empty sequences are nobody's strength.
-    if causal and queries.lengths != keys.lengths:
-        return False
-    if not lengths or 0 in queries.lengths or 0 in keys.lengths:
+    # Prompts, which are causal, and packs of several lengths seldom come twice: cuDNN would plan each of them.
+    one_length = len(set(queries.lengths)) == 1 and queries.lengths == keys.lengths
+    if causal or not one_length:
         return False
     if not (torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()):
         return False
-    calls = 1 + sum(a != b for a, b in pairwise(lengths))
-    least = SDPA_FROM.get((_architecture(q.device), gradients, calls > 1), math.inf)
-    pairs = sum(a * b for a, b in lengths) / (2 if causal else 1)
-    return 4 * q.shape[1] * q.shape[2] * pairs / calls >= least
+    least = SDPA_FROM.get((_architecture(q.device), q.shape[2]), math.inf)
+    return operations(q, queries, keys) >= least
+
+
+def operations(q: Tensor, queries, keys) -> int:
+    """Of the forward pass: two products, each with a multiplication and an addition per channel."""
+    pairs = sum(nq * nk for nq, nk in zip(queries.lengths, keys.lengths, strict=True))
+    return 4 * q.shape[1] * q.shape[2] * pairs
 
 
 def attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tensor:

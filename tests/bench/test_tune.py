@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import kernels
 from bench import tune
+from ops import Segments
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
@@ -72,6 +74,8 @@ def jobs_key(job):
 
 MEASURED = json.loads((ROOT / "docs/bench/tune_h200.json").read_text())
 CASES = tune.cases(False)
+CALLS = 28 * 35  # attentions of one length in a picture: layers of the DiT times steps
+FASTER = 0.95  # of the time of the kernels, at most
 
 
 def measured(case):
@@ -103,3 +107,32 @@ def test_costs_are_those_of_4_x_4096(what, dim):
     base = times[tune.Candidate(what, dim, first).name]
     for t in others:
         assert t.cost == pytest.approx(times[tune.Candidate(what, dim, t).name] / base, abs=0.006)
+
+
+def for_sdpa(case):
+    """Whether auto leaves this case to PyTorch."""
+    sq = Segments(case.lq)
+    sk = sq if case.lq == case.lk else Segments(case.lk)
+    q = torch.empty(1, case.heads, case.dim)
+    k = torch.empty(1, case.kv_heads, case.dim)
+    return kernels.sdpa_is_faster(q, k, k, sq, sk, case.causal)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(kernels, "_architecture", lambda device: 9)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+
+
+def test_auto_goes_to_pytorch_only_where_that_is_measured_to_pay(hopper):
+    """Faster, with equal bits in every call, and the plan of a new length is paid for within a picture."""
+    # The first calls of the process start cuDNN as well.
+    plan = max(ms for name, ms in MEASURED["first call"].items() if "forward" in name and ms < 500)
+    gone = [case for case in CASES if for_sdpa(case)]
+    for case in gone:
+        line = measured(case)
+        sdpa = line["ways forward"]["sdpa"]
+        assert sdpa <= FASTER * own(case, "forward") and "sdpa" not in line["bits differ forward"]
+        assert CALLS * (own(case, "forward") - sdpa) >= plan
+    assert {(9, case.dim) for case in gone} == kernels.SDPA_FROM.keys(), "an entry that nothing has measured"
