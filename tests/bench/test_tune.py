@@ -136,3 +136,24 @@ def test_auto_goes_to_pytorch_only_where_that_is_measured_to_pay(hopper):
         assert sdpa <= FASTER * own(case, "forward") and "sdpa" not in line["bits differ forward"]
         assert CALLS * (own(case, "forward") - sdpa) >= plan
     assert {(9, case.dim) for case in gone} == kernels.SDPA_FROM.keys(), "an entry that nothing has measured"
+
+
+def test_the_readme_shows_the_tiles_of_now():
+    shown = (ROOT / "README.md").read_text().split("<!-- tune -->\n")[1].split("\n<!-- end of tune -->")[0]
+    assert shown == readme_table()
+
+
+def readme_table():
+    """Both passes with the tiles taken, dq and dkv together but without delta, beside PyTorch's attention."""
+    lines = ["| attention, ms | forward | PyTorch | ratio | backward | PyTorch | ratio |", "|---|---|---|---|---|---|---|"]
+    for case in CASES:
+        if not case.backward:
+            continue
+        line = measured(case)
+        cells = [f"{case.shape}{', causal' if case.causal else ''}"]
+        sides = (own(case, "forward"), "ways forward"), (own(case, "dq") + own(case, "dkv"), "ways backward")
+        for ours, ways in sides:
+            peer = line[ways]["sdpa"]
+            cells += [f"{ours:.3g}", f"{peer:.3g}", f"{peer / ours:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
