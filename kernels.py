@@ -42,14 +42,19 @@ memory one by one; on an H200 these additions take longer than the two products.
 Decoding has one query per sequence: there is nothing to tile but the query heads of one KV head, which read the same keys. One
 program per KV head would leave the GPU idle, so each takes a share of the keys and a second kernel joins the shares by their L.
 
-Why the numbers in HOPPER. All were measured on a Hopper GPU (bench/tune.py measures them again) and what they compile to is in
-tests/aot_sm90.json. Instruction counts do not predict the time. How early the next tile's copy starts does:
-* Triton starts the copy for tile i + stages - 1 at the end of iteration i. Of two stages every iteration waits for memory, four
-  of 64 keys hide it. They stay, beside q, under the 227 KiB of shared memory of a processor.
-* Tensor cores take their operands from warp groups (4 warps, 64 rows each): 8 warps share a tile of 128 rows.
-* dkv: two accumulators of (BN, D) instead of one. Small tiles leave room for two programs on a processor, one of which computes
-  while the other one waits. That is worth more than the few registers they spill.
-* decode: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, three stages keep it busy.
+Why the numbers in HOPPER. They are what an H200 ran fastest (docs/bench/tune_h200.json, which bench/tune.py makes), and what
+they compile to is in tests/aot_sm90.json. How many programs fit on a processor decides more than anything inside one:
+* Of two programs one multiplies while the other one exponentiates or waits for memory. Each may have half of the registers and
+  of the 228 KiB of shared memory: 4 warps, and two stages of 64 keys. Of 64 x 64, a third stage leaves room for one program
+  alone, and mostly costs a tenth to a third.
+* forward: 128 queries for 4 warps, so that every key read serves twice as many. They spill registers and are still the fastest,
+  mostly by a tenth or more before 8 warps with four stages.
+* dq keeps q and dO beside the tiles of k and v: 128 queries need 8 warps, and fill a processor. That is best on long walks. On
+  short ones nobody works while a program begins and ends, which is `pause`; 64 queries, two programs, are quicker there.
+* dkv: two accumulators of (BN, D) instead of one. 64 x 64 leaves room for two programs, at the price of spilled registers.
+* D = 64 needs half of everything, so a third or fourth stage fits, and the sizes of tiles differ by little.
+* decode, not measured: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, which three stages
+  should keep busy.
 * Short sequences have few tiles. 133 programs on 132 processors take as long as 264, so `quickest` looks at how many there are.
 * Causal changes no size, it shortens walks. D = 80 runs in the tiles of 128: its zero columns are multiplied but never read.
 
@@ -76,7 +81,6 @@ results once. Bytes per element of a bf16 stream, forward, operation by operatio
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -641,18 +645,19 @@ class Tiles(NamedTuple):
     n: int  # keys of a tile
     warps: int
     stages: int  # tiles that the loop keeps in flight
-    cost: float = 1.0  # time on a GPU that is full, beside the first of the list
+    cost: float = 1.0  # time on a GPU that is full, beside the first of the list: measured on 4 x 4096
+    pause: int = 0  # a program that is alone on its processor begins and ends in the time of so many rows that it visits
 
 
 # (what, padded head dim) on Hopper: `quickest` takes one of each list. tests/aot_sm90.json holds what each compiles to; the
 # module docstring says why.
 HOPPER = {
-    ("forward", 128): [Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 2, cost=1.17)],
-    ("forward", 64): [Tiles(128, 128, 8, 3)],
-    ("dq", 128): [Tiles(128, 64, 8, 3)],
-    ("dq", 64): [Tiles(128, 128, 8, 2)],
+    ("forward", 128): [Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2, cost=1.28)],
+    ("forward", 64): [Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3, cost=1.01)],
+    ("dq", 128): [Tiles(128, 64, 8, 3, pause=96), Tiles(64, 64, 4, 2, cost=1.15)],
+    ("dq", 64): [Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3, cost=1.02)],
     ("dkv", 128): [Tiles(64, 64, 4, 2)],
-    ("dkv", 64): [Tiles(64, 64, 4, 2)],
+    ("dkv", 64): [Tiles(64, 64, 4, 3)],
     ("decode", 128): [Tiles(16, 64, 4, 3)],
     ("decode", 64): [Tiles(16, 64, 4, 3)],
 }
@@ -704,34 +709,37 @@ def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> st
     return None
 
 
-# From how many operations in each of its calls on PyTorch's attention, which is cuDNN's there, is faster than the kernels here;
-# never where there is no entry. Sequences of one length are one call to it, any others a call each.
+# From how many operations PyTorch's attention, which is cuDNN's there, is faster than the kernels here; never where there is no
+# entry. tests/bench/test_tune.py holds them against docs/bench/tune_h200.json. Smaller calls, too, would be faster, but cuDNN
+# plans every new length for 70 ms. With these the plan is paid for within a thousand calls, which is one picture of the DiT.
 SDPA_FROM = {
-    # architecture, with gradients, several calls
-    (9, False, False): 50e9,  # 8 x 900, 16 heads of 128: 0.48 of the time
-    (9, False, True): 200e9,  # not measured: 710e9 in a pack of pictures, 15e9 in one of documents
-    (9, True, False): 50e9,  # the same: forward 0.48, backward 0.63
+    # architecture, head dim
+    (9, 128): 150e9,  # 1 x 4500, 16 heads: 0.71 of the time
+    (9, 80): 150e9,  # 1 x 5476, 16 heads: 0.84. The vision tower: pays where many pictures have one size
+    (9, 64): 250e9,  # 4 x 4096, 16 heads: 0.86
 }
 
 
-def sdpa_is_faster(q: Tensor, k: Tensor, queries, keys, causal: bool) -> bool:
-    """Whether auto leaves this call to PyTorch. q (Nq, Hq, D), k (Nk, Hkv, D); queries, keys: their Segments."""
-    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    # cuDNN adds gradients in any order. Who asks PyTorch for equal bits gets the kernels, which always give them.
-    if gradients and torch.are_deterministic_algorithms_enabled():
+def sdpa_is_faster(q: Tensor, k: Tensor, v: Tensor, queries, keys, causal: bool) -> bool:
+    """Whether auto leaves this call to PyTorch. q (Nq, Hq, D), k, v (Nk, Hkv, D); queries, keys: their Segments."""
+    # cuDNN adds gradients in any order, and a resumed training has to repeat every bit.
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    if torch.is_grad_enabled() and wanted:
         return False
-    lengths = list(zip(queries.lengths, keys.lengths, strict=True))
-    # PyTorch masks by a matrix where queries are not as many as keys, and empty sequences are nobody's strength.
-    if causal and queries.lengths != keys.lengths:
-        return False
-    if not lengths or 0 in queries.lengths or 0 in keys.lengths:
+    # Prompts, which are causal, and packs of several lengths seldom come twice: cuDNN would plan each of them.
+    one_length = len(set(queries.lengths)) == 1 and queries.lengths == keys.lengths
+    if causal or not one_length:
         return False
     if not (torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()):
         return False
-    calls = 1 + sum(a != b for a, b in pairwise(lengths))
-    least = SDPA_FROM.get((_architecture(q.device), gradients, calls > 1), math.inf)
-    pairs = sum(a * b for a, b in lengths) / (2 if causal else 1)
-    return 4 * q.shape[1] * q.shape[2] * pairs / calls >= least
+    least = SDPA_FROM.get((_architecture(q.device), q.shape[2]), math.inf)
+    return operations(q, queries, keys) >= least
+
+
+def operations(q: Tensor, queries, keys) -> int:
+    """Of the forward pass: two products, each with a multiplication and an addition per channel."""
+    pairs = sum(nq * nk for nq, nk in zip(queries.lengths, keys.lengths, strict=True))
+    return 4 * q.shape[1] * q.shape[2] * pairs
 
 
 def attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tensor:
@@ -816,7 +824,7 @@ def quickest(candidates: list[Tiles], rows, across, causal: bool, heads: int, si
 def _time(t: Tiles, rows, across, causal: bool, heads: int, side: str) -> float:
     """In pairs of query and key that one processor visits, waves of programs as long as the longest."""
     block = t.m if side == "queries" else t.n
-    visits = [n for n, _, _ in work(rows, across, causal, block, side)]
+    visits = [n + t.pause for n, _, _ in work(rows, across, causal, block, side)]
     longest = max(visits, default=0)
     if longest == 0:
         return 0.0

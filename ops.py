@@ -83,9 +83,9 @@ _backend = "auto"
 def set_backend(name: str, device: torch.device | None = None) -> None:
     """What the whole process computes with: "triton" (an error where the kernels cannot), "sdpa" (PyTorch's), or "auto".
 
-    auto: the kernels on a GPU; PyTorch for all else. Attention there gets 16-bit tensors of a supported head dim, unless
-    kernels.SDPA_FROM says that PyTorch's is faster. Given the device of the models, what cannot work there is told before they
-    are loaded.
+    auto: the kernels on a GPU; PyTorch for all else. Attention there gets 16-bit tensors of a supported head dim, unless no
+    gradients are wanted and kernels.SDPA_FROM says that PyTorch's is faster. Given the device of the models, what cannot work
+    there is told before they are loaded.
     """
     global _backend
     if name not in BACKENDS:
@@ -151,7 +151,7 @@ def attention(
     choice = backend or _backend
     own = _attention_on_triton(q, k, v, scale, choice)
     if own and choice == "auto" and k_lengths is None:
-        own = not kernels.sdpa_is_faster(q, k, queries, keys, causal)
+        own = not kernels.sdpa_is_faster(q, k, v, queries, keys, causal)
     if own:
         return kernels.attention(q, k, v, queries, keys, causal, scale, k_lengths)
     return _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths)

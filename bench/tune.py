@@ -1,6 +1,7 @@
 """Which tiles, and whose attention, are fastest on this GPU: the measurements behind HOPPER and SDPA_FROM in kernels.py.
 
     python -m bench.tune --out out/tune.json                                   on a GPU, within 75 seconds
+    python -m bench.tune --summary docs/bench/tune_h200.json                   and what of it is kept with the tables
     TRITON_INTERPRET=1 python -m bench.tune --smoke --out out/tune.json        toy sizes on a CPU: does it run
 
 First every candidate is compiled and compared with float64 on short sequences, in many processes at the same time. Those that
@@ -446,7 +447,7 @@ def record_of(job: Job, result: dict) -> dict:
     return record | result
 
 
-def run(device: str, smoke: bool, seconds: float, file: Path, processes: int) -> list[dict]:
+def run(device: str, smoke: bool, seconds: float, file: Path, processes: int) -> tuple[dict, list[dict]]:
     began = time.time()
     deadline = began + seconds
     shapes = cases(smoke)
@@ -490,13 +491,50 @@ def run(device: str, smoke: bool, seconds: float, file: Path, processes: int) ->
     timer.close()
     write(file, records, machine)
     print(f"all in {time.time() - began:.0f} s, {machine.get('device')}: {file}", flush=True)
-    return records
+    return machine, records
 
 
 def write(file: Path, records: list[dict], machine: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(json.dumps(record) for record in records)
     file.write_text(f'{{"machine": {json.dumps(machine)},\n"records": [\n{rows}\n]}}\n')
+
+
+def summary(records: list[dict], shapes: list[Case], machine: dict) -> str:
+    """JSON with a line for each shape: times in ms, largest errors, and the tiles that "ours" ran with. Without what failed."""
+    lines = []
+    for case in shapes:
+        own = of_case(records, case)
+        line: dict = {"case": case.what, "shape": case.shape, "causal": case.causal}
+        for what in ("forward", "dq", "dkv"):
+            timed = [r for r in own if r["kind"] == "time" and r["what"] == what and "ms" in r]
+            if timed:
+                line[what] = {r["name"]: short(r["ms"], 4) for r in timed}
+                line[f"{what} error"] = short(max(r["error"] for r in timed), 2)
+                line[f"{what} of ours"] = Candidate(what, case.dim, taken(case, what)).name
+        ways = [r for r in own if r["kind"] == "way" and "ms" in r]
+        for what in ("forward", "backward"):
+            timed = {r["name"]: short(r["ms"], 4) for r in ways if r["what"] == what}
+            if timed:
+                line[f"ways {what}"] = timed
+                line[f"bits differ {what}"] = [r["name"] for r in ways if r["what"] == what and not r["equal_bits"]]
+        lines.append(json.dumps(line))
+    news = {name: round(ms) for name, ms in first_calls(records)}
+    rows = ",\n".join(lines)
+    return f'{{"machine": {json.dumps(machine)},\n"first call": {json.dumps(news)},\n"shapes": [\n{rows}\n]}}\n'
+
+
+def short(x: float, digits: int) -> float:
+    return float(f"{x:.{digits}g}")
+
+
+def of_case(records: list[dict], case: Case) -> list[dict]:
+    return [r for r in records if r["shape"] == case.shape and r["case"] == case.what and r["causal"] == case.causal]
+
+
+def first_calls(records: list[dict]) -> list[tuple[str, float]]:
+    """Of PyTorch's attention with lengths that were never there: which, and ms."""
+    return [(f"{r['shape'].partition(';')[0]} {r['what']}", r["ms"]) for r in records if r["kind"] == "fresh" and "ms" in r]
 
 
 # ------------------------------------------------------------------------------------------------------------------ the table
@@ -525,7 +563,7 @@ def table(records: list[dict], shapes: list[Case]) -> str:
     if late:
         lines.append(f"{late} cells were not begun: {LATE}")
     for case in shapes:
-        own = [r for r in records if r["shape"] == case.shape and r["case"] == case.what and r["causal"] == case.causal]
+        own = of_case(records, case)
         lines.append(f"{case.what}{', causal' if case.causal else ''}: {case.shape}")
         for what in ("forward", "dq", "dkv"):
             timed = sorted((r for r in own if r["kind"] == "time" and r["what"] == what and "ms" in r), key=lambda r: r["ms"])
@@ -540,7 +578,7 @@ def table(records: list[dict], shapes: list[Case]) -> str:
                 cells.append(f"{r['name']} {r['ms']:.4g}" + ("" if r["equal_bits"] else " (bits differ)"))
             if cells:
                 lines.append(f"  {what:8} " + " | ".join(cells))
-    news = [f"{r['shape'].partition(';')[0]} {r['what']} {r['ms']:.0f}" for r in records if r["kind"] == "fresh" and "ms" in r]
+    news = [f"{name} {ms:.0f}" for name, ms in first_calls(records)]
     lines.append("first call of PyTorch's with a new length, ms: " + ", ".join(news))
     return "\n".join(lines)
 
@@ -548,13 +586,16 @@ def table(records: list[dict], shapes: list[Case]) -> str:
 def command() -> None:
     parser = argparse.ArgumentParser("python -m bench.tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tune.json"), help="the measurements")
+    parser.add_argument("--summary", type=Path, help="the times alone, short enough to be committed")
     parser.add_argument("--seconds", type=float, default=75, help="of the whole run; what is left over is not begun")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="that compile at the same time")
     parser.add_argument("--smoke", action="store_true", help="toy sizes in Triton's interpreter, on a CPU")
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
-    records = run(device, args.smoke, args.seconds, args.out, args.processes)
+    machine, records = run(device, args.smoke, args.seconds, args.out, args.processes)
     print(table(records, cases(args.smoke)))
+    if args.summary:
+        args.summary.write_text(summary(records, cases(args.smoke), machine))
     sys.exit(0 if any("ms" in r for r in records) else 1)
 
 

@@ -210,7 +210,7 @@ def test_tiles_come_once_and_the_longest_first():
     assert kernels.tile_list(sk, sq, True, 64, "keys").tolist() == [[2, 0], [0, 0], [2, 64], [1, 0]]
 
 
-LARGE, SMALL = kernels.Tiles(128, 64, 8, 4), kernels.Tiles(64, 64, 4, 2, cost=1.17)
+LARGE, SMALL = kernels.Tiles(128, 64, 4, 2), kernels.Tiles(64, 64, 4, 2, cost=1.28)
 
 
 @pytest.mark.parametrize(
@@ -231,45 +231,52 @@ def test_small_tiles_where_large_ones_would_leave_the_gpu_idle(lengths, heads, c
     assert kernels.quickest([LARGE, SMALL], s, s, causal, heads, "queries") is expected  # as the second layer finds it
 
 
+@pytest.mark.parametrize("length, expected", [(512, "small"), (4096, "large")])
+def test_a_program_that_is_alone_on_its_processor_pays_off_on_long_walks(length, expected):
+    alone, small = kernels.Tiles(128, 64, 8, 3, pause=96), kernels.Tiles(64, 64, 4, 2, cost=1.15)
+    s = Segments([length] * 32)
+    assert kernels.quickest([alone, small], s, s, False, 16, "queries") is {"small": small, "large": alone}[expected]
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(kernels, "_architecture", lambda device: 9)
+    monkeypatch.setattr(kernels, "SDPA_FROM", {(9, 128): 150e9})
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
 
 
-def faster(queries, keys=None, heads=16, kv_heads=16, dim=128, causal=False, gradients=False):
+def faster(queries, keys=None, heads=16, kv_heads=16, dim=128, causal=False, gradients=()):
     sq, sk = Segments(queries), Segments(keys or queries)
-    q = torch.empty(1, heads, dim, dtype=torch.bfloat16, requires_grad=gradients)
-    k = torch.empty(1, kv_heads, dim, dtype=torch.bfloat16)
-    return kernels.sdpa_is_faster(q, k, sq, sk, causal)
+    q, k, v = (torch.empty(1, n, dim, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
+    for name in gradients:
+        {"q": q, "k": k, "v": v}[name].requires_grad_()
+    return kernels.sdpa_is_faster(q, k, v, sq, sk, causal)
 
 
-@pytest.mark.parametrize("gradients", [False, True])
-def test_auto_leaves_long_dense_calls_on_hopper_to_cudnn(hopper, gradients):
-    assert faster([4096] * 4, gradients=gradients) and faster([4500], gradients=gradients)
-    assert faster([4096] * 4, heads=28, kv_heads=4, causal=True, gradients=gradients)
-    assert faster([900] * 8, gradients=gradients)
-    assert not faster([900] * 2, gradients=gradients) and not faster([64] * 81, gradients=gradients)
+def test_auto_leaves_long_dense_calls_without_gradients_to_cudnn(hopper):
+    assert faster([4096] * 4) and faster([4500]) and faster([4096] * 4, heads=28, kv_heads=4)
+    assert not faster([900] * 8) and not faster([64] * 256)
+    assert not faster([4096] * 4, dim=64)  # has no entry here
 
 
-def test_auto_takes_cudnn_for_packs_of_few_and_long_sequences_without_gradients(hopper):
-    pictures = [20480, 4500, 900, 3600, 1296, 8100]
-    assert faster(pictures) and not faster(pictures, gradients=True)
-    assert not faster([4096, 64, 211, 2300, 388, 97, 1450, 640], heads=28, kv_heads=4, causal=True)
-    assert not faster(pictures, [512] * 6)
+@pytest.mark.parametrize("gradients", ["q", "k", "v", "qkv"])
+def test_gradients_are_the_kernels_own(hopper, gradients):
+    assert not faster([4096] * 4, gradients=gradients)
+    with torch.no_grad():
+        assert faster([4096] * 4, gradients=gradients)
 
 
-def test_auto_keeps_what_pytorch_does_badly(hopper, monkeypatch):
-    assert not faster([4096] * 2, [8192] * 2, causal=True)  # it would want a mask
-    assert not faster([20480, 0]) and not faster([])
-    assert faster([4096] * 2, [8192] * 2)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not faster([4096] * 4, gradients=True) and faster([4096] * 4)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+def test_lengths_that_seldom_come_twice_are_the_kernels_own(hopper):
+    assert not faster([20480, 4500, 900, 3600, 1296, 8100])
+    assert not faster([4096] * 4, causal=True)
+    assert not faster([20480] * 4, [8192] * 4)
+    assert not faster([20480, 0]) and not faster([]) and not faster([0])
+
+
+@pytest.mark.parametrize("name, module", [("is_available", torch.backends.cudnn), ("cudnn_sdp_enabled", torch.backends.cuda)])
+def test_auto_does_without_cudnn(hopper, monkeypatch, name, module):
+    monkeypatch.setattr(module, name, lambda: False)
     assert not faster([4096] * 4)
 
 
