@@ -345,12 +345,12 @@ def compile_one(rehearse: bool, job: tuple, failures) -> None:
             ways(x, SHAPES[job[1]])["triton"]()
         else:
             heads = x.heads[job[2]]
-            pack = make_pack(0, "self", *heads, x.dim, x.kinds[0], x.device, [17, 900], [17, 900])
-            lse = torch.zeros(heads[0], len(pack.q), device=x.device)
-            call = kernels.Call(pack.queries, pack.keys, job[2], 1.0)
-            delta = kernels.output_sums(pack.q, pack.q)
             backward = kernels.backward_dkv if job[1] == "dkv" else kernels.backward_dq
-            backward(pack.q, pack.k, pack.v, pack.q, lse, delta, call)
+            # The same lengths as in the check, which may ask for other tiles in one form than in another.
+            for form in FORMS[:2]:
+                q, k, v, queries, keys, _ = make_pack(0, form, *heads, x.dim, x.kinds[0], x.device, x.lengths, x.others)
+                lse = torch.zeros(heads[0], len(q), device=x.device)
+                backward(q, k, v, q, lse, kernels.output_sums(q, q), kernels.Call(queries, keys, job[2], 1.0))
         if x.device.type == "cuda":
             torch.cuda.synchronize()
     except Exception as e:
