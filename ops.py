@@ -55,8 +55,8 @@ class Segments:
         self.longest = max(self.lengths, default=0)
         # non_blocking: the host need not wait for what the device has queued before.
         self.cu = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)  # (S + 1,)
-        # Work lists of the attention kernels, which the first layer makes for all others: kernels.tile_list.
-        self.tile_lists: dict[tuple, Tensor] = {}
+        # What the attention kernels found out for the first layer and use in all others: kernels.tile_list and quickest.
+        self.kept: dict[tuple, object] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -83,8 +83,9 @@ _backend = "auto"
 def set_backend(name: str, device: torch.device | None = None) -> None:
     """What the whole process computes with: "triton" (an error where the kernels cannot), "sdpa" (PyTorch's), or "auto".
 
-    auto: the kernels on a GPU (of attention for 16-bit tensors of a supported head dim); PyTorch for all else. Given the device
-    of the models, what cannot work there is told before they are loaded.
+    auto: the kernels on a GPU; PyTorch for all else. Attention there gets 16-bit tensors of a supported head dim, unless no
+    gradients are wanted and kernels.SDPA_FROM says that PyTorch's is faster. Given the device of the models, what cannot work
+    there is told before they are loaded.
     """
     global _backend
     if name not in BACKENDS:
@@ -130,7 +131,6 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-    deterministic: bool = True,
     k_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -139,7 +139,7 @@ def attention(
     q: (Nq, Hq, D); k, v: (Nk, Hkv, D) with Hq a multiple of Hkv (query heads g*r .. g*r+r-1 read KV head g); queries, keys:
     their Segments, or (S + 1,) integer boundaries, which are then read back; keys defaults to queries. `causal` aligns the last
     query with the last key, which is what a KV cache needs. A query without any key gives zeros. Returns (Nq, Hq, D). `scale`
-    defaults to D**-0.5. deterministic=False: the kernels may add gradients in any order, which is faster.
+    defaults to D**-0.5.
 
     k_lengths (S,) int32 on the device serves a static KV cache: of each of the S equally large buffers in k and v only the
     first k_lengths[s] rows count, and each sequence has one query. Its values may change between replays of a CUDA graph.
@@ -148,8 +148,12 @@ def attention(
     queries = Segments.of(queries, q.device)
     keys = queries if keys is None else Segments.of(keys, q.device)
     _check_attention(q, k, v, queries, keys, k_lengths)
-    if _attention_on_triton(q, k, v, scale, backend or _backend):
-        return kernels.attention(q, k, v, queries, keys, causal, scale, deterministic, k_lengths)
+    choice = backend or _backend
+    own = _attention_on_triton(q, k, v, scale, choice)
+    if own and choice == "auto" and k_lengths is None:
+        own = not kernels.sdpa_is_faster(q, k, v, queries, keys, causal)
+    if own:
+        return kernels.attention(q, k, v, queries, keys, causal, scale, k_lengths)
     return _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths)
 
 

@@ -81,7 +81,7 @@ def parser() -> Parser:
     p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
     p.add_argument("--graphs", action="store_true", help="CUDA graphs: fewer launches, for small pictures on a fast GPU")
     p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see tools/fit.py")
-    p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
+    p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: triton, or sdpa where it is faster)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
     add_flags(p, Settings, title="settings (defaults: the checkpoint's)", aliases=ALIASES, given_only=True)
