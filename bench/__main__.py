@@ -6,7 +6,7 @@
     python -m bench --group decode --group vae   these only; the file keeps the rows of the others
     python -m bench --merge A B --out C          result files of one machine into one; nothing is measured
     python -m bench --smoke                      every row once at toy sizes: does it run, are the results equal
-    python -m bench --readme                     the result file's table into README.md; nothing is measured
+    python -m bench --readme                     the tables of docs/bench into README.md; nothing is measured
 
 Groups of rows run in order of what matters, each in a process of its own: a peer that kills its process, hangs or computes
 something else costs one cell. On a GPU all kernels are compiled first, on all cores. Rows are in docs/bench/ as soon as they
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench.groups import DOCS, MINUTES, ORDER, merge, result_file, run
+from bench.groups import MINUTES, ORDER, committed, merge, result_file, run
 from bench.measure import write_readme
 from checkpoint import InputError
 from flags import Parser
@@ -40,11 +40,11 @@ def command() -> None:
     parser.add_argument("--out", type=Path, help="result file (default: docs/bench/cpu.jsonl or gpu_NAME.jsonl; "
                         "out/bench/smoke.jsonl of toy sizes)")  # fmt: skip
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="these into the file --out, and end")
-    parser.add_argument("--readme", type=Path, metavar="FILE", nargs="?", const=DOCS / "cpu.jsonl",
-                        help="put this file's table into README.md, and end (default: docs/bench/cpu.jsonl)")  # fmt: skip
+    parser.add_argument("--readme", type=Path, metavar="FILE", nargs="*",
+                        help="put these files' tables into README.md, and end (default: all of docs/bench)")  # fmt: skip
     args = parser.parse_args()
-    if args.readme:
-        return write_readme(args.readme)
+    if args.readme is not None:
+        return write_readme(args.readme or committed())
     if args.merge:
         if args.out is None:
             raise InputError("--merge needs --out: the file that they go into")

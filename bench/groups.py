@@ -59,13 +59,6 @@ PATIENCE = 90  # seconds without a word after which a call counts as hanging; th
 STOPPED = "stopped: its time was over"
 # Attention has the most kernels, and each takes the compiler seconds: so many processes share the rows of such a group.
 SHARES = {"packed": 4, "dense": 3, "check": 6, "check-fp16": 6, "lengths": 2}
-# Imported once, before the groups' processes are forked. None of them touches a GPU when it is imported.
-PRELOAD = [
-    "bench.groups",
-    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-    "diffusers.models.transformers.transformer_cosmos",
-    "diffusers.models.autoencoders.autoencoder_kl_wan",
-]
 
 
 # ------------------------------------------------------------------------------------------------------ a process per group
@@ -116,7 +109,7 @@ def start(job: Callable, place: Place, name: str, done=(), faults=None, share=No
     """(process of a group, what it tells)."""
     # Forked from a server that has imported the libraries and touched no GPU: a fork behind CUDA's start would be broken.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["bench.preload"])
     heard, told = context.Pipe(duplex=False)
     process = context.Process(target=run_group, args=(job, place, name, told, done, faults or {}, share))
     process.start()
@@ -239,7 +232,10 @@ def compile_first(groups: list[str], place: Place, seconds: float) -> None:
         process.kill()
         heard.close()
 
+    # In a short run only what all cores do at once: the groups behind will hardly be reached.
     workers = max(1, (os.cpu_count() or 1) - 3)
+    if seconds < 60:
+        tasks = tasks[:workers]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, tasks))
 
@@ -345,3 +341,8 @@ def result_file(device: str) -> Path:
         return DOCS / "cpu.jsonl"
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name(device))
     return DOCS / f"gpu_{name}.jsonl"
+
+
+def committed() -> list[Path]:
+    """All result files of docs/bench, those of GPUs first."""
+    return sorted(DOCS.glob("*.jsonl"), key=lambda file: (not file.name.startswith("gpu"), file.name))

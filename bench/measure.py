@@ -476,9 +476,11 @@ def markdown(file: Path) -> str:
     return f"{machine['device']}; {versions}; {dtypes}:\n\n{text}"
 
 
-def write_readme(file: Path) -> None:
+def write_readme(files: list[Path]) -> None:
+    """The tables of these files into the README, one behind the other."""
     before, start, rest = README.read_text().partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not (start and end):
         raise InputError(f"README.md has no lines {MARKS[0]} and {MARKS[1]} to put the table between")
-    README.write_text(f"{before}{start}\n{markdown(file)}\n{end}{after}")
+    tables = "\n\n".join(markdown(file) for file in files)
+    README.write_text(f"{before}{start}\n{tables}\n{end}{after}")
