@@ -106,6 +106,43 @@ def fused(b: Bench) -> None:
     # Two numbers in, one out: three for two.
     wide = b.randn(n // 4, 2 * f, seed=9)
     fused_step(b, "SwiGLU", ops.swiglu, swiglu, (wide,), moved=wide.nbytes * 3 // 2)
+    one_token(b)
+
+
+def one_token(b: Bench) -> None:
+    """The half of a decoding step's MLP that reads two thirds of a layer's weights, beside the same in separate steps."""
+    width, inner = b.pick(gpu=(3584, 18944), cpu=(), smoke=(64, 96))
+    gate = torch.nn.Linear(width, inner, bias=False, device=b.device, dtype=b.dtype)
+    up = torch.nn.Linear(width, inner, bias=False, device=b.device, dtype=b.dtype)
+    ops.join(gate, up)
+    x = b.randn(1, width)
+    delta = b.randn(1, width, seed=1)
+    gain = b.randn(width, seed=2)
+
+    def together() -> Way:
+        return Way(partial(ops.add_norm_swiglu, x, delta, gain, 1e-6, gate, up))
+
+    def apart() -> Way:
+        def call() -> tuple[Tensor, Tensor]:
+            s, h = ops.add_rms_norm(x, delta, gain, 1e-6)
+            return s, ops.swiglu(*ops.joint(h, gate, up))
+
+        return Way(call)
+
+    def expected() -> tuple[Tensor, Tensor]:
+        s = (x + delta).double()
+        h = _normed(s) * gain.double()
+        return s, F.silu(h @ gate.weight.double().T) * (h @ up.weight.double().T)
+
+    b.measure(Row(
+        what="norm, projection, SwiGLU of a token",
+        shape=f"1 x {width} on 2 x {inner}",
+        ours=together,
+        peers={"ours, in separate steps": apart},
+        limit=b.limit(1e-2, 5e-6),
+        reference=expected,
+        moved=2 * gate.weight.nbytes,
+    ))  # fmt: skip
 
 
 def fused_step(
