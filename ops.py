@@ -682,8 +682,7 @@ class Graph:
     are compiled, tile lists built. The second is recorded. Whatever else the function reads has to outlive the recording, which
     is why a Graph holds on to the function.
 
-    Whether all that holds is tested without a GPU (tests/test_graphs.py). On an H200 it pays where the host is the limit (a
-    picture of 480 px alone: 24 ms a step instead of 34) and costs a little elsewhere, so it is off unless asked for.
+    Whether all that holds is tested without a GPU (tests/test_graphs.py). When it pays: `pays_to_record`.
     """
 
     def __init__(self, function: Callable):
@@ -706,6 +705,25 @@ class Graph:
             mine.copy_(x)
         replay()
         return result
+
+
+# Operations that an H200 does while its host prepares one launch from Python: 70 us (33 ms for the 480 of a DiT's step) at 430
+# TFLOP/s.
+LAUNCH_WORK = 3e10
+
+
+def pays_to_record(graphs: bool | None, device: torch.device, tokens: int, width: int) -> bool:
+    """Whether the steps of a network of this width over so many tokens are recorded: as `graphs` says; None: where it pays.
+
+    It pays while a GPU is done with what one launch asks of it before the host comes with the next one, and by as much as it
+    would have waited. Else it saves nothing, and the recording itself costs a step's launches once more. On an H200, five steps
+    of the 2B DiT, the recording among them: a picture of 480 px alone took 24 ms a step instead of 34, with four before it 85
+    instead of 77.
+    """
+    if graphs is not None:
+        return graphs
+    # The product of a square layer stands for all launches: some ask for four times as much, most for next to nothing.
+    return device.type == "cuda" and 2 * tokens * width**2 < LAUNCH_WORK
 
 
 def capture(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], None], Tensor | tuple[Tensor, ...]]:

@@ -193,7 +193,7 @@ def run(groups: list[str], device: str, size: str, file: Path, minutes: float) -
     place = Place(device, size, file, end - min(30, 9 * minutes), end)
     before = begin(file, environment(torch.device(device)), groups)
     if device.startswith("cuda"):
-        compile_first(groups, place, seconds=min(75, 15 * minutes))
+        compile_first(groups, place, seconds=min(90, 20 * minutes))
         print(f"kernels compiled in {time.time() - began:.0f} s", flush=True)
     print(aligned(COLUMNS), flush=True)
     for name in groups:
