@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,11 +105,17 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def start(job: Callable, place: Place, name: str, done=(), faults=None, share=None):
-    """(process of a group, what it tells)."""
-    # Forked from a server that has imported the libraries and touched no GPU: a fork behind CUDA's start would be broken.
+def server():
+    """Processes are forked from one that has imported the libraries and touched no GPU: a fork behind CUDA's start would be
+    broken."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.preload"])
+    return context
+
+
+def start(job: Callable, place: Place, name: str, done=(), faults=None, share=None):
+    """(process of a group, what it tells)."""
+    context = server()
     heard, told = context.Pipe(duplex=False)
     process = context.Process(target=run_group, args=(job, place, name, told, done, faults or {}, share))
     process.start()
@@ -131,6 +137,8 @@ def attempt(job: Callable, place: Place, name: str, done, faults) -> Fault | Non
             except EOFError:
                 pass
         if ready:
+            process.join(max(1.0, patience))
+            process.kill()  # where even the end hangs
             process.join()
             if not process.exitcode:
                 return None
@@ -191,6 +199,9 @@ def run(groups: list[str], device: str, size: str, file: Path, minutes: float) -
     # No row begins shortly before the end, which comes in any case.
     end = began + 60 * minutes
     place = Place(device, size, file, end - min(30, 9 * minutes), end)
+    # Its imports take seconds, in which this process looks at the machine.
+    server()
+    forkserver.ensure_running()
     before = begin(file, environment(torch.device(device)), groups)
     if device.startswith("cuda"):
         compile_first(groups, place, seconds=min(90, 20 * minutes))
