@@ -1746,6 +1746,91 @@ def _swiglu_backward_kernel(
     tl.store(du + row * du_row + c, d * g * sigma, inside)
 
 
+# A decoding step has one token for each document. Its products read every weight once and multiply it with next to nothing:
+# what they take is the time of reading, and what lies between them is the time of launching. So the norm before the MLP is
+# computed anew by every program, from a few KB that stay in the L2 cache, and SwiGLU is applied to what a program has just
+# summed. The product comes before 1 / rms, so fp16, which ends at 65,504, might overflow: it takes the separate steps.
+
+FEW = 16  # tokens; the smallest side of a product on the tensor cores
+
+
+def add_norm_swiglu(x: Tensor, delta: Tensor, gain: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (2 F, W): the rows of the gate, then those of up."""
+    n, width = x.shape
+    inner = len(weight) // 2
+    _check_rows(x, delta, weight)
+    s = torch.empty(n, width, dtype=x.dtype, device=x.device)
+    y = torch.empty(n, inner, dtype=x.dtype, device=x.device)
+    # 16 columns of gate and up: a thousand programs for an MLP of 18,944, each with four tiles of both on their way.
+    cols = 16
+    grid = (triton.cdiv(inner, cols),)
+    _launch(
+        _add_norm_swiglu_kernel,
+        grid,
+        x, delta, gain, weight, s, y,
+        x.stride(0), delta.stride(0), weight.stride(0),
+        n, width, inner, eps,
+        FEW=FEW,
+        COLS=cols,
+        PIECE=min(256, max(16, _p2(width))),
+        DOT="ieee",
+        num_warps=4,
+        num_stages=4,
+    )  # fmt: skip
+    return s, y
+
+
+@jit
+def _add_norm_swiglu_kernel(
+    x, delta, gain, weight, s, y,
+    x_row, d_row, w_row,
+    n, width, inner, eps,
+    FEW: tl.constexpr,
+    COLS: tl.constexpr,
+    PIECE: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """COLS channels of the MLP for all of at most FEW tokens. The first program also writes the sum.
+
+    One walk over the width serves the norm, too: its 1 / rms is one number for a token, by which what was summed is multiplied.
+    """
+    rows = tl.arange(0, FEW)
+    here = (rows < n)[:, None]
+    c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    real = (c < inner)[:, None]
+    gates = weight + c.to(tl.int64)[:, None] * w_row
+    ups = gates + tl.cast(inner, tl.int64) * w_row
+
+    squares = tl.zeros((FEW, PIECE), tl.float32)
+    g = tl.zeros((FEW, COLS), tl.float32)
+    u = tl.zeros((FEW, COLS), tl.float32)
+    for begin in range(0, width, PIECE):
+        k = begin + tl.arange(0, PIECE)
+        in_row = (k < width)[None, :]
+
+        # The stream, rounded as it is stored: the norm is that of what it will hold.
+        t = _load(x + rows[:, None] * x_row + k[None, :], here & in_row)
+        t += _load(delta + rows[:, None] * d_row + k[None, :], here & in_row)
+        t = t.to(s.dtype.element_ty)
+        if tl.program_id(0) == 0:
+            tl.store(s + rows[:, None] * width + k[None, :], t, here & in_row)
+
+        f = t.to(tl.float32)
+        squares += f * f
+        h = (f * _load(gain + k, k < width)[None, :]).to(t.dtype)
+        a = tl.load(gates + k[None, :], real & in_row, other=0.0)  # (COLS, PIECE)
+        b = tl.load(ups + k[None, :], real & in_row, other=0.0)
+        g = tl.dot(h, tl.trans(a), g, input_precision=DOT)
+        u = tl.dot(h, tl.trans(b), u, input_precision=DOT)
+
+    # Both are rounded where a projection of its own would round them.
+    r = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
+    g = (g * r).to(y.dtype.element_ty).to(tl.float32)
+    u = (u * r).to(y.dtype.element_ty).to(tl.float32)
+    at = y + rows[:, None] * inner + c[None, :]
+    tl.store(at, g * tl.sigmoid(g) * u, here & (c < inner)[None, :])
+
+
 # --------------------------------------------------------------------------------------------------------- connector and loss
 
 

@@ -465,14 +465,15 @@ def _gained(x: Tensor, weight: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- joint projections
 
 
-def join(*layers: nn.Linear) -> None:
-    """Lay the weights and biases of layers with one input behind each other in memory, so that `joint` takes them as one.
+def join(*layers: nn.Module) -> None:
+    """Lay the weights and biases of layers with one input behind each other in memory, so that `joint` takes them as one; and
+    those of norms, for `stacked`.
 
     They become views of one tensor and keep name, shape and value: state dicts and files stay as they are, and nothing is
     stored twice. Whatever gives a module new memory, such as `.to`, parts them again.
     """
     for name in ("weight", "bias"):
-        parts = [getattr(layer, name) for layer in layers]
+        parts = [getattr(layer, name, None) for layer in layers]
         if parts[0] is None:
             continue
         # Through .data, so that the parameters stay the same objects: optimizers and DDP hold on to them.
@@ -496,7 +497,15 @@ def joint(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     return [F.linear(x, weight, bias)]
 
 
-def _neighbours(parts: list[Tensor]) -> Tensor | None:
+def stacked(*parts: Tensor) -> Tensor:
+    """torch.stack(parts), but a view if `join` has made them neighbours. No gradients."""
+    whole = _neighbours(parts)
+    if whole is None:
+        return torch.stack(parts)
+    return whole.view(len(parts), *parts[0].shape)
+
+
+def _neighbours(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors that lie behind each other in one storage, as one tensor."""
     first = parts[0]
     end = first.data_ptr()
@@ -524,6 +533,23 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         gate, up = gate.chunk(2, -1)
     return F.silu(gate) * up
 
+
+def add_norm_swiglu(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, gate: nn.Linear, up: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm, and the first half of the MLP that reads the norm: (x + delta (N, W), swiglu(gate(h), up(h)) (N, F)).
+
+    A few tokens have no work for a GPU but reading the weights: there the three steps are one launch.
+    """
+    joined = None
+    same = x.dtype == delta.dtype == gate.weight.dtype != torch.float16
+    few = len(x) <= kernels.FEW and gate.bias is None
+    if same and few and not torch.is_grad_enabled() and on_triton(x):
+        joined = _neighbours([gate.weight, up.weight])                                  # (2 F, W)
+    if joined is not None:
+        return kernels.add_norm_swiglu(x, delta, weight, eps, joined)
+    x, h = add_rms_norm(x, delta, weight, eps)                                          # (N, W) each
+    return x, swiglu(*joint(h, gate, up))
 
 # ----------------------------------------------------------------------------------------------------------- connector
 
@@ -660,8 +686,7 @@ class Graph:
     are compiled, tile lists built. The second is recorded. Whatever else the function reads has to outlive the recording, which
     is why a Graph holds on to the function.
 
-    Whether all that holds is tested without a GPU (tests/test_graphs.py). On an H200 it pays where the host is the limit (a
-    picture of 480 px alone: 24 ms a step instead of 34) and costs a little elsewhere, so it is off unless asked for.
+    Whether all that holds is tested without a GPU (tests/test_graphs.py). When it pays: `pays_to_record`.
     """
 
     def __init__(self, function: Callable):
@@ -684,6 +709,25 @@ class Graph:
             mine.copy_(x)
         replay()
         return result
+
+
+# Operations that an H200 does while its host prepares one launch from Python: 70 us (33 ms for the 480 of a DiT's step) at 430
+# TFLOP/s.
+LAUNCH_WORK = 3e10
+
+
+def pays_to_record(graphs: bool | None, device: torch.device, tokens: int, width: int) -> bool:
+    """Whether the steps of a network of this width over so many tokens are recorded: as `graphs` says; None: where it pays.
+
+    It pays while a GPU is done with what one launch asks of it before the host comes with the next one, and by as much as it
+    would have waited. Else it saves nothing, and the recording itself costs a step's launches once more. On an H200, five steps
+    of the 2B DiT, the recording among them: a picture of 480 px alone took 24 ms a step instead of 34, with four before it 85
+    instead of 77.
+    """
+    if graphs is not None:
+        return graphs
+    # The product of a square layer stands for all launches: some ask for four times as much, most for next to nothing.
+    return device.type == "cuda" and 2 * tokens * width**2 < LAUNCH_WORK
 
 
 def capture(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], None], Tensor | tuple[Tensor, ...]]:

@@ -7,10 +7,12 @@ bookkeeping of `generate`) is left out: what remains is the same task.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -112,15 +114,18 @@ def _wait(device: torch.device) -> float:
 
 
 def tokens(step: Callable[[int], Tensor], places: range, device: torch.device) -> tuple[Tensor, float]:
-    """Logits of every place, each token chosen as greedy decoding does, though the given one is read: (logits, s per token)."""
+    """Logits of every place, each token chosen as greedy decoding does, though the given one is read: (logits, s per token).
+
+    The median of all tokens: the first ones compile kernels or record a graph.
+    """
     out = []
-    began = _wait(device)
+    stamps = [_wait(device)]
     for i in places:
         logits = step(i)
-        int(logits.argmax())  # the host must know the token before it can go on
+        int(logits.argmax())  # the host must know the token before it can go on, and waits for it
         out.append(logits)
-    seconds = _wait(device) - began
-    return torch.stack(out), seconds / len(places)
+        stamps.append(time.perf_counter())
+    return torch.stack(out), statistics.median(b - a for a, b in pairwise(stamps))
 
 
 def decode(theirs, ids: Tensor, prompt: int, new: int) -> Callable:
@@ -154,7 +159,10 @@ def decode(theirs, ids: Tensor, prompt: int, new: int) -> Callable:
 
 
 class Stamps:
-    """Called after every step: `step` is the seconds of one, without the first, which also prepares the picture."""
+    """Called after every step: `step` is the seconds of one, the median of all but the first, which also prepares the picture.
+
+    Where a graph is recorded, the second step is the one that records it; in a mean of few steps it would count for too much.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -165,7 +173,7 @@ class Stamps:
 
     @property
     def step(self) -> float:
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        return statistics.median(b - a for a, b in pairwise(self.times))
 
 
 def velocity(theirs, x: list[Tensor], times: list[float], states: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def test_launches_of_a_guided_step(monkeypatch):
     with Launches() as theirs:
         their_step(peer, 2, 2, 2, 5)
     steps = [after - before for (before, _), (after, _) in pairwise(marks)]
-    assert max(steps) <= 500
+    assert max(steps) <= 435
     assert 10 * max(steps) <= theirs.total <= 6000
     assert len({reads for _, reads in marks}) == 1
 
