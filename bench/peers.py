@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from connector import features
 from dit import patchify, unpatchify
+from flow import noise_like
 from flow import sample_flow, shift_schedule
 
 # -------------------------------------------------------------------------------------------------------------- the libraries
@@ -272,7 +273,7 @@ def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, 
     def loss() -> Tensor:
         # Our noise is drawn for all patches of the pack at once, those of clean pictures among them.
         generator = torch.Generator().manual_seed(seed)
-        eps = torch.randn(sum(counts), 64, generator=generator).to(device)
+        eps = noise_like(torch.empty(sum(counts), 64, device=device), generator)
         noise = iter(eps.split(counts))
         total = 0.0
         count = 0
