@@ -4,7 +4,7 @@ It computes what `kernels._forward` computes, equations (1) to (4) there, and gi
 know which of the two has been. It takes 16-bit heads of 128 channels; `takes` says what else it wants.
 
 Why a second one. A processor of an H200 does 2,048 multiply-adds in a clock, but only 16 times 2^x. A tile of 128 queries and
-128 keys is 2,048 clocks of products and 1,024 of 2^x, and maximum, sum and rounding come on top. One after the other, the tensor
+128 keys is 2,048 clocks of products and 1,024 of 2^x, and maximum, sum and rounding come on top. In turn, the tensor
 cores would idle for more than a third of the time. Triton decides by itself what overlaps, and it does not find this. Gluon is
 the same compiler with the decisions handed over: who copies, who multiplies, who waits for what, and where.
 
