@@ -60,7 +60,8 @@ they compile to is in tests/aot_sm90.json. How many programs fit on a processor 
 
 Whole tiles are copied by Hopper's TMA unit, which saves the loop its address arithmetic. Edges go by pointers: a box would
 reach into the next sequence, and a NaN there times p = 0 is NaN. Not used: warp specialisation, which Triton 3.6 compiles for
-some of these loops and breaks for others, and Gluon, which has no interpreter to test with.
+some of these loops and breaks for others. hopper.py does it by hand for the forward pass in 16 bits and 128 channels; it has no
+interpreter to test with, and everything that it declines is done here.
 
                                    2. The steps between the matrix products
 
