@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ import torch
 
 from bench import attention, memory, steps, system
 from bench.measure import BROKEN, COLUMNS, SKIPPED, Bench, aligned, append, lines, read, reason
+from bench.processes import process_context, start_server
 from checkpoint import InputError
 
 JOBS = attention.GROUPS | steps.GROUPS | system.GROUPS | memory.GROUPS
@@ -53,6 +54,7 @@ ORDER = (
     "check-fp16",
     "flex",
 )
+PRELOAD = ["bench.preload"]
 DOCS = Path(__file__).parent.parent / "docs" / "bench"
 MINUTES = 8.0  # on a GPU
 PATIENCE = 90  # seconds without a word after which a call counts as hanging; the longest known one takes 20
@@ -105,17 +107,9 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def server():
-    """Processes are forked from one that has imported the libraries and touched no GPU: a fork behind CUDA's start would be
-    broken."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.preload"])
-    return context
-
-
 def start(job: Callable, place: Place, name: str, done=(), faults=None, share=None):
     """(process of a group, what it tells)."""
-    context = server()
+    context = process_context(PRELOAD, place.device)
     heard, told = context.Pipe(duplex=False)
     process = context.Process(target=run_group, args=(job, place, name, told, done, faults or {}, share))
     process.start()
@@ -200,9 +194,10 @@ def run(groups: list[str], device: str, size: str, file: Path, minutes: float) -
     end = began + 60 * minutes
     place = Place(device, size, file, end - min(30, 9 * minutes), end)
     # Its imports take seconds, in which this process looks at the machine.
-    server()
-    forkserver.ensure_running()
+    start_server(PRELOAD)
     before = begin(file, environment(torch.device(device)), groups)
+    # Here, and not in one of the threads that compile.
+    process_context(PRELOAD, device)
     if device.startswith("cuda"):
         compile_first(groups, place, seconds=min(90, 20 * minutes))
         print(f"kernels compiled in {time.time() - began:.0f} s", flush=True)

@@ -1,7 +1,7 @@
 """Imported once by the server from which the groups' processes are forked, so that none of them waits for the libraries.
 
-A library that is missing, or breaks when it is imported, costs the cells of its peers and nothing else. None of these touches
-a GPU when it is imported.
+A library that is missing, or breaks when it is imported, costs the cells of its peers and nothing else. None may
+start CUDA here: processes.py sees to that.
 """
 
 import importlib

@@ -38,6 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 import ops
 from bench.attention_peers import Case, Peers, query_heads, reference_attention
+from bench.processes import process_context
 from kernels import Tiles
 from ops import Segments
 
@@ -380,9 +381,7 @@ class Workers:
         self.count = count
         self.device = device
         self.serve = serve
-        # From a server that has imported the libraries and touched no GPU: a fork behind CUDA's start would be broken.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["bench.attention_peers"])
+        self.context = process_context(["bench.attention_peers"], device)
         self.free: list[tuple] = []
 
     def start(self) -> tuple:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import sys
 import time
@@ -31,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hopper
 import kernels
+from bench.processes import process_context
 from ops import Segments
 
 ROUNDS = 50
@@ -387,8 +387,7 @@ def work(rehearse: bool, go, out, began: float, seconds: float) -> None:
 
 def run(rehearse: bool, seconds: float) -> list[dict]:
     began = time.time()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kernels", "ops", "torch.nn.attention"])
+    context = process_context(["kernels", "ops", "torch.nn.attention"], "cpu" if rehearse else "cuda")
     go = context.Event()
     receive, send = context.Pipe(duplex=False)
     main = context.Process(target=work, args=(rehearse, go, send, began, 1e6 if rehearse else seconds), daemon=True)
