@@ -60,8 +60,8 @@ they compile to is in tests/aot_sm90.json. How many programs fit on a processor 
 
 Whole tiles are copied by Hopper's TMA unit, which saves the loop its address arithmetic. Edges go by pointers: a box would
 reach into the next sequence, and a NaN there times p = 0 is NaN. Not used: warp specialisation, which Triton 3.6 compiles for
-some of these loops and breaks for others. hopper.py does it by hand for the forward pass in 16 bits and 128 channels; it has no
-interpreter to test with, and everything that it declines is done here.
+some of these loops and breaks for others. hopper.py does it by hand for the forward pass in 16 bits and 128 channels, and is
+faster there; everything that it declines is done here, and so is every gradient.
 
                                    2. The steps between the matrix products
 
@@ -710,12 +710,13 @@ def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> st
     return None
 
 
-# From how many operations PyTorch's attention, which is cuDNN's there, is faster than the kernels here; never where there is no
-# entry. tests/bench/test_tune.py holds them against docs/bench/tune_h200.json. Smaller calls, too, would be faster, but cuDNN
-# plans every new length for 70 ms. With these the plan is paid for within a thousand calls, which is one picture of the DiT.
+# From how many operations PyTorch's attention, which is cuDNN's there, is faster than the kernels of this file; never where
+# there is no entry. tests/bench/test_tune.py holds them against docs/bench/tune_h200.json. Smaller calls, too, would be faster,
+# but cuDNN plans every new length for 70 ms. With these the plan is paid for within a thousand calls, which is one picture of
+# the DiT. What hopper.py takes is never left to cuDNN: where that is faster, calls are so short that the plan costs more.
 SDPA_FROM = {
     # architecture, head dim
-    (9, 128): 150e9,  # 1 x 4500, 16 heads: 0.71 of the time
+    (9, 128): 150e9,  # 1 x 4500, 16 heads: 0.71 of the time. Only for calls that hopper.py declines
     (9, 80): 150e9,  # 1 x 5476, 16 heads: 0.84. The vision tower: pays where many pictures have one size
     (9, 64): 250e9,  # 4 x 4096, 16 heads: 0.86
 }
@@ -723,6 +724,8 @@ SDPA_FROM = {
 
 def sdpa_is_faster(q: Tensor, k: Tensor, v: Tensor, queries, keys, causal: bool) -> bool:
     """Whether auto leaves this call to PyTorch. q (Nq, Hq, D), k, v (Nk, Hkv, D); queries, keys: their Segments."""
+    if by_hopper(q, k, v):
+        return False
     # cuDNN adds gradients in any order, and a resumed training has to repeat every bit.
     wanted = q.requires_grad or k.requires_grad or v.requires_grad
     if torch.is_grad_enabled() and wanted:
@@ -986,9 +989,13 @@ def backward_dkv(q, k, v, do, lse, delta, call: Call, t: Tiles | None = None, by
     return dk, dv
 
 
+def by_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return GLUON and hopper.takes(q, k, v)
+
+
 def best_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """`forward`, or the same by hopper.py."""
-    if GLUON and hopper.takes(q, k, v):
+    if by_hopper(q, k, v):
         tiles = tile_list(call.queries, call.keys, call.causal, hopper.QUERIES, "queries")
         return hopper.forward(q, k, v, tiles, call)
     return forward(q, k, v, call)

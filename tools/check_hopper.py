@@ -1,12 +1,15 @@
 """Is hopper.py right on this GPU, and how fast beside the others? One command, half a minute.
 
     python3 -m tools.check_hopper                                     on a Hopper GPU; $OUT/hopper.json, or out/hopper.json
+    python3 -m tools.check_hopper --summary docs/bench/hopper_h200.json      and what of it is kept with hopper.py
     TRITON_INTERPRET=1 python3 -m tools.check_hopper --rehearse       on a CPU: this script itself, with kernels.py in its place
 
 First everything is compiled, in processes side by side. Then one process has the GPU for itself. It compares o and L with
 float64, then the gradients that follow from them; every second call has to repeat the bits of the first. NaN or infinity lies
 between the sequences that are compared, in front of the first and behind the last. At the end it measures. What hangs or
 crashes costs the lines behind it: those that were there before are printed.
+
+A time is a median, with nothing left in the L2 cache. Where it is that of a launch, the GPU has waited for the host.
 """
 
 from __future__ import annotations
@@ -299,6 +302,13 @@ def milliseconds(run: Callable, cuda: bool) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
+def machine(device: torch.device) -> dict:
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else "CPU"
+    versions = {"torch": torch.__version__, "triton": kernels.triton.__version__, "cudnn": torch.backends.cudnn.version()}
+    return {"machine": {"device": name} | versions}
+
+
 def measure(x: Setup, shapes: list[Shape], until: float) -> Iterator[dict]:
     cuda = x.device.type == "cuda"
     # What a launch takes of the host: so short a call that the GPU waits for it.
@@ -366,6 +376,7 @@ def work(rehearse: bool, go, out, began: float, seconds: float) -> None:
         (ones @ ones).sum().item()
         go.wait()
         out.send({"stage": "begin", "at": time.time() - began})
+        out.send(machine(x.device))
         end = began + seconds
 
         def part(name: str, share: float, records: Callable, *args) -> None:
@@ -454,18 +465,48 @@ def table(records: list[dict]) -> str:
     return "\n".join(line[:400] for line in lines)[:2400]
 
 
+def summary(records: list[dict]) -> str:
+    """JSON: what was checked, ms of every shape and way, us of a launch. Without what failed."""
+    checks = []
+    for r in records:
+        if r.get("right"):
+            numbers = {"error": short(max(r.get("errors", [r.get("error")])))}
+            if "lse" in r:
+                numbers["lse"] = short(r["lse"])
+            checks.append({name: r[name] for name in ("check", "what", "rounds")} | numbers)
+    times: dict[str, dict] = {}
+    for r in records:
+        if "ms" in r:
+            times.setdefault(r["shape"], {})[r["time"]] = short(r["ms"])
+    parts = {
+        "machine": next((r["machine"] for r in records if "machine" in r), {}),
+        "launch us": {r["host"]: short(r["us"]) for r in records if "host" in r},
+    }
+    head = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in parts.items())
+    checked = ",\n".join(json.dumps(check) for check in checks)
+    timed = ",\n".join(f"{json.dumps(shape)}: {json.dumps(ways)}" for shape, ways in times.items())
+    return f'{{{head},\n"checks": [\n{checked}\n],\n"ms": {{\n{timed}\n}}}}\n'
+
+
+def short(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
 def command() -> None:
     parser = argparse.ArgumentParser(
         "python3 -m tools.check_hopper", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=25, help="of the whole run")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes in Triton's interpreter, on a CPU")
+    parser.add_argument("--summary", type=Path, help="the results alone, short enough to be committed")
     args = parser.parse_args()
     records = run(args.rehearse, args.seconds)
     file = Path(os.environ.get("OUT", "out")) / "hopper.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
     print(table(records))
+    if args.summary:
+        args.summary.write_text(summary(records))
     checks = [r["right"] for r in records if "check" in r]
     sys.exit(0 if checks and all(checks) and not any("failed" in r for r in records) else 1)
 
