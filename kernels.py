@@ -1760,6 +1760,7 @@ def _swiglu_backward_kernel(
 # summed. The product comes before 1 / rms, so fp16, which ends at 65,504, might overflow: it takes the separate steps.
 
 FEW = 16  # tokens; the smallest side of a product on the tensor cores
+FEW_AT_ONCE = False  # True: decoding takes this kernel. No GPU has run it yet; the bench's group "fused" measures it
 
 
 def add_norm_swiglu(x: Tensor, delta: Tensor, gain: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -539,12 +539,12 @@ def add_norm_swiglu(
 ) -> tuple[Tensor, Tensor]:
     """add_rms_norm, and the first half of the MLP that reads the norm: (x + delta (N, W), swiglu(gate(h), up(h)) (N, F)).
 
-    A few tokens have no work for a GPU but reading the weights: there the three steps are one launch.
+    A few tokens have no work for a GPU but reading the weights: there kernels.FEW_AT_ONCE makes the three steps one launch.
     """
     joined = None
     same = x.dtype == delta.dtype == gate.weight.dtype != torch.float16
     few = len(x) <= kernels.FEW and gate.bias is None
-    if same and few and not torch.is_grad_enabled() and on_triton(x):
+    if kernels.FEW_AT_ONCE and same and few and not torch.is_grad_enabled() and on_triton(x):
         joined = _neighbours([gate.weight, up.weight])                                  # (2 F, W)
     if joined is not None:
         return kernels.add_norm_swiglu(x, delta, weight, eps, joined)
@@ -717,7 +717,7 @@ LAUNCH_WORK = 3e10
 
 
 def pays_to_record(graphs: bool | None, device: torch.device, tokens: int, width: int) -> bool:
-    """Whether the steps of a network of this width over so many tokens are recorded: as `graphs` says; None: where it pays.
+    """Whether the steps of a DiT of this width over so many patches are recorded: as `graphs` says; None: where it pays.
 
     It pays while a GPU is done with what one launch asks of it before the host comes with the next one, and by as much as it
     would have waited. Else it saves nothing, and the recording itself costs a step's launches once more. On an H200, five steps

@@ -43,7 +43,7 @@ from connector import features
 from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, SAMPLERS, denoise, karras_schedule, shift_schedule
 from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
-from ops import Graph, Segments, pays_to_record
+from ops import Graph, Segments
 from records.validate import load_image
 from threads import Crew
 from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
@@ -601,8 +601,8 @@ class Writer:
             hidden = self.mllm.decode(ids, positions, cache)
             return self.connect(hidden), self.mllm.logits(hidden[-1])
 
-        c = self.mllm.config
-        return Graph(step) if pays_to_record(self.graphs, self.device, len(cache.counts), c.hidden_size) else step
+        # Only when asked for: what a recording gains here, no GPU has measured yet.
+        return Graph(step) if self.graphs else step
 
     @torch.no_grad()
     def read(self, requests: list[Read]) -> list[int]:
@@ -693,7 +693,7 @@ class DuoGen(Writer):
 
     defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
     from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
-    graphs: steps are recorded as CUDA graphs (ops.Graph); None: where it pays.
+    graphs: steps are recorded as CUDA graphs (ops.Graph); None: those of pictures alone, where it pays.
     """
 
     def __init__(
@@ -756,8 +756,8 @@ class DuoGen(Writer):
         given and no ckpt, the sampling defaults are those of Cosmos.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
         offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
-        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload; None: where it
-        pays (ops.pays_to_record).
+        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload; None: those
+        of pictures alone, where it pays (ops.pays_to_record).
         asked: settings that will be asked for: a size that these parts cannot paint is an InputError before weights are read.
         """
         check_device(device, offload, graphs)

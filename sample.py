@@ -80,7 +80,7 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
     p.add_argument("--graphs", action=argparse.BooleanOptionalAction,
-                   help="CUDA graphs (default: where the host is the limit, as for small pictures on a fast GPU)")  # fmt: skip
+                   help="CUDA graphs (default: of small pictures alone, where a fast GPU waits for its host)")  # fmt: skip
     p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see tools/fit.py")
     p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: triton, or sdpa where it is faster)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")

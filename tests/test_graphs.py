@@ -167,8 +167,7 @@ def test_a_step_is_recorded_where_the_host_is_the_limit():
     width = DiTConfig().width
     patches = {"480 alone": 2 * 900, "480, 1 + 4": 2 * 4500, "1024 alone": 2 * 4096, "1024, 1 + 4": 2 * 20480}
     assert [name for name, n in patches.items() if pays_to_record(None, gpu, n, width)] == ["480 alone"]
-    assert pays_to_record(None, gpu, 1, 3584) and pays_to_record(None, gpu, 64, 3584)  # tokens of one document, and of many
-    assert not pays_to_record(None, torch.device("cpu"), 1, 3584)
+    assert not pays_to_record(None, torch.device("cpu"), 1, width)
     # Who says what he wants gets it.
     assert pays_to_record(True, gpu, 10**6, width) and not pays_to_record(False, gpu, 1, width)
 
@@ -186,6 +185,15 @@ def test_a_small_picture_is_recorded_by_itself_and_a_large_one_is_not(recordings
         painted += denoise(duo.dit, [[]], [(4, 4)], [context], None, [0], **options)
         assert len(recordings) == (work > 0)
     assert torch.equal(*painted)
+
+
+def test_tokens_are_recorded_only_when_asked_for():
+    duo = make_duo()
+    cache = duo.cache(12)
+    duo.device = torch.device("cuda")
+    for graphs in (None, False, True):
+        duo.graphs = graphs
+        assert isinstance(duo.step(cache), Graph) == bool(graphs)
 
 
 def test_answers_with_recorded_steps(recordings, monkeypatch):

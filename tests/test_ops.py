@@ -151,8 +151,10 @@ def test_swiglu(backend, n, width):
 
 @pytest.mark.parametrize("n,width,inner", [(1, 80, 48), (3, 300, 100), (16, 64, 33), (17, 64, 33)])
 @torch.no_grad()
-def test_norm_and_swiglu_of_a_few_tokens(backend, n, width, inner):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_norm_and_swiglu_of_a_few_tokens(backend, monkeypatch, n, width, inner, at_once):
     """In one kernel up to 16 of them; sizes that are no multiple of its tiles. Also in fp16, which no model gives it."""
+    monkeypatch.setattr(kernels, "FEW_AT_ONCE", at_once)
     gate, up = (torch.nn.Linear(width, inner, bias=False) for _ in range(2))
     ops.join(gate, up)
     x, delta, w = torch.randn(n, width), torch.randn(n, width), torch.rand(width) + 0.5
