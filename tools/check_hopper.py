@@ -1,6 +1,6 @@
 """Is hopper.py right on this GPU, and how fast beside the others? One command, half a minute.
 
-    python3 -m tools.check_hopper                                     on a Hopper GPU; $OUT/hopper.json, or out/hopper.json
+    python3 -m tools.check_hopper                                     on a Hopper GPU; writes out/hopper.json
     python3 -m tools.check_hopper --summary docs/bench/hopper_h200.json      and what of it is kept with hopper.py
     TRITON_INTERPRET=1 python3 -m tools.check_hopper --rehearse       on a CPU: this script itself, with kernels.py in its place
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 import traceback
@@ -34,7 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hopper
 import kernels
 from bench.processes import process_context
+from checkpoint import InputError
 from ops import Segments
+from training import run_script
 
 ROUNDS = 50
 LENGTHS = [1, 17, 64, 129, 300, 257, 900, 128]
@@ -498,12 +499,14 @@ def command() -> None:
     )
     parser.add_argument("--seconds", type=float, default=25, help="of the whole run")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes in Triton's interpreter, on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("out/hopper.json"), help="every result (out/hopper.json)")
     parser.add_argument("--summary", type=Path, help="the results alone, short enough to be committed")
     args = parser.parse_args()
+    if not args.rehearse and not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+        raise InputError("no Hopper GPU here; --rehearse runs this script on a CPU")
     records = run(args.rehearse, args.seconds)
-    file = Path(os.environ.get("OUT", "out")) / "hopper.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
     print(table(records))
     if args.summary:
         args.summary.write_text(summary(records))
@@ -512,4 +515,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    command()
+    run_script(command)
