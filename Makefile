@@ -1,5 +1,6 @@
 # make sample PROMPT="How do I draw a house?"     an answer in text and pictures, on any machine
 # make test                                       the whole test suite, on the CPU
+# make bench                                      how fast it is on this machine, into docs/bench and README.md
 # make tiny                                       train the bundled miniature from nothing: hours on two cores, resumable
 #
 # Each of them makes .venv first, and again when the requirements change. PYTHON=python3.12 chooses another interpreter.
@@ -11,7 +12,7 @@ PY := .venv/bin/python
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: sample test lint tiny aot clean
+.PHONY: sample test bench lint tiny aot clean
 
 sample: .venv/runtime
 	@$(PY) sample.py $${PROMPT:+--prompt="$$PROMPT"}
@@ -19,6 +20,11 @@ sample: .venv/runtime
 # One thread computes in most tests: two files at a time, in the order of tests/conftest.py. A file's tests share what it builds.
 test: .venv/dev .venv-aot/triton
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# On a GPU at most 8 minutes, on a CPU about 3. What it has written is what there is to commit.
+bench: .venv/dev
+	$(PY) -m bench
+	$(PY) -m bench --readme
 
 lint: .venv/dev
 	$(PY) -m ruff check .

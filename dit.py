@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
-from ops import Segments, attention, gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton
+from ops import Segments, attention, gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton, stacked
 
 STEM = "diffusion_pytorch_model"
 # Fields of diffusers' config that mean nothing without the parts which DiTConfig.from_json refuses.
@@ -310,7 +310,7 @@ class Attention(nn.Module):
         # Queries and keys lie side by side: one call norms both, each group of heads with its own gain.
         if len(parts) == 1:
             qk, v = self.heads_of(parts[0]).split((2 * self.heads, self.heads), 1)
-            gains = torch.stack((self.norm_q.weight, self.norm_k.weight))              # (2, head_dim)
+            gains = stacked(self.norm_q.weight, self.norm_k.weight)                    # (2, head_dim)
             qk = norm_rope(qk, gains, self.norm_q.eps, *rope)                          # (N, 2 heads, head_dim)
             q, k = qk.chunk(2, 1)
             return q, k, v
@@ -353,9 +353,13 @@ class Block(nn.Module):
         self.norm3 = Modulation(width, config.adaln_lora_dim, 3)
         self.ff = FeedForward(width, int(width * config.mlp_ratio))
 
-    def forward(self, x, table, rows, rope, segments, context, kv, keys, targets=None) -> Tensor:
+    def forward(
+        self, x, h, table, following, rows, rope, segments, context, kv, keys, targets=None
+    ) -> tuple[Tensor, Tensor | None]:
         """x (G, n, D): chunks of n patches, chunk g modulated by row rows[g] of table (T, 9D); the rest as in DiT.forward.
 
+        h (N, D) is x as this block's self-attention reads it, if the block before has made it: given the `following` block's
+        table, a block returns its successor's h beside x, from the pass over memory in which it adds to x. Else both are None.
         With targets, the other patches only give keys and values, and are left out of what is returned.
         """
         # Nine rows for three sub-layers: a shift and a scale of what each reads, and a gate of what it adds.
@@ -363,7 +367,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, *others, index = modulation(table, rows, x)
 
         # Self-attention: every patch looks at all images of its sample.
-        h = modulate(x, shift1, scale1, index, dtype)                                  # (N, D)
+        if h is None:
+            h = modulate(x, shift1, scale1, index, dtype)                              # (N, D)
         if targets is None:
             q, k, v = self.attn1.qkv(h, *rope)                                         # (N, heads, head_dim)
             y = attention(q, k, v, segments)
@@ -391,7 +396,10 @@ class Block(nn.Module):
 
         # MLP: each patch by itself, on what it has gathered.
         y = self.ff(h)                                                                 # (N, D)
-        return gate_add(x, gate3, y, index)                                            # (G, n, D)
+        if following is None:
+            return gate_add(x, gate3, y, index), None                                  # (G, n, D)
+        shift, scale, *_ = modulation(following, rows, x)
+        return gate_add_modulate(x, gate3, y, shift, scale, index, dtype)              # (G, n, D), (N, D)
 
 
 def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
@@ -464,6 +472,7 @@ class DiT(nn.Module):
             own = block.attn1
             context = block.attn2
             join(own.to_q, own.to_k, own.to_v)
+            join(own.norm_q, own.norm_k)
             join(context.to_k, context.to_v)
         return self
 
@@ -564,10 +573,15 @@ class DiT(nn.Module):
 
         # Conditions are done with once the last block has read their keys and values.
         last = len(self.transformer_blocks) - 1
+        # What the next block reads is made ahead by a kernel, where no backward pass asks for the stream alone to be kept.
+        ahead = on_triton(x) and not torch.is_grad_enabled()
+        h = None
         for i, block in enumerate(self.transformer_blocks):
             inputs = (
                 x,
+                h,
                 table[i],
+                table[i + 1] if ahead and i < last else None,
                 rows,
                 rope,
                 pack.segments,
@@ -578,9 +592,9 @@ class DiT(nn.Module):
             )
             # Of a block only its input is kept; the backward pass computes the rest again.
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                x, h = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(*inputs)                                                     # (G, n, D)
+                x, h = block(*inputs)                                                  # (G, n, D), (N, D)
 
         # The last block has left the conditions out: the chunks that are there still are the targets'.
         if targets is not None:

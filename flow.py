@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from checkpoint import InputError
 from dit import DiT, Targets, pack_images, patchify, unpatchify
-from ops import Graph, Segments
+from ops import Graph, Segments, pays_to_record
 
 SAMPLERS = "unipc", "euler", "ancestral"  # of sample_flow
 CONDITION_TIME = 1e-4  # t of clean images for the post-trained Cosmos checkpoint (its pipeline's default)
@@ -334,7 +334,7 @@ def denoise(
     method: str = "unipc",
     condition_time: float | None = CONDITION_TIME,
     progress: Callable[[int, int], None] | None = None,
-    graphs: bool = False,
+    graphs: bool | None = False,
     eta: float = 1.0,
 ) -> list[Tensor]:
     """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
@@ -343,7 +343,8 @@ def denoise(
     positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
     None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
-    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first. method, eta: sample_flow.
+    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first; None:
+    where that pays (ops.pays_to_record). method, eta: sample_flow.
     """
     branches = 1 if guidance == 1 else 2
     contexts = _contexts(positive, negative, guidance)
@@ -388,7 +389,8 @@ def denoise(
         return torch.lerp(v[1], v[0], guidance)
 
     # x and the row are all that differs between steps, so a recording of one step serves for the others.
-    step = Graph(velocity) if graphs else velocity
+    record = pays_to_record(graphs, device, len(pack.positions), dit.config.width)
+    step = Graph(velocity) if record else velocity
 
     def velocity_at(x: Tensor, t: float) -> Tensor:
         return step(x, rows[times.index(t)])

@@ -35,27 +35,33 @@ summed over j, is one number per query, and needs no walk over the keys:
     (8)  ds_ij   = p_ij (dp_ij - delta_i),            dK_j = scale sum_i ds_ij q_i
     (9)                                               dQ_i = scale sum_j ds_ij k_j
 
-dK and dV sum over queries, dQ sums over keys. Two kernels, each of which owns what it sums, compute s and dp twice (7 products
-instead of 5) but add in a fixed order: equal bits every time. With deterministic=False one kernel does all 5 and adds its share
-of dQ to memory in whatever order programs finish.
+dK and dV sum over queries, dQ sums over keys. Two kernels, each of which owns what it sums, compute s and dp twice: 7 products
+instead of 5. In return they add in a fixed order, with equal bits every time. One kernel for all would add its shares of dQ to
+memory one by one; on an H200 these additions take longer than the two products.
 
 Decoding has one query per sequence: there is nothing to tile but the query heads of one KV head, which read the same keys. One
 program per KV head would leave the GPU idle, so each takes a share of the keys and a second kernel joins the shares by their L.
 
-Why the numbers in HOPPER. tests/aot_sm90.json lists what each of them compiles to; `make aot` shows what a change does.
-* Tensor cores there take their operands from warp groups (4 warps, 64 rows each): 8 warps share a tile of 128 rows. In 4 warps
-  the same accumulators would take twice the registers of each thread, and the 255 there are would spill to memory.
-* forward: k and v are read once per query tile, so many queries; 128 keys make each product long enough to hide the 2^x.
-  Two stages (three for D = 64) of k and v beside q stay under the 227 KiB of shared memory.
-* dkv: two accumulators of (BN, D) instead of one, hence 64 queries, and one stage: a second would spill. One loop whose mask is
-  a compare, for a loop without and one with a mask inside the loop over heads would spill too.
-* dq: s and dp are alive at once, hence 64 keys for D = 128. onepass: holds dq as well, and for D = 128 spills a few registers.
-* decode: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, three stages keep it busy.
+Why the numbers in HOPPER. They are what an H200 ran fastest (docs/bench/tune_h200.json, which bench/tune.py makes), and what
+they compile to is in tests/aot_sm90.json. How many programs fit on a processor decides more than anything inside one:
+* Of two programs one multiplies while the other one exponentiates or waits for memory. Each may have half of the registers and
+  of the 228 KiB of shared memory: 4 warps, and two stages of 64 keys. Of 64 x 64, a third stage leaves room for one program
+  alone, and mostly costs a tenth to a third.
+* forward: 128 queries for 4 warps, so that every key read serves twice as many. They spill registers and are still the fastest,
+  mostly by a tenth or more before 8 warps with four stages.
+* dq keeps q and dO beside the tiles of k and v: 128 queries need 8 warps, and fill a processor. That is best on long walks. On
+  short ones nobody works while a program begins and ends, which is `pause`; 64 queries, two programs, are quicker there.
+* dkv: two accumulators of (BN, D) instead of one. 64 x 64 leaves room for two programs, at the price of spilled registers.
+* D = 64 needs half of everything, so a third or fourth stage fits, and the sizes of tiles differ by little.
+* decode, not measured: 16 rows are the smallest product there is, and 7 heads fit; the memory is the limit, which three stages
+  should keep busy.
+* Short sequences have few tiles. 133 programs on 132 processors take as long as 264, so `quickest` looks at how many there are.
 * Causal changes no size, it shortens walks. D = 80 runs in the tiles of 128: its zero columns are multiplied but never read.
 
-Whole tiles of k and v are copied by Hopper's TMA unit, which saves the loop its address arithmetic; edges go by pointers, since
-a box would reach into the next sequence, and a NaN there times p = 0 is NaN. Not used: warp specialisation, which Triton 3.6
-compiles for some of these loops and breaks for others, and Gluon, which has no interpreter to test with.
+Whole tiles are copied by Hopper's TMA unit, which saves the loop its address arithmetic. Edges go by pointers: a box would
+reach into the next sequence, and a NaN there times p = 0 is NaN. Not used: warp specialisation, which Triton 3.6 compiles for
+some of these loops and breaks for others. hopper.py does it by hand for the forward pass in 16 bits and 128 channels, and is
+faster there; everything that it declines is done here, and so is every gradient.
 
                                    2. The steps between the matrix products
 
@@ -75,11 +81,14 @@ results once. Bytes per element of a bf16 stream, forward, operation by operatio
 
 from __future__ import annotations
 
+import math
 from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+import hopper
 
 try:
     import triton
@@ -100,7 +109,10 @@ def run_on(device: torch.device) -> bool:
 
 def jit(function):
     """triton.jit, or the bare function where there is no Triton and nothing will call it."""
-    return triton.jit(function) if triton else function
+    if triton is None:
+        return function
+    # Else Triton would compile a kernel anew for packs whose length happens to be a multiple of 16.
+    return triton.jit(function, do_not_specialize=["total"])
 
 
 # --------------------------------------------------------------------------------------------------- attention: the kernels
@@ -108,7 +120,7 @@ def jit(function):
 # What the arguments of these kernels are called:
 #
 #     Q K V O DO LSE DELTA DQ DK DV     addresses; LSE and DELTA (query heads, total) hold L and delta of every query
-#     k_box v_box                       descriptors of K and V for the TMA unit, or the addresses again where there is none
+#     q_box k_box v_box do_box          descriptors of Q, K, V and DO for the TMA unit, or the addresses where there is none
 #     TILES CU_Q CU_K                   the list of tile_list; where the sequences begin, as Segments.cu
 #     sq hq, sk hk, ...                 steps, in elements, from token to token and from head to head of Q, K, V (v), O (o),
 #                                       DO (d), DQ (g), DK and DV (gk)
@@ -151,15 +163,15 @@ def _read(pointer, first, stride, left, rows, dims, RAGGED: tl.constexpr, D: tl.
 
 
 @jit
-def _keys(
+def _fetch(
     pointer, box, head, first, stride, left, rows, dims,
     RAGGED: tl.constexpr,
     TMA: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys or values of one head. Whole ones are copied by the TMA unit, which needs no address from any thread."""
+    """A tile of one head. Whole ones are copied by the TMA unit, which needs no address from any thread."""
     if TMA and not RAGGED:
-        copied = box.load([first, head, 0])  # (BN, 1, DIM)
+        copied = box.load([first, head, 0])  # (rows, 1, DIM)
         return copied.reshape(rows.shape[0], dims.shape[0])
     else:
         return _read(pointer, first, stride, left, rows, dims, RAGGED, D)
@@ -197,7 +209,7 @@ def _forward_step(
     """Equations (1) to (4) for one tile of keys. last (BM,): the last key that each query reads."""
     cols = tl.arange(0, BN)
     dims = tl.arange(0, DIM)
-    k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
+    k = _fetch(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
 
     # (1), still without c. It enters below, where s * scale - m' is one fused multiply-add: multiplying s here would be one
     # more operation for each of BM * BN scores.
@@ -216,7 +228,7 @@ def _forward_step(
     shrink = tl.exp2(m - higher)
 
     # (4). p is rounded for the tensor cores, at most 1 and so without loss of range. Sum and accumulator stay in fp32.
-    v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
+    v = _fetch(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=DOT)
     l = l * shrink + tl.sum(p, 1)
     return acc, l, higher
@@ -335,8 +347,8 @@ def _dq_step(
     """Equations (5), (8) and (9) for one tile of keys."""
     cols = tl.arange(0, BN)
     dims = tl.arange(0, DIM)
-    k = _keys(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
-    v = _keys(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
+    k = _fetch(K, k_box, kv_head, k0 + n, sk, nk - n, cols, dims, MASKED, TMA, D)
+    v = _fetch(V, v_box, kv_head, k0 + n, sv, nk - n, cols, dims, MASKED, TMA, D)
 
     # (5): with L known there is no maximum to follow, and nothing to correct afterwards.
     s = tl.dot(q, tl.trans(k), input_precision=DOT)  # (BM, BN)
@@ -419,12 +431,12 @@ def _backward_dq(
 @jit
 def _dkv_step(
     dk, dv, k, v,
-    Q, DO, LSE, DELTA, DQ,
-    q0, m, nq, first,
-    sq, sd, sg,
-    scale, scale_grad,
-    MASKED: tl.constexpr,
-    DQ_TOO: tl.constexpr,
+    Q, DO, q_box, do_box, LSE, DELTA,
+    head, q0, m, nq, first,
+    sq, hq, sd, hd, total, scale,
+    RAGGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
     BM: tl.constexpr,
@@ -434,46 +446,44 @@ def _dkv_step(
     and stay in registers. first (BN,): the first query that reads each key."""
     rows = tl.arange(0, BM)
     dims = tl.arange(0, DIM)
-    real = rows < nq - m
+    q = _fetch(Q + head * hq, q_box, head, q0 + m, sq, nq - m, rows, dims, RAGGED, TMA, D)
+    lse_at = LSE + head * total + q0 + m + rows
+    delta_at = DELTA + head * total + q0 + m + rows
+    if RAGGED:
+        real = rows < nq - m
+        lse = tl.load(lse_at, mask=real, other=float("inf"))
+        delta = tl.load(delta_at, mask=real, other=0.0)
+    else:
+        lse = tl.load(lse_at)
+        delta = tl.load(delta_at)
 
     # (5). Queries that are not there have L = +inf, so p = 0 and no need of a mask; keys that are not there are not stored.
-    q = _read(Q, q0 + m, sq, nq - m, rows, dims, True, D)
-    lse = tl.load(LSE + q0 + m + rows, mask=real, other=float("inf"))
     s = tl.dot(k, tl.trans(q), input_precision=DOT)  # (BN, BM)
     p = tl.exp2(s * scale - lse[None, :])
-    if MASKED:
+    if CAUSAL:
         p = tl.where(m + rows[None, :] >= first[:, None], p, 0.0)
 
     # (6). The tensor cores get p rounded; for (8) it stays in fp32.
-    do = _read(DO, q0 + m, sd, nq - m, rows, dims, True, D)
+    do = _fetch(DO + head * hd, do_box, head, q0 + m, sd, nq - m, rows, dims, RAGGED, TMA, D)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=DOT)
 
     # (8).
-    delta = tl.load(DELTA + q0 + m + rows, mask=real, other=0.0)
     dp = tl.dot(v, tl.trans(do), input_precision=DOT)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision=DOT)
-
-    # (9) in the same pass. Many programs add to the same queries: each addition is atomic, their order is nobody's. relaxed:
-    # nobody reads the sums before the kernel has ended.
-    if DQ_TOO:
-        dq = tl.dot(tl.trans(ds), k, input_precision=DOT) * scale_grad
-        at = _tile(DQ, q0 + m, sg, rows, dims)
-        inside = real[:, None] & (dims < D)[None, :]
-        tl.atomic_add(at, dq, mask=inside, sem="relaxed")
     return dk, dv
 
 
 @jit
 def _backward_dkv(
-    Q, K, V, DO, LSE, DELTA, DQ, DK, DV,
+    Q, K, V, q_box, do_box, DO, LSE, DELTA, DK, DV,
     TILES, CU_Q, CU_K, total,
     sq, hq, sk, hk,
     sv, hv, sd, hd,
-    sg, hg, sgk, hgk,
+    sgk, hgk,
     scale, scale_grad, group,
     CAUSAL: tl.constexpr,
-    DQ_TOO: tl.constexpr,
+    TMA: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
     BM: tl.constexpr,
@@ -481,7 +491,7 @@ def _backward_dkv(
     DOT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN keys of one KV head, equations (6) and (8), over the queries of all heads that read it: one program
-    owns its sums, so their order is fixed. With DQ_TOO the tile's share of dQ goes to fp32 memory by atomic additions."""
+    owns its sums, so their order is fixed."""
     kv_head = tl.program_id(0)
     tile = TILES + 2 * tl.program_id(1)
     s = tl.load(tile)
@@ -499,23 +509,31 @@ def _backward_dkv(
     if CAUSAL:  # no query before reads any of these keys
         start = tl.maximum(n0 - (nk - nq), 0) // BM * BM
 
-    # Every head that read these keys sends them a gradient.
+    # Every head that read these keys sends them a gradient. Whole tiles of queries come by the TMA unit. Then what is left of
+    # each head, one tile at most: copying ahead would only cost registers, of which there are too few already.
     dk = tl.zeros((BN, DIM), tl.float32)
     dv = tl.zeros((BN, DIM), tl.float32)
+    rest = start
+    if TMA:
+        rest = nq // BM * BM
+        for head in range(kv_head * group, kv_head * group + group):
+            for m in range(start, rest, BM):
+                dk, dv = _dkv_step(
+                    dk, dv, k, v,
+                    Q, DO, q_box, do_box, LSE, DELTA,
+                    head, q0, m, nq, first,
+                    sq, hq, sd, hd, total, scale,
+                    False, CAUSAL, TMA,
+                    D, DIM, BM, DOT,
+                )  # fmt: skip
     for head in range(kv_head * group, kv_head * group + group):
-        q = Q + head * hq
-        do = DO + head * hd
-        dq = DQ + head * hg
-        lse = LSE + head * total
-        delta = DELTA + head * total
-        for m in range(start, nq, BM):
+        for m in tl.range(rest, nq, BM, num_stages=1 if TMA else None):
             dk, dv = _dkv_step(
                 dk, dv, k, v,
-                q, do, lse, delta, dq,
-                q0, m, nq, first,
-                sq, sd, sg,
-                scale, scale_grad,
-                CAUSAL, DQ_TOO,
+                Q, DO, q_box, do_box, LSE, DELTA,
+                head, q0, m, nq, first,
+                sq, hq, sd, hd, total, scale,
+                True, CAUSAL, TMA,
                 D, DIM, BM, DOT,
             )  # fmt: skip
     inside = (cols < nk - n0)[:, None] & (dims < D)[None, :]
@@ -628,31 +646,34 @@ class Tiles(NamedTuple):
     n: int  # keys of a tile
     warps: int
     stages: int  # tiles that the loop keeps in flight
+    cost: float = 1.0  # time on a GPU that is full, beside the first of the list: measured on 4 x 4096
+    pause: int = 0  # a program that is alone on its processor begins and ends in the time of so many rows that it visits
 
 
-# (what, padded head dim) on Hopper. tests/aot_sm90.json holds what each compiles to; the module docstring says why.
+# (what, padded head dim) on Hopper: `quickest` takes one of each list. tests/aot_sm90.json holds what each compiles to; the
+# module docstring says why.
 HOPPER = {
-    ("forward", 128): Tiles(128, 128, 8, 2),
-    ("forward", 64): Tiles(128, 128, 8, 3),
-    ("dq", 128): Tiles(128, 64, 8, 2),
-    ("dq", 64): Tiles(128, 128, 8, 2),
-    ("dkv", 128): Tiles(64, 128, 8, 1),
-    ("dkv", 64): Tiles(64, 128, 8, 1),
-    ("onepass", 128): Tiles(64, 128, 8, 1),
-    ("onepass", 64): Tiles(64, 128, 8, 1),
-    ("decode", 128): Tiles(16, 64, 4, 3),
-    ("decode", 64): Tiles(16, 64, 4, 3),
+    ("forward", 128): [Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2, cost=1.28)],
+    ("forward", 64): [Tiles(128, 64, 8, 4), Tiles(64, 64, 4, 3, cost=1.01)],
+    ("dq", 128): [Tiles(128, 64, 8, 3, pause=96), Tiles(64, 64, 4, 2, cost=1.15)],
+    ("dq", 64): [Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3, cost=1.02)],
+    ("dkv", 128): [Tiles(64, 64, 4, 2)],
+    ("dkv", 64): [Tiles(64, 64, 4, 3)],
+    ("decode", 128): [Tiles(16, 64, 4, 3)],
+    ("decode", 64): [Tiles(16, 64, 4, 3)],
 }
 OTHER = Tiles(64, 32, 4, 2)  # any other GPU: fits the 99 KiB of shared memory that every one since Ampere has
 EXACT = Tiles(32, 32, 4, 1)  # fp32 has no tensor cores at full precision; also what the interpreter steps through
+PROCESSORS = 132  # of an H100 and an H200
 SPLIT_KEYS = 256  # a split of fewer keys costs more to merge than it saves
-PROGRAMS = 264  # splits until there are two programs for each of the H100's 132 processors
+PROGRAMS = 2 * PROCESSORS  # splits until there are as many programs
 HEAD_DIMS = (16, 32, 64, 80, 128)
 LOG2E = 1.4426950408889634
+GLUON = True  # hopper.py's forward pass where it can; False: always the one of this file
 
 
-def config(what: str, dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
-    """architecture: major version of the compute capability, 0 for the interpreter."""
+def config(what: str, dim: int, dtype: torch.dtype, architecture: int) -> list[Tiles]:
+    """What there is to choose from. architecture: major version of the compute capability, 0 for the interpreter."""
     if architecture == 9 and dtype != torch.float32:
         return HOPPER[what, max(dim, 64)]
     tiles = OTHER
@@ -661,7 +682,7 @@ def config(what: str, dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
     # A single query: more rows than the smallest product has would only be multiplied for nothing.
     if what == "decode":
         tiles = tiles._replace(m=16)
-    return tiles
+    return [tiles]
 
 
 def _architecture(device: torch.device) -> int:
@@ -689,7 +710,43 @@ def attention_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> st
     return None
 
 
-def attention(q, k, v, queries, keys, causal, scale, deterministic, k_lengths) -> Tensor:
+# From how many operations PyTorch's attention, which is cuDNN's there, is faster than the kernels of this file; never where
+# there is no entry. tests/bench/test_tune.py holds them against docs/bench/tune_h200.json. Smaller calls, too, would be faster,
+# but cuDNN plans every new length for 70 ms. With these the plan is paid for within a thousand calls, which is one picture of
+# the DiT. What hopper.py takes is never left to cuDNN: where that is faster, calls are so short that the plan costs more.
+SDPA_FROM = {
+    # architecture, head dim
+    (9, 128): 150e9,  # 1 x 4500, 16 heads: 0.71 of the time. Only for calls that hopper.py declines
+    (9, 80): 150e9,  # 1 x 5476, 16 heads: 0.84. The vision tower: pays where many pictures have one size
+    (9, 64): 250e9,  # 4 x 4096, 16 heads: 0.86
+}
+
+
+def sdpa_is_faster(q: Tensor, k: Tensor, v: Tensor, queries, keys, causal: bool) -> bool:
+    """Whether auto leaves this call to PyTorch. q (Nq, Hq, D), k, v (Nk, Hkv, D); queries, keys: their Segments."""
+    if by_hopper(q, k, v):
+        return False
+    # cuDNN adds gradients in any order, and a resumed training has to repeat every bit.
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    if torch.is_grad_enabled() and wanted:
+        return False
+    # Prompts, which are causal, and packs of several lengths seldom come twice: cuDNN would plan each of them.
+    one_length = len(set(queries.lengths)) == 1 and queries.lengths == keys.lengths
+    if causal or not one_length:
+        return False
+    if not (torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()):
+        return False
+    least = SDPA_FROM.get((_architecture(q.device), q.shape[2]), math.inf)
+    return operations(q, queries, keys) >= least
+
+
+def operations(q: Tensor, queries, keys) -> int:
+    """Of the forward pass: two products, each with a multiplication and an addition per channel."""
+    pairs = sum(nq * nk for nq, nk in zip(queries.lengths, keys.lengths, strict=True))
+    return 4 * q.shape[1] * q.shape[2] * pairs
+
+
+def attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tensor:
     """ops.attention for what `attention_cannot` has nothing against; queries and keys are Segments that fit."""
     for segments in (queries, keys):
         if segments.cu.device != q.device:
@@ -711,7 +768,7 @@ def attention(q, k, v, queries, keys, causal, scale, deterministic, k_lengths) -
     one_query_each = len(queries) > 0 and set(queries.lengths) == {1}
     if one_query_each and not gradients:
         return _decode_packed(q, k, v, keys, scale, k_lengths)
-    return _Flash.apply(q, k, v, queries, keys, causal, scale, deterministic)
+    return _Flash.apply(q, k, v, Call(queries, keys, causal, scale))
 
 
 def _whole_heads(x: Tensor) -> Tensor:
@@ -721,16 +778,12 @@ def _whole_heads(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def tile_list(rows, across, causal: bool, block: int, side: str) -> Tensor:
-    """(T, 2) int32 on the device: sequence and first row of every tile of `block` of the rows, which are `side`.
+def work(rows, across, causal: bool, block: int, side: str) -> list[tuple[int, int, int]]:
+    """(rows of the other side to visit, sequence, first row) of every tile of `block` of the rows, which are `side`.
 
-    rows, across: the Segments of queries and keys, or of keys and queries. Tiles with the most rows of the other side to visit
-    come first, so that short ones fill the gaps at the end. Kept with `rows` for the next layer.
+    rows, across: the Segments of queries and keys, or of keys and queries.
     """
-    call = across, causal, block, side
-    if call in rows.tile_lists:
-        return rows.tile_lists[call]
-    work = []
+    tiles = []
     for s, (n, others) in enumerate(zip(rows.lengths, across.lengths, strict=True)):
         for row in range(0, n, block):
             visits = others
@@ -739,43 +792,86 @@ def tile_list(rows, across, causal: bool, block: int, side: str) -> Tensor:
                 visits = min(others, row + block + others - n)
             if causal and side == "keys":
                 visits = min(others, n - row)
-            work.append((max(0, visits), s, row))
+            tiles.append((max(0, visits), s, row))
+    return tiles
 
+
+def tile_list(rows, across, causal: bool, block: int, side: str) -> Tensor:
+    """(T, 2) int32 on the device: sequence and first row of every tile of `work`. Those with the most to visit come first, so
+    that short ones fill the gaps at the end. Kept with `rows` for the next layer."""
+    call = across, causal, block, side
+    if call in rows.kept:
+        return rows.kept[call]
     # Programs start in the order of the list. A long one that starts last would keep the GPU waiting for a single processor.
-    work.sort(key=itemgetter(0), reverse=True)
-    tiles = [(s, row) for _, s, row in work]
+    longest_first = sorted(work(rows, across, causal, block, side), key=itemgetter(0), reverse=True)
+    tiles = [(s, row) for _, s, row in longest_first]
     on_host = torch.tensor(tiles, dtype=torch.int32).view(-1, 2)
-    rows.tile_lists[call] = on_host.to(rows.cu.device, non_blocking=True)
-    return rows.tile_lists[call]
+    rows.kept[call] = on_host.to(rows.cu.device, non_blocking=True)
+    return rows.kept[call]
 
 
-def _constants(what: str, x: Tensor) -> tuple[Tiles, dict]:
-    """The tiles of a kernel, and what a launch of it gets by name."""
-    dim = max(16, triton.next_power_of_2(x.shape[2]))
-    t = config(what, dim, x.dtype, _architecture(x.device))
+def quickest(candidates: list[Tiles], rows, across, causal: bool, heads: int, side: str) -> Tiles:
+    """The tiles with which all programs of `heads` heads have ended first. Kept with `rows` for the next layer.
+
+    The processors work in waves, and the last wave takes as long as any other, however few programs it has. Large tiles are
+    quicker while the GPU is full; small ones leave less of it idle at the end, and of short sequences less of a tile empty.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    call = across, causal, heads, side, *candidates
+    if call not in rows.kept:
+        times = [_time(t, rows, across, causal, heads, side) for t in candidates]
+        rows.kept[call] = candidates[times.index(min(times))]
+    return rows.kept[call]
+
+
+def _time(t: Tiles, rows, across, causal: bool, heads: int, side: str) -> float:
+    """In pairs of query and key that one processor visits, waves of programs as long as the longest."""
+    block = t.m if side == "queries" else t.n
+    visits = [n + t.pause for n, _, _ in work(rows, across, causal, block, side)]
+    longest = max(visits, default=0)
+    if longest == 0:
+        return 0.0
+    # Short programs share a wave with a long one: as many as fill its length. Two that run on one processor at the same time
+    # share its speed, and count as two waves.
+    programs = heads * sum(visits) / longest
+    waves = math.ceil(programs / PROCESSORS)
+    return waves * longest * block * t.cost
+
+
+def _candidates(what: str, x: Tensor) -> list[Tiles]:
+    return config(what, _padded(x), x.dtype, _architecture(x.device))
+
+
+def _padded(x: Tensor) -> int:
+    """Channels of a head, as blocks count them."""
+    return max(16, triton.next_power_of_2(x.shape[2]))
+
+
+def _constants(x: Tensor, t: Tiles) -> dict:
+    """What a launch with these tiles gets by name."""
     # fp32 means fp32: TF32 would round the factors to ten bits.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    constants = {
+    return {
         "D": x.shape[2],
-        "DIM": dim,
+        "DIM": _padded(x),
         "BN": t.n,
         "DOT": precision,
         "num_warps": t.warps,
         "num_stages": t.stages,
     }
-    return t, constants
 
 
-def _boxes(k: Tensor, v: Tensor, t: Tiles, dim: int) -> tuple:
-    """(k, v, True) as the TMA unit's descriptors; (k, v, False) where there is no such unit or it cannot take these strides."""
+def _boxes(x: Tensor, y: Tensor, rows: int) -> tuple:
+    """(x, y, True) as descriptors for the TMA unit, which copies `rows` rows of one head at a time; (x, y, False) where there
+    is no such unit or it cannot take these strides."""
     # 0, the interpreter, takes descriptors too: so the tests walk the same lines as a Hopper.
-    if _architecture(k.device) not in (0, 9) or not _tma_takes(k) or not _tma_takes(v):
-        return k, v, False
-    # One head of one tile; a descriptor holds the shape of the whole tensor and what is copied of it at a time.
-    box = [t.n, 1, dim]
-    k_box = TensorDescriptor(k, list(k.shape), list(k.stride()), box)
-    v_box = TensorDescriptor(v, list(v.shape), list(v.stride()), box)
-    return k_box, v_box, True
+    if _architecture(x.device) not in (0, 9) or not _tma_takes(x) or not _tma_takes(y):
+        return x, y, False
+    box = [rows, 1, _padded(x)]
+    x_box = TensorDescriptor(x, list(x.shape), list(x.stride()), box)
+    y_box = TensorDescriptor(y, list(y.shape), list(y.stride()), box)
+    return x_box, y_box, True
 
 
 def _tma_takes(x: Tensor) -> bool:
@@ -798,99 +894,130 @@ def _contiguous_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+class Call(NamedTuple):
+    """What all kernels of one attention need to know beside the tensors."""
+
+    queries: object  # Segments
+    keys: object  # Segments
+    causal: bool
+    scale: float
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, t: Tiles | None = None) -> tuple[Tensor, Tensor]:
+    """o (Nq, Hq, D) and L (Hq, Nq). t: these tiles, instead of the quickest."""
+    heads = q.shape[1]
+    o = _contiguous_like(q)
+    lse = q.new_empty(heads, len(q), dtype=torch.float32)
+    t = t or quickest(_candidates("forward", q), call.queries, call.keys, call.causal, heads, "queries")
+    tiles = tile_list(call.queries, call.keys, call.causal, t.m, "queries")
+    k_box, v_box, tma = _boxes(k, v, t.n)
+    # No tiles where no sequence has a query: o has no rows then.
+    if len(tiles):
+        with torch.cuda.device_of(q):
+            _forward[heads, len(tiles)](
+                q, k, v, k_box, v_box, o, lse,
+                tiles, call.queries.cu, call.keys.cu, len(q),
+                *_strides(q, k, v, o),
+                call.scale * LOG2E, heads // k.shape[1],
+                CAUSAL=call.causal,
+                TMA=tma,
+                BM=t.m,
+                **_constants(q, t),
+            )  # fmt: skip
+    return o, lse
+
+
+def output_sums(o: Tensor, do: Tensor) -> Tensor:
+    """delta (Hq, Nq), equation (7), which both kernels of the backward pass read."""
+    total, heads, d = o.shape
+    delta = o.new_empty(heads, total, dtype=torch.float32)
+    if total:
+        with torch.cuda.device_of(o):
+            _delta[heads, triton.cdiv(total, 64)](
+                o, do, delta,
+                total,
+                *_strides(o, do),
+                D=d,
+                DIM=_padded(o),
+                BM=64,
+            )  # fmt: skip
+    return delta
+
+
+def backward_dq(q, k, v, do, lse, delta, call: Call, t: Tiles | None = None) -> Tensor:
+    heads = q.shape[1]
+    dq = _contiguous_like(q)
+    t = t or quickest(_candidates("dq", q), call.queries, call.keys, call.causal, heads, "queries")
+    tiles = tile_list(call.queries, call.keys, call.causal, t.m, "queries")
+    k_box, v_box, tma = _boxes(k, v, t.n)
+    if len(tiles):
+        with torch.cuda.device_of(q):
+            _backward_dq[heads, len(tiles)](
+                q, k, v, k_box, v_box, do, lse, delta, dq,
+                tiles, call.queries.cu, call.keys.cu, len(q),
+                *_strides(q, k, v, do, dq),
+                call.scale * LOG2E, call.scale, heads // k.shape[1],
+                CAUSAL=call.causal,
+                TMA=tma,
+                BM=t.m,
+                **_constants(q, t),
+            )  # fmt: skip
+    return dq
+
+
+def backward_dkv(q, k, v, do, lse, delta, call: Call, t: Tiles | None = None, by_tma: bool = True) -> tuple[Tensor, Tensor]:
+    """by_tma=False: addresses also where descriptors would do."""
+    kv_heads = k.shape[1]
+    dk = _contiguous_like(k)
+    dv = _contiguous_like(v)
+    # Here the tiles are of keys.
+    t = t or quickest(_candidates("dkv", q), call.keys, call.queries, call.causal, kv_heads, "keys")
+    tiles = tile_list(call.keys, call.queries, call.causal, t.n, "keys")
+    q_box, do_box, tma = _boxes(q, do, t.m) if by_tma else (q, do, False)
+    if len(tiles):
+        with torch.cuda.device_of(q):
+            _backward_dkv[kv_heads, len(tiles)](
+                q, k, v, q_box, do_box, do, lse, delta, dk, dv,
+                tiles, call.queries.cu, call.keys.cu, len(q),
+                *_strides(q, k, v, do, dk),
+                call.scale * LOG2E, call.scale, q.shape[1] // kv_heads,
+                CAUSAL=call.causal,
+                TMA=tma,
+                BM=t.m,
+                **_constants(q, t),
+            )  # fmt: skip
+    return dk, dv
+
+
+def by_hopper(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return GLUON and hopper.takes(q, k, v)
+
+
+def best_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """`forward`, or the same by hopper.py."""
+    if by_hopper(q, k, v):
+        tiles = tile_list(call.queries, call.keys, call.causal, hopper.QUERIES, "queries")
+        return hopper.forward(q, k, v, tiles, call)
+    return forward(q, k, v, call)
+
+
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sq, sk, causal, scale, deterministic):
-        heads = q.shape[1]
-        kv_heads = k.shape[1]
-        o = _contiguous_like(q)
-        lse = q.new_empty(heads, len(q), dtype=torch.float32)
-
-        t, constants = _constants("forward", q)
-        tiles = tile_list(sq, sk, causal, t.m, "queries")
-        k_box, v_box, tma = _boxes(k, v, t, constants["DIM"])
-        # No tiles where no sequence has a query: o has no rows then.
-        if len(tiles):
-            with torch.cuda.device_of(q):
-                _forward[heads, len(tiles)](
-                    q, k, v, k_box, v_box, o, lse,
-                    tiles, sq.cu, sk.cu, len(q),
-                    *_strides(q, k, v, o),
-                    scale * LOG2E, heads // kv_heads,
-                    CAUSAL=causal,
-                    TMA=tma,
-                    BM=t.m,
-                    **constants,
-                )  # fmt: skip
-
+    def forward(ctx, q, k, v, call):
+        o, lse = best_forward(q, k, v, call)
         # Neither s nor p is kept: (5) finds p again from q, k and L.
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.call = sq, sk, causal, scale, deterministic
+        ctx.call = call
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        sq, sk, causal, scale, deterministic = ctx.call
-        heads = q.shape[1]
-        kv_heads = k.shape[1]
-        group = heads // kv_heads
         do = _whole_heads(do)
-        delta = torch.empty_like(lse)
-        dk = _contiguous_like(k)
-        dv = _contiguous_like(v)
-
-        # One kernel for all adds to dQ by atomic additions, which begin at zero and are in fp32.
-        what = "dkv" if deterministic else "onepass"
-        if deterministic:
-            dq = torch.empty_like(o)
-        else:
-            dq = torch.zeros_like(o, dtype=torch.float32)
-        t, constants = _constants(what, q)
-
-        with torch.cuda.device_of(q):
-            # delta first: both other kernels read it.
-            if len(q):
-                _delta[heads, triton.cdiv(len(q), 64)](
-                    o, do, delta,
-                    len(q),
-                    *_strides(o, do),
-                    D=constants["D"],
-                    DIM=constants["DIM"],
-                    BM=64,
-                )  # fmt: skip
-
-            # dK and dV: here the tiles are of keys.
-            tiles = tile_list(sk, sq, causal, t.n, "keys")
-            if len(tiles):
-                _backward_dkv[kv_heads, len(tiles)](
-                    q, k, v, do, lse, delta, dq, dk, dv,
-                    tiles, sq.cu, sk.cu, len(q),
-                    *_strides(q, k, v, do, dq, dk),
-                    scale * LOG2E, scale, group,
-                    CAUSAL=causal,
-                    DQ_TOO=not deterministic,
-                    BM=t.m,
-                    **constants,
-                )  # fmt: skip
-
-            # dQ, if it was not among them.
-            if deterministic:
-                t, constants = _constants("dq", q)
-                tiles = tile_list(sq, sk, causal, t.m, "queries")
-                k_box, v_box, tma = _boxes(k, v, t, constants["DIM"])
-                if len(tiles):
-                    _backward_dq[heads, len(tiles)](
-                        q, k, v, k_box, v_box, do, lse, delta, dq,
-                        tiles, sq.cu, sk.cu, len(q),
-                        *_strides(q, k, v, do, dq),
-                        scale * LOG2E, scale, group,
-                        CAUSAL=causal,
-                        TMA=tma,
-                        BM=t.m,
-                        **constants,
-                    )  # fmt: skip
-        return dq.to(q.dtype), dk, dv, None, None, None, None, None
+        delta = output_sums(o, do)
+        dk, dv = backward_dkv(q, k, v, do, lse, delta, ctx.call)
+        dq = backward_dq(q, k, v, do, lse, delta, ctx.call)
+        return dq, dk, dv, None
 
 
 def _decode_packed(q, k, v, sk, scale, k_lengths) -> Tensor:
@@ -898,7 +1025,8 @@ def _decode_packed(q, k, v, sk, scale, k_lengths) -> Tensor:
     count, heads, d = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    t, constants = _constants("decode", q)
+    (t,) = _candidates("decode", q)
+    constants = _constants(q, t)
 
     # By the longest sequence, or by what a static cache has room for: the lengths themselves may be on the device alone.
     wanted = triton.cdiv(PROGRAMS, count * kv_heads)
@@ -1624,6 +1752,92 @@ def _swiglu_backward_kernel(
     dg_at = dg + row * dg_row + c
     tl.store(dg_at, d * u * sigma * (1 + g * (1 - sigma)), inside)
     tl.store(du + row * du_row + c, d * g * sigma, inside)
+
+
+# A decoding step has one token for each document. Its products read every weight once and multiply it with next to nothing:
+# what they take is the time of reading, and what lies between them is the time of launching. So the norm before the MLP is
+# computed anew by every program, from a few KB that stay in the L2 cache, and SwiGLU is applied to what a program has just
+# summed. The product comes before 1 / rms, so fp16, which ends at 65,504, might overflow: it takes the separate steps.
+
+FEW = 16  # tokens; the smallest side of a product on the tensor cores
+FEW_AT_ONCE = False  # True: decoding takes this kernel. No GPU has run it yet; the bench's group "fused" measures it
+
+
+def add_norm_swiglu(x: Tensor, delta: Tensor, gain: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (2 F, W): the rows of the gate, then those of up."""
+    n, width = x.shape
+    inner = len(weight) // 2
+    _check_rows(x, delta, weight)
+    s = torch.empty(n, width, dtype=x.dtype, device=x.device)
+    y = torch.empty(n, inner, dtype=x.dtype, device=x.device)
+    # 16 columns of gate and up: a thousand programs for an MLP of 18,944, each with four tiles of both on their way.
+    cols = 16
+    grid = (triton.cdiv(inner, cols),)
+    _launch(
+        _add_norm_swiglu_kernel,
+        grid,
+        x, delta, gain, weight, s, y,
+        x.stride(0), delta.stride(0), weight.stride(0),
+        n, width, inner, eps,
+        FEW=FEW,
+        COLS=cols,
+        PIECE=min(256, max(16, _p2(width))),
+        DOT="ieee",
+        num_warps=4,
+        num_stages=4,
+    )  # fmt: skip
+    return s, y
+
+
+@jit
+def _add_norm_swiglu_kernel(
+    x, delta, gain, weight, s, y,
+    x_row, d_row, w_row,
+    n, width, inner, eps,
+    FEW: tl.constexpr,
+    COLS: tl.constexpr,
+    PIECE: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """COLS channels of the MLP for all of at most FEW tokens. The first program also writes the sum.
+
+    One walk over the width serves the norm, too: its 1 / rms is one number for a token, by which what was summed is multiplied.
+    """
+    rows = tl.arange(0, FEW)
+    here = (rows < n)[:, None]
+    c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    real = (c < inner)[:, None]
+    gates = weight + c.to(tl.int64)[:, None] * w_row
+    ups = gates + tl.cast(inner, tl.int64) * w_row
+
+    squares = tl.zeros((FEW, PIECE), tl.float32)
+    g = tl.zeros((FEW, COLS), tl.float32)
+    u = tl.zeros((FEW, COLS), tl.float32)
+    for begin in range(0, width, PIECE):
+        k = begin + tl.arange(0, PIECE)
+        in_row = (k < width)[None, :]
+
+        # The stream, rounded as it is stored: the norm is that of what it will hold.
+        t = _load(x + rows[:, None] * x_row + k[None, :], here & in_row)
+        t += _load(delta + rows[:, None] * d_row + k[None, :], here & in_row)
+        t = t.to(s.dtype.element_ty)
+        if tl.program_id(0) == 0:
+            tl.store(s + rows[:, None] * width + k[None, :], t, here & in_row)
+
+        f = t.to(tl.float32)
+        squares += f * f
+        h = (f * _load(gain + k, k < width)[None, :]).to(t.dtype)
+        a = tl.load(gates + k[None, :], real & in_row, other=0.0)  # (COLS, PIECE)
+        b = tl.load(ups + k[None, :], real & in_row, other=0.0)
+        g = tl.dot(h, tl.trans(a), g, input_precision=DOT)
+        u = tl.dot(h, tl.trans(b), u, input_precision=DOT)
+
+    # Both are rounded where a projection of its own would round them.
+    r = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
+    g = (g * r).to(y.dtype.element_ty).to(tl.float32)
+    u = (u * r).to(y.dtype.element_ty).to(tl.float32)
+    at = y + rows[:, None] * inner + c[None, :]
+    tl.store(at, g * tl.sigmoid(g) * u, here & (c < inner)[None, :])
 
 
 # --------------------------------------------------------------------------------------------------------- connector and loss

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights, write_json
-from ops import Segments, add_rms_norm, attention, join, joint, rms_norm, rope, rope_append, swiglu
+from ops import Segments, add_norm_swiglu, add_rms_norm, attention, join, joint, rms_norm, rope, rope_append, swiglu
 
 # -------------------------------------------------------------------------------------------------------------- configs
 
@@ -290,13 +290,16 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
-        """The stream with what the layer makes of x. Without gradients the stream itself may be overwritten."""
-        h = swiglu(*joint(x, self.gate_proj, self.up_proj))                                   # (N, inner)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(*joint(x, self.gate_proj, self.up_proj)))                # (N, width)
+
+    def on_stream(self, stream: Tensor, delta: Tensor, norm: nn.RMSNorm) -> Tensor:
+        """The stream with delta, and with what the layer makes of the norm of their sum."""
+        stream, h = add_norm_swiglu(stream, delta, norm.weight, norm.eps, self.gate_proj, self.up_proj)
         down = self.down_proj
         if torch.is_grad_enabled() or down.bias is not None or h.dtype != stream.dtype:
             return stream + down(h)
-        # The product adds by itself: no launch for the sum.
+        # The product adds by itself: no launch for the sum. Without gradients the stream may be overwritten.
         return stream.addmm_(h, down.weight.T)                                                # (N, width)
 
 
@@ -386,7 +389,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Attention and MLP, each on the normed stream and added to it."""
+    """Attention and MLP, each on the normed stream and added to it: the MLP's part by the next block."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
@@ -395,11 +398,16 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(c.hidden_size, c.num_heads)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, *where) -> Tensor:
-        h = rms_norm(x, self.norm1.weight, self.norm1.eps)
-        # The sum and the norm that reads it are one pass over memory.
+    def forward(self, x: Tensor, delta: Tensor | None, *where) -> tuple[Tensor, Tensor | None]:
+        """The stream, and what is still to be added to it: the sum and the norm that reads it are one pass over memory."""
+        if delta is None:
+            h = rms_norm(x, self.norm1.weight, self.norm1.eps)
+        else:
+            x, h = add_rms_norm(x, delta, self.norm1.weight, self.norm1.eps)                  # (P, width) each
         x, h = add_rms_norm(x, self.attn(h, *where), self.norm2.weight, self.norm2.eps)       # (P, width) each
-        return self.mlp(h, x)                                                                 # (P, width)
+        y = self.mlp(h)                                                                       # (P, width)
+        # Where gradients need the stream alone, nothing is left to be added: a checkpoint would keep both.
+        return (x + y, None) if torch.is_grad_enabled() else (x, y)
 
 
 class PatchEmbed(nn.Module):
@@ -427,9 +435,12 @@ class PatchMerger(nn.Module):
         inner = c.hidden_size * self.unit
         self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, c.out_hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = rms_norm(x, self.ln_q.weight, self.ln_q.eps)                                      # (P, width)
-        units = rearrange(x, "(unit patch) d -> unit (patch d)", patch=self.unit)             # (P / 4, 4 * width)
+    def forward(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        if delta is None:
+            h = rms_norm(x, self.ln_q.weight, self.ln_q.eps)                                  # (P, width)
+        else:
+            _, h = add_rms_norm(x, delta, self.ln_q.weight, self.ln_q.eps)                    # (P, width)
+        units = rearrange(h, "(unit patch) d -> unit (patch d)", patch=self.unit)             # (P / 4, 4 * width)
         return self.mlp(units)                                                                # (P / 4, H)
 
 
@@ -463,12 +474,13 @@ class VisionTower(nn.Module):
         quarter = c.hidden_size // c.num_heads // 4
         turns = frequencies((quarter, quarter), True, 10000.0, x.device)
         cos, sin = rope_tables(plan.positions, *turns, torch.float32)                         # (P, 1, head_dim)
+        delta = None  # what the last block has still to add to the stream
         for i, block in enumerate(self.blocks):
             segments = plan.images if i in c.fullatt_block_indexes else plan.windows
-            x = maybe_checkpoint(self, block, x, segments, cos, sin)                          # (P, width)
+            x, delta = maybe_checkpoint(self, block, x, delta, segments, cos, sin)            # (P, width) each
 
         # The decoder reads a picture row by row.
-        return self.merger(x).index_select(0, plan.back)                                      # (P / 4, H)
+        return self.merger(x, delta).index_select(0, plan.back)                                      # (P / 4, H)
 
 
 # -------------------------------------------------------------------------------------------------------------- decoder
@@ -607,13 +619,10 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, *where) -> Tensor:
         norm = self.input_layernorm
         h = rms_norm(x, norm.weight, norm.eps)                                                # (N, H)
-        # The sum and the norm that reads it are one pass over memory.
-        norm = self.post_attention_layernorm
-        x, h = add_rms_norm(x, self.self_attn(h, *where), norm.weight, norm.eps)              # (N, H) each
-        return self.mlp(h, x)                                                                 # (N, H)
+        return self.mlp.on_stream(x, self.self_attn(h, *where), self.post_attention_layernorm)  # (N, H)
 
 
-def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs) -> Tensor:
+def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs):
     """block(*inputs); where its owner asks for it, the backward pass recomputes the inside instead of finding it in memory."""
     if owner.gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)

@@ -55,8 +55,8 @@ class Segments:
         self.longest = max(self.lengths, default=0)
         # non_blocking: the host need not wait for what the device has queued before.
         self.cu = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)  # (S + 1,)
-        # Work lists of the attention kernels, which the first layer makes for all others: kernels.tile_list.
-        self.tile_lists: dict[tuple, Tensor] = {}
+        # What the attention kernels found out for the first layer and use in all others: kernels.tile_list and quickest.
+        self.kept: dict[tuple, object] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -83,8 +83,9 @@ _backend = "auto"
 def set_backend(name: str, device: torch.device | None = None) -> None:
     """What the whole process computes with: "triton" (an error where the kernels cannot), "sdpa" (PyTorch's), or "auto".
 
-    auto: the kernels on a GPU (of attention for 16-bit tensors of a supported head dim); PyTorch for all else. Given the device
-    of the models, what cannot work there is told before they are loaded.
+    auto: the kernels on a GPU; PyTorch for all else. Attention there gets 16-bit tensors of a supported head dim, unless no
+    gradients are wanted and kernels.SDPA_FROM says that PyTorch's is faster. Given the device of the models, what cannot work
+    there is told before they are loaded.
     """
     global _backend
     if name not in BACKENDS:
@@ -130,7 +131,6 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-    deterministic: bool = True,
     k_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -139,7 +139,7 @@ def attention(
     q: (Nq, Hq, D); k, v: (Nk, Hkv, D) with Hq a multiple of Hkv (query heads g*r .. g*r+r-1 read KV head g); queries, keys:
     their Segments, or (S + 1,) integer boundaries, which are then read back; keys defaults to queries. `causal` aligns the last
     query with the last key, which is what a KV cache needs. A query without any key gives zeros. Returns (Nq, Hq, D). `scale`
-    defaults to D**-0.5. deterministic=False: the kernels may add gradients in any order, which is faster.
+    defaults to D**-0.5.
 
     k_lengths (S,) int32 on the device serves a static KV cache: of each of the S equally large buffers in k and v only the
     first k_lengths[s] rows count, and each sequence has one query. Its values may change between replays of a CUDA graph.
@@ -148,8 +148,12 @@ def attention(
     queries = Segments.of(queries, q.device)
     keys = queries if keys is None else Segments.of(keys, q.device)
     _check_attention(q, k, v, queries, keys, k_lengths)
-    if _attention_on_triton(q, k, v, scale, backend or _backend):
-        return kernels.attention(q, k, v, queries, keys, causal, scale, deterministic, k_lengths)
+    choice = backend or _backend
+    own = _attention_on_triton(q, k, v, scale, choice)
+    if own and choice == "auto" and k_lengths is None:
+        own = not kernels.sdpa_is_faster(q, k, v, queries, keys, causal)
+    if own:
+        return kernels.attention(q, k, v, queries, keys, causal, scale, k_lengths)
     return _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths)
 
 
@@ -461,14 +465,15 @@ def _gained(x: Tensor, weight: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- joint projections
 
 
-def join(*layers: nn.Linear) -> None:
-    """Lay the weights and biases of layers with one input behind each other in memory, so that `joint` takes them as one.
+def join(*layers: nn.Module) -> None:
+    """Lay the weights and biases of layers with one input behind each other in memory, so that `joint` takes them as one; and
+    those of norms, for `stacked`.
 
     They become views of one tensor and keep name, shape and value: state dicts and files stay as they are, and nothing is
     stored twice. Whatever gives a module new memory, such as `.to`, parts them again.
     """
     for name in ("weight", "bias"):
-        parts = [getattr(layer, name) for layer in layers]
+        parts = [getattr(layer, name, None) for layer in layers]
         if parts[0] is None:
             continue
         # Through .data, so that the parameters stay the same objects: optimizers and DDP hold on to them.
@@ -492,7 +497,15 @@ def joint(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
     return [F.linear(x, weight, bias)]
 
 
-def _neighbours(parts: list[Tensor]) -> Tensor | None:
+def stacked(*parts: Tensor) -> Tensor:
+    """torch.stack(parts), but a view if `join` has made them neighbours. No gradients."""
+    whole = _neighbours(parts)
+    if whole is None:
+        return torch.stack(parts)
+    return whole.view(len(parts), *parts[0].shape)
+
+
+def _neighbours(parts: Sequence[Tensor]) -> Tensor | None:
     """Tensors that lie behind each other in one storage, as one tensor."""
     first = parts[0]
     end = first.data_ptr()
@@ -520,6 +533,23 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         gate, up = gate.chunk(2, -1)
     return F.silu(gate) * up
 
+
+def add_norm_swiglu(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, gate: nn.Linear, up: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """add_rms_norm, and the first half of the MLP that reads the norm: (x + delta (N, W), swiglu(gate(h), up(h)) (N, F)).
+
+    A few tokens have no work for a GPU but reading the weights: there kernels.FEW_AT_ONCE makes the three steps one launch.
+    """
+    joined = None
+    same = x.dtype == delta.dtype == gate.weight.dtype != torch.float16
+    few = len(x) <= kernels.FEW and gate.bias is None
+    if kernels.FEW_AT_ONCE and same and few and not torch.is_grad_enabled() and on_triton(x):
+        joined = _neighbours([gate.weight, up.weight])                                  # (2 F, W)
+    if joined is not None:
+        return kernels.add_norm_swiglu(x, delta, weight, eps, joined)
+    x, h = add_rms_norm(x, delta, weight, eps)                                          # (N, W) each
+    return x, swiglu(*joint(h, gate, up))
 
 # ----------------------------------------------------------------------------------------------------------- connector
 
@@ -656,8 +686,7 @@ class Graph:
     are compiled, tile lists built. The second is recorded. Whatever else the function reads has to outlive the recording, which
     is why a Graph holds on to the function.
 
-    Whether all that holds is tested without a GPU (tests/test_graphs.py). On an H200 it pays where the host is the limit (a
-    picture of 480 px alone: 24 ms a step instead of 34) and costs a little elsewhere, so it is off unless asked for.
+    Whether all that holds is tested without a GPU (tests/test_graphs.py). When it pays: `pays_to_record`.
     """
 
     def __init__(self, function: Callable):
@@ -680,6 +709,25 @@ class Graph:
             mine.copy_(x)
         replay()
         return result
+
+
+# Operations that an H200 does while its host prepares one launch from Python: 70 us (33 ms for the 480 of a DiT's step) at 430
+# TFLOP/s.
+LAUNCH_WORK = 3e10
+
+
+def pays_to_record(graphs: bool | None, device: torch.device, tokens: int, width: int) -> bool:
+    """Whether the steps of a DiT of this width over so many patches are recorded: as `graphs` says; None: where it pays.
+
+    It pays while a GPU is done with what one launch asks of it before the host comes with the next one, and by as much as it
+    would have waited. Else it saves nothing, and the recording itself costs a step's launches once more. On an H200, five steps
+    of the 2B DiT, the recording among them: a picture of 480 px alone took 24 ms a step instead of 34, with four before it 85
+    instead of 77.
+    """
+    if graphs is not None:
+        return graphs
+    # The product of a square layer stands for all launches: some ask for four times as much, most for next to nothing.
+    return device.type == "cuda" and 2 * tokens * width**2 < LAUNCH_WORK
 
 
 def capture(function: Callable, inputs: list[Tensor]) -> tuple[Callable[[], None], Tensor | tuple[Tensor, ...]]:

@@ -463,7 +463,7 @@ class Writer:
         size: tuple[int, int] = SIZE,
         defaults: Settings | None = None,
         device: torch.device | None = None,
-        graphs: bool = False,
+        graphs: bool | None = None,
     ):
         self.mllm = mllm
         self.tokenizer = tokenizer
@@ -601,6 +601,7 @@ class Writer:
             hidden = self.mllm.decode(ids, positions, cache)
             return self.connect(hidden), self.mllm.logits(hidden[-1])
 
+        # Only when asked for: what a recording gains here, no GPU has measured yet.
         return Graph(step) if self.graphs else step
 
     @torch.no_grad()
@@ -692,7 +693,7 @@ class DuoGen(Writer):
 
     defaults: Settings of the checkpoint; size: (H, W) of a picture where the dialogue has none. sources: where each part came
     from, for the record. offload: the device to which parts that are in host memory come for as long as they are at work.
-    graphs: steps are recorded as CUDA graphs (ops.Graph).
+    graphs: steps are recorded as CUDA graphs (ops.Graph); None: those of pictures alone, where it pays.
     """
 
     def __init__(
@@ -706,9 +707,12 @@ class DuoGen(Writer):
         size: tuple[int, int] = SIZE,
         sources: dict[str, str] | None = None,
         offload: torch.device | None = None,
-        graphs: bool = False,
+        graphs: bool | None = None,
     ):
         check_fit(mllm.config, tokenizer, processor, dit.config, vae.config)
+        # A graph knows its weights by their addresses, and offloading moves them.
+        if offload and graphs is None:
+            graphs = False
         super().__init__(mllm, tokenizer, processor, size, defaults, offload, graphs)
         for part in (mllm, dit, vae):
             part.eval().requires_grad_(False)
@@ -742,7 +746,7 @@ class DuoGen(Writer):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         offload: bool = False,
-        graphs: bool = False,
+        graphs: bool | None = None,
         asked: dict | None = None,
     ) -> "DuoGen":
         """Load a checkpoint: a folder, or a Hub name (with `revision`). By default the bundled miniature.
@@ -752,7 +756,8 @@ class DuoGen(Writer):
         given and no ckpt, the sampling defaults are those of Cosmos.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
         offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
-        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload.
+        graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload; None: those
+        of pictures alone, where it pays (ops.pays_to_record).
         asked: settings that will be asked for: a size that these parts cannot paint is an InputError before weights are read.
         """
         check_device(device, offload, graphs)
@@ -1005,7 +1010,7 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
         raise InputError(f"the tokenizer's <|image_pad|>, <|vision_start|> are {ids}, the language model's are {known}")
 
 
-def check_device(device: str | torch.device, offload: bool, graphs: bool) -> None:
+def check_device(device: str | torch.device, offload: bool, graphs: bool | None) -> None:
     """InputError for what only a GPU of NVIDIA's can do."""
     for name, asked in (("offload", offload), ("graphs", graphs)):
         if asked and torch.device(device).type != "cuda":

@@ -79,9 +79,10 @@ def parser() -> Parser:
     p.add_argument("--dtype", default="auto", help="auto, bf16, fp32, fp16 (auto: bf16 on an accelerator)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     p.add_argument("--offload", action="store_true", help="for a small GPU: weights wait in host memory, see docs/fit.md")
-    p.add_argument("--graphs", action="store_true", help="CUDA graphs: fewer launches, for small pictures on a fast GPU")
+    p.add_argument("--graphs", action=argparse.BooleanOptionalAction,
+                   help="CUDA graphs (default: of small pictures alone, where a fast GPU waits for its host)")  # fmt: skip
     p.add_argument("--plan", action="store_true", help="print what it takes of a GPU's memory, and end; see tools/fit.py")
-    p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: the kernels of kernels.py where they run)")
+    p.add_argument("--attention", default="auto", help="auto, triton, sdpa (auto: triton, or sdpa where it is faster)")
     p.add_argument("--out", default="out", metavar="FOLDER", help="where the pages go (default: out)")
     p.add_argument("--name", help="name of the page's folder (default: from the prompt)")
     add_flags(p, Settings, title="settings (defaults: the checkpoint's)", aliases=ALIASES, given_only=True)

@@ -103,7 +103,7 @@ class TrainConfig:
     profile: bool = False  # log what a step costs by part; a GPU is waited for after each part, which slows it a little
     # ---- machine
     device: str = "auto"  # cpu or cuda; auto is the GPU where there is one
-    attention: str = "auto"  # triton or sdpa: which attention computes; auto is the faster one that runs here
+    attention: str = "auto"  # triton or sdpa: which attention computes; auto is triton on a GPU, which repeats its bits
     zero: bool = False  # optimizer states shared out over the ranks (ZeroRedundancyOptimizer), to save memory
     minutes: float = 0.0  # stop (and save) after this many minutes of this sitting; 0 = no limit
     timeout: float = 900.0  # seconds until a rank that does not come on is ended; saves and sheets of rank 0 have to fit

@@ -1,14 +1,16 @@
 """How fast: this repository beside what people would use instead, side by side in one process, equal results or no time.
 
-    python -m bench                              everything: on a GPU at full size with random weights, within 9 minutes;
+    python -m bench                              everything: on a GPU at full size with random weights, within 8 minutes;
                                                  on a CPU one row a subject, against transformers and diffusers in fp32
+    python -m bench --minutes 2                  what matters most in 2 minutes; the file keeps its rows of the rest
     python -m bench --group decode --group vae   these only; the file keeps the rows of the others
-    python -m bench --minutes 3                  what matters most in 3 minutes
+    python -m bench --merge A B --out C          result files of one machine into one; nothing is measured
     python -m bench --smoke                      every row once at toy sizes: does it run, are the results equal
-    python -m bench --readme                     the result file's table into README.md; nothing is measured
+    python -m bench --readme                     the tables of docs/bench into README.md; nothing is measured
 
-Each group of rows runs in a process of its own, in order of what matters: a peer that kills its process costs the rows behind
-it in its group and no others. Rows are in docs/bench/ as soon as they are known. measure.py says how a row is made.
+Groups of rows run in order of what matters, each in a process of its own: a peer that kills its process, hangs or computes
+something else costs one cell. On a GPU all kernels are compiled first, on all cores. Rows are in docs/bench/ as soon as they
+are known. measure.py says how a row is made.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from bench.groups import DOCS, MINUTES, ORDER, result_file, run
+from bench.groups import MINUTES, ORDER, committed, merge, result_file, run
 from bench.measure import write_readme
 from checkpoint import InputError
 from flags import Parser
@@ -37,11 +39,16 @@ def command() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", type=Path, help="result file (default: docs/bench/cpu.jsonl or gpu_NAME.jsonl; "
                         "out/bench/smoke.jsonl of toy sizes)")  # fmt: skip
-    parser.add_argument("--readme", type=Path, metavar="FILE", nargs="?", const=DOCS / "cpu.jsonl",
-                        help="put this file's table into README.md, and end (default: docs/bench/cpu.jsonl)")  # fmt: skip
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="these into the file --out, and end")
+    parser.add_argument("--readme", type=Path, metavar="FILE", nargs="*",
+                        help="put these files' tables into README.md, and end (default: all of docs/bench)")  # fmt: skip
     args = parser.parse_args()
-    if args.readme:
-        return write_readme(args.readme)
+    if args.readme is not None:
+        return write_readme(args.readme or committed())
+    if args.merge:
+        if args.out is None:
+            raise InputError("--merge needs --out: the file that they go into")
+        return merge(args.merge, args.out)
 
     # Where it runs, told before anything is built.
     device = args.device

@@ -190,8 +190,8 @@ class Peers:
             peers["SDPA per sequence"] = self.per_sequence
         if cuda:
             peers["varlen_attn"] = self.varlen
-            if self.case.flex:
-                peers["compiled flex"] = self.flexible
+        if cuda and self.case.flex:
+            peers = {"compiled flex": self.flexible}
         return peers
 
     def sdpa(self, backend: SDPBackend | None = None):
@@ -262,18 +262,6 @@ class Peers:
                 self.sk.longest,
                 **options,
             )
-
-        return PACKED, call
-
-    def cudnn_varlen(self):
-        """cuDNN with cumulative lengths. On an H200 its gradients were wrong and the process died: not among `named`."""
-
-        def call(q, k, v):
-            grads = torch.is_grad_enabled() and q.requires_grad
-            sides = None, self.sq.cu, self.sk.cu, self.sq.longest, self.sk.longest
-            # No dropout, and no mask to look at afterwards.
-            out = torch.ops.aten._cudnn_attention_forward(q, k, v, *sides, grads, 0.0, self.causal, False)
-            return out[0]
 
         return PACKED, call
 

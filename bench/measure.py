@@ -6,7 +6,8 @@ the results). Models in fp32 agree to 1e-4, while in bf16 two right implementati
 far off, the row has no time. Then all ways run in turns and the medians count: a ratio above 1 means that we are faster.
 
 Every row is appended to the result file as soon as it is known, one JSON object a line, behind a first line that describes the
-machine. A peer that is not installed or refuses a shape is named with its reason.
+machine. A peer that is not installed, refuses a shape, computes something else or breaks its process is named with its reason,
+and the others are measured all the same.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
 from pathlib import Path
@@ -26,12 +28,14 @@ import torch
 from torch import Tensor
 
 from checkpoint import InputError
+from flops import peak_flops
 
 COLUMNS = "what", "shape", "ours", "error", "peer", "peer's", "ratio"
 WIDTHS = 38, 48, 30, 6, 24, 8, 5  # of the columns on a terminal
 MARKS = "<!-- bench -->", "<!-- end of bench -->"
 README = Path(__file__).parent.parent / "README.md"
 SKIPPED = "skipped: no time left"
+BROKEN = 70  # exit status of a process that its own GPU no longer answers
 
 
 # ------------------------------------------------------------------------------------------------------------------ a row
@@ -57,11 +61,12 @@ class Row:
     ours: Callable[[], Way]
     peers: dict[str, Callable[[], Way]]
     limit: float  # of our error; a peer may be ten times as far off before it counts as computing something else
-    reference: object = None  # the tensors to be met; None: those of the first peer that runs
+    reference: object = None  # the tensors to be met, or what computes them; None: those of the first peer that runs
     gradients: bool = False  # whether autograd records
     flops: float = 0  # of one call
     moved: float = 0  # bytes that one call reads and writes at least
-    own_clock: bool = False  # a call returns (result, seconds), and these seconds count
+    own_clock: bool = False  # a call returns (result, seconds), and these seconds count, of the first call too
+    samples: int = 0  # of a training step: the file then has samples/s and MFU
     kernels: bool = False  # whether the file names the kernel in which each peer spends its time
     note: str = ""
 
@@ -73,10 +78,26 @@ class Wrong(Exception):
 class Bench:
     """Measures rows, prints them and appends them to a file. dtype: bf16 on a GPU, fp32 on a CPU.
 
-    size: "gpu", "cpu" or "smoke" (toy sizes). deadline: time.time() after which no row begins.
+    size: "gpu", "cpu" or "smoke" (toy sizes). deadline: time.time() after which no row begins. What groups.py needs in order to
+    go on behind a call that kills its process: tell(cell, why) hears of each call before it is made; done holds the rows that
+    the file has already; faults says which cells (what, shape, way) are not to be tried again, and why.
+
+    share (i, n): nothing is measured or written. Of every n rows the i-th makes its own call once, which compiles its kernels.
     """
 
-    def __init__(self, device: str, size: str, file: Path, group: str = "", deadline: float = math.inf):
+    def __init__(
+        self,
+        device: str,
+        size: str,
+        file: Path,
+        group: str = "",
+        deadline: float = math.inf,
+        *,
+        tell: Callable[[tuple[str, str, str], str], None] | None = None,
+        done: Collection[tuple[str, str]] = (),
+        faults: dict[tuple[str, str, str], str] | None = None,
+        share: tuple[int, int] | None = None,
+    ):
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
@@ -84,9 +105,21 @@ class Bench:
         self.file = file
         self.group = group
         self.deadline = deadline
+        self.tell = tell or (lambda cell, why: None)
+        self.done = set(done)
+        self.faults = faults or {}
+        self.share = share
+        self.seen = 0  # rows that were asked for while compiling
+        self.spent = 0.0  # seconds of a row's calls before their race that have timed themselves
         self.rows: list[dict] = []
         # Written before every timed call, so that nothing is read from the 50 MB L2 cache; the kernel's launch hides behind it.
-        self.flush = torch.empty(2**28, dtype=torch.int8, device=self.device) if self.cuda else None
+        self.flush = None
+        if self.cuda and share is None:
+            self.flush = torch.empty(2**28, dtype=torch.int8, device=self.device)
+
+    @property
+    def compiling(self) -> bool:
+        return self.share is not None
 
     @property
     def late(self) -> bool:
@@ -107,25 +140,44 @@ class Bench:
         return {"group": self.group, "what": what, "shape": shape, "peers": {}}
 
     def write(self, record: dict) -> None:
+        if self.compiling:
+            return
         append(self.file, record)
         self.rows.append(record)
         for line in lines(record):
             print(aligned(line), flush=True)
 
-    def skip(self, what: str, shape: str) -> None:
-        self.write(self.record(what, shape) | {"failed": SKIPPED})
+    def passed(self, what: str, shape: str) -> bool:
+        """Whether a row is not to be made: it is there, it has taken its process with it, or there is no time, which the file
+        then says."""
+        if self.compiling:
+            self.seen += 1
+            i, n = self.share
+            return self.seen % n != i
+        if (what, shape) in self.done:
+            return True
+        why = self.faults.get((what, shape, "ours"))
+        if why is None and self.late:
+            why = SKIPPED
+        if why is not None:
+            self.write(self.record(what, shape) | {"failed": why})
+            return True
+        self.tell((what, shape, "ours"), "")
+        return False
 
     def measure(self, row: Row) -> None:
         """One line of the file, whatever happens."""
-        if self.late:
-            return self.skip(row.what, row.shape)
+        if self.passed(row.what, row.shape):
+            return
+        if self.compiling:
+            return self.compile(row)
         record = self.record(row.what, row.shape) | {"dtype": str(self.dtype)[6:]}
         if row.note:
             record["note"] = row.note
         try:
             with torch.set_grad_enabled(row.gradients):
-                calls = self.right_calls(row, record)
-                times = self.race(calls, row.own_clock)
+                calls, times = self.right_calls(row, record)
+                self.race(row, calls, times)
             self.note_times(row, record, times)
             if row.kernels and self.cuda:
                 for name in calls.keys() - {"ours"}:
@@ -134,30 +186,69 @@ class Bench:
             record["failed"] = str(e)
         except Exception as e:
             record["failed"] = reason(e)
+            self.write(record)
+            return self.end_if_broken()
         self.write(record)
 
-    def right_calls(self, row: Row, record: dict) -> dict[str, Callable]:
-        """The calls that compute what the row says. The record gets the errors, and why a peer is not among the calls."""
+    def compile(self, row: Row) -> None:
+        """Our call, once. What fails here fails again where it is measured, and says so there."""
+        try:
+            with torch.set_grad_enabled(row.gradients):
+                row.ours().call()
+        except Exception:
+            self.end_if_broken()
+
+    def end_if_broken(self) -> None:
+        """A GPU that has read where no memory is refuses all later work of the process: another process goes on."""
+        if not self.cuda:
+            return
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            os._exit(BROKEN)
+
+    def right_calls(self, row: Row, record: dict) -> tuple[dict[str, Callable], dict[str, list[float]]]:
+        """The calls that compute what the row says, and the seconds of those that have timed themselves. The record gets the
+        errors, and why a peer is not among the calls."""
+        self.spent = 0.0
         calls = {}
+        times = {}
         results = {}
         for name, build in {"ours": row.ours, **row.peers}.items():
+            cell = row.what, row.shape, name
+            if cell in self.faults:
+                record["peers"][name] = {"failed": self.faults[cell]}
+                continue
+            self.tell(cell, "")
             try:
                 way = build()
+                began = time.monotonic()
                 result = way.call()
-                results[name] = tensors(way.results(result[0] if row.own_clock else result))
+                seconds = []
+                if row.own_clock:
+                    result, first = result
+                    seconds.append(first)
+                    self.spent += time.monotonic() - began
+                # Here the host waits for the call: a fault shows in the cell that it belongs to.
+                results[name] = tensors(way.results(result))
+                if self.cuda:
+                    torch.cuda.synchronize()
                 calls[name] = way.call
+                times[name] = seconds
             except Exception as e:
                 # What peers cannot do is part of the result; without ours there is no row.
                 if name == "ours":
                     raise
                 record["peers"][name] = {"failed": reason(e)}
+                self.tell(cell, reason(e))
+                self.end_if_broken()
 
         # Without a reference the first peer that runs is one; without that there is nothing to be compared with.
-        reference = row.reference
+        reference = row.reference() if callable(row.reference) else row.reference
         if reference is None:
             reference = next((result for name, result in results.items() if name != "ours"), None)
         if reference is None:
-            return calls
+            return calls, times
 
         # Errors are compared so that NaN fails: it is not within any limit.
         for name, result in results.items():
@@ -171,29 +262,31 @@ class Bench:
             if not error <= 10 * row.limit:
                 record["peers"][name]["failed"] = f"another result: error {error:.1e}"
                 del calls[name]
-        return calls
+                del times[name]
+        return calls, times
 
-    def race(self, calls: dict[str, Callable], own_clock: bool) -> dict[str, list[float]]:
-        """All in turns, a few times at least, until the row has had its seconds."""
+    def race(self, row: Row, calls: dict[str, Callable], times: dict[str, list[float]]) -> None:
+        """All in turns until the row has had its seconds: three rounds, unless they are long, and at least one."""
         budget = self.pick(gpu=0.6, cpu=4, smoke=0)
-        least = self.pick(gpu=2 if own_clock else 3, cpu=3, smoke=1)
-        times = {name: [] for name in calls}
-        began = time.monotonic()
+        least = self.pick(gpu=3, cpu=3, smoke=1)
+        # Whoever has a clock of his own has measured something already: where that took long, it is enough.
+        began = time.monotonic() - self.spent
 
         def goes_on() -> bool:
             rounds = len(times["ours"])
-            in_time = time.monotonic() - began < budget
-            return rounds < least or (in_time and rounds < 100)
+            passed = time.monotonic() - began
+            more = passed < budget or (rounds < least and passed < 4 * budget)
+            return rounds == 0 or (rounds < 100 and more)
 
         # In turns: when the clock of the machine changes, it changes for all.
         while goes_on():
             for name, call in calls.items():
-                if own_clock:
+                self.tell((row.what, row.shape, name), "")
+                if row.own_clock:
                     _, seconds = call()
                 else:
                     seconds = self.clock(call)
                 times[name].append(seconds)
-        return times
 
     def clock(self, call: Callable) -> float:
         """Seconds of one call."""
@@ -227,6 +320,11 @@ class Bench:
             record["tflops"] = row.flops / 1e9 / record["ms"]
         if row.moved:
             record["gbs"] = row.moved / 1e6 / record["ms"]
+        if row.samples:
+            record["samples"] = 1e3 * row.samples / record["ms"]
+            peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.cuda else None
+            if peak:
+                record["mfu"] = 1e12 * record["tflops"] / peak
 
 
 def tensors(result) -> tuple[Tensor, ...]:
@@ -334,6 +432,10 @@ def rate(row: dict, ceilings: dict[str, float] | None) -> str:
         return ""
     if key in (ceilings or {}) and row["group"] != "ceilings":
         text += f" ({row[key] / ceilings[key]:.0%})"
+    if "mfu" in row:
+        text += f", MFU {row['mfu']:.0%}"
+    if "samples" in row:
+        text += f", {row['samples']:.3g} samples/s"
     return text
 
 
@@ -374,9 +476,11 @@ def markdown(file: Path) -> str:
     return f"{machine['device']}; {versions}; {dtypes}:\n\n{text}"
 
 
-def write_readme(file: Path) -> None:
+def write_readme(files: list[Path]) -> None:
+    """The tables of these files into the README, one behind the other."""
     before, start, rest = README.read_text().partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not (start and end):
         raise InputError(f"README.md has no lines {MARKS[0]} and {MARKS[1]} to put the table between")
-    README.write_text(f"{before}{start}\n{markdown(file)}\n{end}{after}")
+    tables = "\n\n".join(markdown(file) for file in files)
+    README.write_text(f"{before}{start}\n{tables}\n{end}{after}")

@@ -7,10 +7,12 @@ bookkeeping of `generate`) is left out: what remains is the same task.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from connector import features
 from dit import patchify, unpatchify
+from flow import noise_like
 from flow import sample_flow, shift_schedule
 
 # -------------------------------------------------------------------------------------------------------------- the libraries
@@ -112,15 +115,18 @@ def _wait(device: torch.device) -> float:
 
 
 def tokens(step: Callable[[int], Tensor], places: range, device: torch.device) -> tuple[Tensor, float]:
-    """Logits of every place, each token chosen as greedy decoding does, though the given one is read: (logits, s per token)."""
+    """Logits of every place, each token chosen as greedy decoding does, though the given one is read: (logits, s per token).
+
+    The median of all tokens: the first ones compile kernels or record a graph.
+    """
     out = []
-    began = _wait(device)
+    stamps = [_wait(device)]
     for i in places:
         logits = step(i)
-        int(logits.argmax())  # the host must know the token before it can go on
+        int(logits.argmax())  # the host must know the token before it can go on, and waits for it
         out.append(logits)
-    seconds = _wait(device) - began
-    return torch.stack(out), seconds / len(places)
+        stamps.append(time.perf_counter())
+    return torch.stack(out), statistics.median(b - a for a, b in pairwise(stamps))
 
 
 def decode(theirs, ids: Tensor, prompt: int, new: int) -> Callable:
@@ -154,7 +160,10 @@ def decode(theirs, ids: Tensor, prompt: int, new: int) -> Callable:
 
 
 class Stamps:
-    """Called after every step: `step` is the seconds of one, without the first, which also prepares the picture."""
+    """Called after every step: `step` is the seconds of one, the median of all but the first, which also prepares the picture.
+
+    Where a graph is recorded, the second step is the one that records it; in a mean of few steps it would count for too much.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -165,7 +174,7 @@ class Stamps:
 
     @property
     def step(self) -> float:
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        return statistics.median(b - a for a, b in pairwise(self.times))
 
 
 def velocity(theirs, x: list[Tensor], times: list[float], states: Tensor) -> Tensor:
@@ -264,7 +273,7 @@ def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, 
     def loss() -> Tensor:
         # Our noise is drawn for all patches of the pack at once, those of clean pictures among them.
         generator = torch.Generator().manual_seed(seed)
-        eps = torch.randn(sum(counts), 64, generator=generator).to(device)
+        eps = noise_like(torch.empty(sum(counts), 64, device=device), generator)
         noise = iter(eps.split(counts))
         total = 0.0
         count = 0

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 import ops
 from bench import peers as theirs
 from bench.attention import Case
-from bench.measure import SKIPPED, Bench, Row, Way, peak, reason, tensors
+from bench.measure import Bench, Row, Way, peak, reason, tensors
 from bench.system import build, dit_config, latent, mllm_config, packed, size_of
 from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples
@@ -106,16 +107,62 @@ def fused(b: Bench) -> None:
     # Two numbers in, one out: three for two.
     wide = b.randn(n // 4, 2 * f, seed=9)
     fused_step(b, "SwiGLU", ops.swiglu, swiglu, (wide,), moved=wide.nbytes * 3 // 2)
+    one_token(b)
+
+
+def one_token(b: Bench) -> None:
+    """The half of a decoding step's MLP that reads two thirds of a layer's weights, beside the same in separate steps."""
+    width, inner = b.pick(gpu=(3584, 18944), cpu=(), smoke=(64, 96))
+    gate = torch.nn.Linear(width, inner, bias=False, device=b.device, dtype=b.dtype)
+    up = torch.nn.Linear(width, inner, bias=False, device=b.device, dtype=b.dtype)
+    ops.join(gate, up)
+    both = torch.cat((gate.weight.detach(), up.weight.detach()))
+    x = b.randn(1, width)
+    delta = b.randn(1, width, seed=1)
+    gain = b.randn(width, seed=2)
+
+    def together() -> Way:
+        if not ops.on_triton(x):
+            return Way(partial(ops.add_norm_swiglu, x, delta, gain, 1e-6, gate, up))
+        # By name, whether decoding takes it or not.
+        return Way(partial(kernels.add_norm_swiglu, x, delta, gain, 1e-6, both))
+
+    def apart() -> Way:
+        def call() -> tuple[Tensor, Tensor]:
+            s, h = ops.add_rms_norm(x, delta, gain, 1e-6)
+            return s, ops.swiglu(*ops.joint(h, gate, up))
+
+        return Way(call)
+
+    def expected() -> tuple[Tensor, Tensor]:
+        s = (x + delta).double()
+        h = _normed(s) * gain.double()
+        return s, F.silu(h @ gate.weight.double().T) * (h @ up.weight.double().T)
+
+    b.measure(Row(
+        what="norm, projection, SwiGLU of a token",
+        shape=f"1 x {width} on 2 x {inner}",
+        ours=together,
+        peers={"ours, in separate steps": apart},
+        limit=b.limit(1e-2, 5e-6),
+        reference=expected,
+        moved=2 * gate.weight.nbytes,
+    ))  # fmt: skip
 
 
 def fused_step(
     b: Bench, name: str, ours: Callable, eager: Callable, args: tuple[Tensor, ...], moved: int, learned: int | None = None
 ) -> None:
     """Forward alone, then forward and backward. moved: bytes; learned: how many arguments have a gradient, None: all."""
-    if b.late:
-        return b.skip(name, "")
     shape = " x ".join(map(str, args[0].shape))
     doubles = [t.double() for t in args]
+
+    def expected():
+        return eager(*doubles)
+
+    def expected_gradients():
+        return backward(plain, doubles).call()
+
     # What the gradients of the results are: something other than ones.
     weights = []
     for i, o in enumerate(tensors(eager(*args))):
@@ -157,7 +204,7 @@ def fused_step(
         ours=partial(forward, mine),
         peers={peer: partial(forward, way) for peer, way in ways.items()},
         limit=b.limit(6e-3, 5e-6),
-        reference=eager(*doubles),
+        reference=expected,
         moved=moved,
     ))  # fmt: skip
     if b.size == "cpu":
@@ -168,7 +215,7 @@ def fused_step(
         ours=partial(backward, mine),
         peers={peer: partial(backward, way) for peer, way in ways.items()},
         limit=b.limit(1e-2, 1e-5),
-        reference=backward(plain, doubles).call(),
+        reference=expected_gradients,
         gradients=True,
     ))  # fmt: skip
 
@@ -205,7 +252,7 @@ def cross_entropy(b: Bench) -> None:
 
     expected = None
     if b.size != "gpu":  # 10 GB of float64 logits are no reference there: the unfused loss is
-        expected = loss_and_gradients(unfused_double, hidden, weight, labels)
+        expected = partial(loss_and_gradients, unfused_double, hidden, weight, labels)
     b.measure(Row(
         what="training: linear + cross-entropy",
         shape=f"{t} tokens x {h} on {v}",
@@ -218,9 +265,11 @@ def cross_entropy(b: Bench) -> None:
 
     # Memory needs one call and no reference: on a CPU there is time for more tokens.
     longer = b.pick(gpu=1, cpu=4, smoke=1)
-    record = b.record("its memory beside the gradients", f"{t * longer} tokens x {h} on {v}")
-    if b.late:
-        return b.write(record | {"failed": SKIPPED})
+    what = "its memory beside the gradients"
+    shape = f"{t * longer} tokens x {h} on {v}"
+    if b.passed(what, shape) or b.compiling:
+        return
+    record = b.record(what, shape)
     hidden = hidden.detach().repeat_interleave(longer, 0).requires_grad_()
     labels = labels.repeat_interleave(longer, 0)
     gradients = hidden.nbytes + weight.nbytes
@@ -283,6 +332,7 @@ def stage1(b: Bench) -> None:
         limit=b.limit(1e-1, 1e-3),
         gradients=True,
         flops=linear + 3.5 * reading_flops(c, lengths),
+        samples=len(lengths),
     ))  # fmt: skip
 
 
@@ -341,6 +391,7 @@ def stage2(b: Bench) -> None:
         limit=b.limit(1e-1, 1e-3),
         gradients=True,
         flops=reading + learning_flops(dit, latents, reads),
+        samples=len(latents),
     ))  # fmt: skip
 
 

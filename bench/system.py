@@ -19,7 +19,7 @@ from bench.measure import Bench, Row, Way
 from dit import DiT, DiTConfig
 from flow import CONDITION_TIME, denoise, shift_schedule
 from model import MLLM, KVCache, MLLMConfig, VisionConfig
-from ops import Graph, Segments
+from ops import Graph, Segments, pays_to_record
 from flops import count
 from vae import VAE, VAEConfig
 
@@ -49,7 +49,8 @@ def build(b: Bench, kind, config, dtype: torch.dtype | None = None) -> nn.Module
 
 def mllm_config(b: Bench, layers: int | None = None) -> MLLMConfig:
     if b.size == "gpu":
-        return replace(model.PRESETS["7B"], num_hidden_layers=layers or 28)
+        # All layers share their kernels: to compile these, one will do.
+        return replace(model.PRESETS["7B"], num_hidden_layers=1 if b.compiling else layers or 28)
     if b.size == "smoke":
         return model.PRESETS["tiny"]
     # On a CPU a model of the same proportions whose row takes seconds.
@@ -81,7 +82,9 @@ def dit_config(b: Bench) -> DiTConfig:
         num_attention_heads=8,
         crossattn_proj_in_channels=4096,
     )
-    sizes = b.pick(gpu={}, cpu=small, smoke=tiny)
+    # The last block is another one than those before it: two layers have all kernels.
+    full = {"num_layers": 2} if b.compiling else {}
+    sizes = b.pick(gpu=full, cpu=small, smoke=tiny)
     return replace(DiTConfig(), qk_norm_eps=1e-5, **sizes)
 
 
@@ -136,8 +139,8 @@ def ceilings(b: Bench) -> None:
 
 def decode(b: Bench) -> None:
     """A token of one document on a static cache; on a GPU also as a recorded graph."""
-    prompts = b.pick(gpu=(2048, 512), cpu=(512,), smoke=(20,))
-    new = b.pick(gpu=64, cpu=24, smoke=3)
+    prompts = b.pick(gpu=(2048,), cpu=(512,), smoke=(20,))
+    new = b.pick(gpu=32, cpu=24, smoke=3)
     mllm = build(b, MLLM, mllm_config(b)).fuse_for_inference()
     c = mllm.config
     library = theirs.once(partial(theirs.transformers_mllm, mllm))
@@ -190,25 +193,43 @@ def guided_samples(b: Bench) -> dict[str, list[list[tuple[int, int]]]]:
     """Samples as their pictures' (height, width) in pixels, the last one to be painted."""
     return b.pick(
         gpu={
+            "480 px alone": [[(480, 480)]],
             "480 px, 1 + 4": [[(480, 480)] * 5],
             "1024 px, 1 + 4": [[(1024, 1024)] * 5],
-            "480 px alone": [[(480, 480)]],
             "ragged samples": [[(480, 480)] * 3, [(1024, 1024)], [(512, 768)] * 2, [(640, 640)] * 4],
-            "mixed sizes": [[(480, 480), (512, 768), (640, 640), (512, 512), (1024, 1024)]],
         },
         cpu={"192 px, 1 + 2": [[(192, 192)] * 3]},
         smoke={"32 px, 1 + 1": [[(32, 32)] * 2], "ragged samples": [[(32, 48)] * 2, [(64, 32)]]},
     )
 
 
+def mixed_samples(b: Bench) -> dict[str, list[list[tuple[int, int]]]]:
+    """Of one sample pictures of several sizes, which the peer does not know."""
+    return b.pick(
+        gpu={"mixed sizes": [[(480, 480), (512, 768), (640, 640), (512, 512), (1024, 1024)]]},
+        cpu={},
+        smoke={"mixed sizes": [[(32, 48), (64, 32)]]},
+    )
+
+
 def guided(b: Bench) -> None:
+    guided_steps(b, guided_samples(b))
+
+
+def mixed(b: Bench) -> None:
+    guided_steps(b, mixed_samples(b))
+
+
+def guided_steps(b: Bench, cases: dict[str, list[list[tuple[int, int]]]]) -> None:
     """A step of the DiT, both branches of guidance."""
+    if not cases:
+        return
     dit = build(b, DiT, dit_config(b)).fuse_for_inference()
     library = theirs.once(partial(theirs.diffusers_dit, dit))
-    sigmas = shift_schedule(b.pick(gpu=5, cpu=3, smoke=3))
+    sigmas = shift_schedule(b.pick(gpu=4, cpu=4, smoke=3))
     text = b.pick(gpu=512, cpu=128, smoke=7)
 
-    def run(args: tuple, graphs: bool):
+    def run(args: tuple, graphs: bool | None):
         stamps = theirs.Stamps(b.device)
         out = denoise(
             dit,
@@ -221,13 +242,13 @@ def guided(b: Bench) -> None:
         )
         return out, stamps.step
 
-    def ours(args: tuple, graphs: bool = False) -> Way:
+    def ours(args: tuple, graphs: bool | None = None) -> Way:
         return Way(partial(run, args, graphs))
 
     def peer(given, sizes, states, seeds) -> Way:
         return Way(theirs.guided(library(), given, sizes, states, seeds, sigmas, 3.0, CONDITION_TIME))
 
-    for name, samples in guided_samples(b).items():
+    for name, samples in cases.items():
         latents = []
         for s, pictures in enumerate(samples):
             latents.append([latent(b, *size, 10 * s + k) for k, size in enumerate(pictures)])
@@ -243,8 +264,12 @@ def guided(b: Bench) -> None:
             contexts = [[dit.crossattn_proj(f) for f in branch] for branch in states]
         args = given, sizes, *contexts, seeds
         peers = {"diffusers": partial(peer, given, sizes, states, seeds)}
-        if b.cuda:
-            peers["ours, as a CUDA graph"] = partial(ours, args, graphs=True)
+        # Where a recording may pay, both ways stand beside each other; ours is the one that sampling takes.
+        patches = 2 * sum(h * w // 256 for pictures in samples for h, w in pictures)
+        if b.cuda and patches < 10000:
+            recorded = pays_to_record(None, b.device, patches, dit.config.width)
+            other = "ours, launch by launch" if recorded else "ours, as a CUDA graph"
+            peers[other] = partial(ours, args, graphs=not recorded)
         row = Row(
             what="guided DiT step",
             shape=f"{size_of(dit)}, {name}",
@@ -258,6 +283,50 @@ def guided(b: Bench) -> None:
             row.note = "the peer knows one size per sample: it reads the other pictures at the target's, results differ"
             row.limit = math.inf
         b.measure(row)
+
+
+def pictures(b: Bench) -> None:
+    """A whole picture, from noise to pixels, the more of them have gone before. Nobody else has this loop for a peer."""
+    if b.size == "cpu":
+        return
+    dit = build(b, DiT, dit_config(b)).fuse_for_inference()
+    vae = build(b, VAE, b.pick(gpu=VAEConfig(), cpu=None, smoke=VAEConfig(base_dim=8)), torch.float32)
+    vae = vae.to(memory_format=torch.channels_last)
+    c = dit.config
+    steps = b.pick(gpu=35, cpu=0, smoke=2)
+    side = b.pick(gpu=480, cpu=0, smoke=32)
+    size = side // 8, side // 8
+    for before in (0, 1, 2, 4, 8):
+        # A caption for each picture, and each picture's own tokens, which the language model has read.
+        text = b.pick(gpu=128 + 400 * before, cpu=0, smoke=5 + before)
+        clean = [latent(b, side, side, k) for k in range(before)]
+        contexts = [b.randn(n, c.text_embed_dim, seed=k) for k, n in enumerate((text, text - 3))]
+
+        def paint(clean=clean, contexts=contexts) -> Tensor:
+            positive, negative = contexts
+            z = denoise(
+                dit,
+                [clean],
+                [size],
+                [positive],
+                [negative],
+                [0],
+                sigmas=shift_schedule(2 if b.compiling else steps),
+                guidance=3.0,
+                graphs=None,
+            )
+            return vae.decode_latents(z[0][None])[0]
+
+        def ours(call=paint) -> Way:
+            return Way(call)
+
+        b.measure(Row(
+            what="a picture from noise to pixels",
+            shape=f"{size_of(dit)}, {side} px, {steps} steps, {before} before it",
+            ours=ours,
+            peers={},
+            limit=math.inf,
+        ))  # fmt: skip
 
 
 def vision(b: Bench) -> None:
@@ -348,6 +417,8 @@ GROUPS: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
     "decode": decode,
     "guided": guided,
+    "mixed": mixed,
+    "pictures": pictures,
     "vision": vision,
     "document": document,
     "vae": autoencoder,

@@ -17,51 +17,64 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+import hopper
 import kernels
 
 KERNELS = {
     "forward": kernels._forward,
     "dq": kernels._backward_dq,
     "dkv": kernels._backward_dkv,
-    "onepass": kernels._backward_dkv,
     "decode": kernels._decode,
 }
 INT32 = {"TILES", "CU_Q", "CU_K", "K_LENGTHS"}
-UNALIGNED = {"total", "group"}  # counts; all strides are multiples of 16 elements
+UNALIGNED = {"total", "group", "heads", "tiles"}  # counts; all strides are multiples of 16 elements
 
 
 def cases() -> dict[str, tuple]:
     """name -> (kernel, configuration, constants): bf16, which fp16 equals instruction by instruction."""
     table = {}
-    for (what, dim), t in kernels.HOPPER.items():
-        for d in (64,) if dim == 64 else (80, 128):
-            constants = {"D": d, "DIM": dim, "BN": t.n, "DOT": "tf32"}
-            if what == "decode":
-                options = {f"splits{n}": {"STATIC": True, "SPLITS": n, "ROWS": t.m} for n in (1, 4)}
-            else:
-                options = {"full": {"CAUSAL": False, "BM": t.m}, "causal": {"CAUSAL": True, "BM": t.m}}
-            for option, more in options.items():
-                more |= {"TMA": True} if what in ("forward", "dq") else {}
-                more |= {"DQ_TOO": what == "onepass"} if what in ("dkv", "onepass") else {}
-                table[f"{what} {d} {option}"] = KERNELS[what], t, constants | more
+    for (what, dim), candidates in kernels.HOPPER.items():
+        for t in candidates:
+            for d in (64,) if dim == 64 else (80, 128):
+                table |= options(what, d, dim, t)
     t = kernels.Tiles(64, 64, 4, 1)
     table["delta 128"] = kernels._delta, t, {"D": 128, "DIM": 128, "BM": 64}
     table["merge 128"] = kernels._merge, t, {"D": 128, "DIM": 128, "SPLITS": 8, "SLOTS": 8}
+    for option, causal in (("full", False), ("causal", True)):
+        table[f"hopper 128, {option}"] = hopper._forward, t, {"CAUSAL": causal}
     return table
+
+
+def options(what: str, d: int, dim: int, t: kernels.Tiles) -> dict[str, tuple]:
+    """One configuration in each way it is compiled."""
+    constants = {"D": d, "DIM": dim, "BN": t.n, "DOT": "tf32"}
+    name = f"{what} {d} {t.m}x{t.n}, {t.warps} warps, {t.stages} stages"
+    if what == "decode":
+        variants = {f"splits{n}": {"STATIC": True, "SPLITS": n, "ROWS": t.m} for n in (1, 4)}
+    else:
+        variants = {"full": {"CAUSAL": False, "BM": t.m, "TMA": True}, "causal": {"CAUSAL": True, "BM": t.m, "TMA": True}}
+    return {f"{name}, {variant}": (KERNELS[what], t, constants | more) for variant, more in variants.items()}
 
 
 def compile_one(name: str) -> dict[str, int]:
     kernel, t, constants = cases()[name]
-    fp32 = {"LSE", "DELTA", "PARTS"} | ({"DQ"} if constants.get("DQ_TOO") else set())
+    gluon = kernel is hopper._forward
+    fp32 = {"LSE", "DELTA", "PARTS"}
     fp32 |= {"O"} if name.startswith("decode") and constants["SPLITS"] > 1 else set()
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        if argument.endswith("_box"):
-            signature[argument] = f"tensordesc<bf16[{t.n}, 1, {constants['DIM']}]>"
+        if argument.endswith("_box") and gluon:
+            rows = hopper.M.value if argument == "q_box" else hopper.N.value
+            signature[argument] = f"tensordesc<bf16[{rows}, 128],{hopper.layout(rows, torch.bfloat16)!r}>"
+        elif argument.endswith("_box"):
+            rows = t.n if argument in ("k_box", "v_box") else t.m
+            signature[argument] = f"tensordesc<bf16[{rows}, 1, {constants['DIM']}]>"
         elif argument in constants:
             signature[argument] = "constexpr"
         elif argument.isupper():
@@ -70,7 +83,7 @@ def compile_one(name: str) -> dict[str, int]:
             signature[argument] = "fp32" if argument.startswith("scale") else "i32"
         if signature[argument][0] in "*i" and argument not in UNALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if gluon else ASTSource)(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": t.warps, "num_stages": t.stages})
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import flow
 import ops
+from dit import DiTConfig
 from flow import denoise, shift_schedule
 from model import frequencies
-from ops import Graph
+from ops import Graph, pays_to_record
 
 
 class Recording(TorchDispatchMode):
@@ -157,6 +159,41 @@ def test_a_recorded_denoising_step_is_that_of_the_written_loop(recordings):
         ]  # fmt: skip
         assert all(torch.equal(a, b) for a, b in zip(*latents, strict=True))
     assert len(recordings) == 2
+
+
+def test_a_step_is_recorded_where_the_host_is_the_limit():
+    """Measured on an H200: 480 px alone pays, with four pictures before it no more, a page of 1024 px never."""
+    gpu = torch.device("cuda")
+    width = DiTConfig().width
+    patches = {"480 alone": 2 * 900, "480, 1 + 4": 2 * 4500, "1024 alone": 2 * 4096, "1024, 1 + 4": 2 * 20480}
+    assert [name for name, n in patches.items() if pays_to_record(None, gpu, n, width)] == ["480 alone"]
+    assert not pays_to_record(None, torch.device("cpu"), 1, width)
+    # Who says what he wants gets it.
+    assert pays_to_record(True, gpu, 10**6, width) and not pays_to_record(False, gpu, 1, width)
+
+
+def test_a_small_picture_is_recorded_by_itself_and_a_large_one_is_not(recordings, monkeypatch):
+    """The same call, at the same sizes, beside a host that is fast and one that is slow."""
+    duo = make_duo()
+    context = torch.randn(9, 24)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(flow, "pays_to_record", lambda graphs, device, *size: pays_to_record(graphs, gpu, *size))
+    painted = []
+    for work in (0, 1e12):
+        monkeypatch.setattr(ops, "LAUNCH_WORK", work)
+        options = {"sigmas": shift_schedule(4), "graphs": None}
+        painted += denoise(duo.dit, [[]], [(4, 4)], [context], None, [0], **options)
+        assert len(recordings) == (work > 0)
+    assert torch.equal(*painted)
+
+
+def test_tokens_are_recorded_only_when_asked_for():
+    duo = make_duo()
+    cache = duo.cache(12)
+    duo.device = torch.device("cuda")
+    for graphs in (None, False, True):
+        duo.graphs = graphs
+        assert isinstance(duo.step(cache), Graph) == bool(graphs)
 
 
 def test_answers_with_recorded_steps(recordings, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up: a module imports only what stands in a line above its own.
 LAYERS = """
-    checkpoint threads interrupt
+    checkpoint threads interrupt hopper
     kernels distributed flags
     ops
     tokenizer connector vae model

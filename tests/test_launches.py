@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
+import kernels
 import ops
 from bench import peers
 from launches import Launches
@@ -27,7 +28,7 @@ PROMPT = 20
 def models():
     """(ours, theirs), on one set of weights."""
     torch.manual_seed(0)
-    ours = MLLM.from_config(CONFIG).half().eval()
+    ours = MLLM.from_config(CONFIG).bfloat16().eval()
     theirs = peers.transformers_mllm(ours)
     return ours.fuse_for_inference(), theirs
 
@@ -35,6 +36,8 @@ def models():
 @pytest.fixture
 def on_triton(monkeypatch):
     monkeypatch.setattr(ops, "_backend", "triton")
+    # Kernels are counted and not run: what the interpreter cannot multiply does not matter.
+    monkeypatch.setattr(kernels, "attention_cannot", lambda *_: None)
 
 
 def reference_step(theirs):
@@ -62,15 +65,17 @@ def our_step(ours, documents: int, capacity: int):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("documents", [1, 3])
-def test_a_decoding_step_launches_few_kernels_and_waits_for_nothing(models, documents, request):
+@pytest.mark.parametrize("documents, at_once, most", [(1, False, 296), (3, False, 296), (1, True, 240), (3, True, 240)])
+def test_a_decoding_step_launches_few_kernels_and_waits_for_nothing(models, documents, at_once, most, request, monkeypatch):
+    """at_once: the norm and the first half of the MLP in one kernel, which is not the default."""
+    monkeypatch.setattr(kernels, "FEW_AT_ONCE", at_once)
     ours, theirs = models
     step = our_step(ours, documents, 2048)  # large enough that a GPU splits the keys, which takes a second kernel
     request.getfixturevalue("on_triton")
     with Launches(run_kernels=False) as count:
         step()
     assert count.by_name["_decode"] == count.by_name["_merge"] == 28
-    assert count.total <= 300 and count.reads == 0  # independent of how many documents there are
+    assert count.total <= most and count.reads == 0  # independent of how many documents there are
     step = reference_step(theirs)
     with Launches() as reference:
         step()
@@ -80,14 +85,14 @@ def test_a_decoding_step_launches_few_kernels_and_waits_for_nothing(models, docu
 @torch.no_grad()
 def test_a_picture_of_1036_pixels_launches_few_kernels(models, on_triton):
     """74 x 74 patches, 100 windows in 28 of the blocks."""
-    (ours, theirs), pixels = models, torch.zeros(74 * 74, 1176, dtype=torch.float16)
+    (ours, theirs), pixels = models, torch.zeros(74 * 74, 1176, dtype=torch.bfloat16)
     with Launches(run_kernels=False) as count:
         ours.visual(pixels, [(74, 74)])
     assert count.by_name["_forward"] == 32
-    assert count.total <= 400
+    assert count.total <= 350
     with Launches(run_kernels=False) as again:
         ours.visual(pixels, [(74, 74)])
-    assert again.total <= 340 and again.reads == 0  # where patches go is known from the first time
+    assert again.total <= 300 and again.reads == 0  # where patches go is known from the first time
     with Launches() as reference:
         theirs.model.visual(pixels, grid_thw=torch.tensor([[1, 74, 74]]))
     assert reference.total == pytest.approx(4169, rel=0.01)

@@ -48,29 +48,41 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "queries, keys, heads, kv_heads, dim, causal, deterministic",
+    "queries, keys, heads, kv_heads, dim, causal",
     [
-        ([1, 17, 0, 33], None, 2, 2, 16, False, True),
-        ([63, 64, 65], None, 1, 1, 16, True, True),
-        ([129, 1], None, 1, 1, 32, True, True),
-        ([5, 40, 3], [70, 17, 0], 2, 1, 16, False, True),  # cross-attention; the last has no key
-        ([5, 33, 40], [64, 65, 7], 2, 1, 16, True, True),  # bottom-right; in the last 33 queries come before the first key
-        ([33, 7], None, 7, 1, 16, True, True),
-        ([33, 7], None, 7, 1, 16, False, False),
-        ([5, 33, 40], [64, 65, 7], 2, 1, 16, True, False),
-        ([34], None, 1, 1, 64, True, True),
-        ([34], [37], 1, 1, 80, True, False),
-        ([34], [37], 1, 1, 128, False, True),
+        ([1, 17, 0, 33], None, 2, 2, 16, False),
+        ([63, 64, 65], None, 1, 1, 16, True),
+        ([129, 1], None, 1, 1, 32, True),
+        ([5, 40, 3], [70, 17, 0], 2, 1, 16, False),  # cross-attention; the last has no key
+        ([5, 33, 40], [64, 65, 7], 2, 1, 16, True),  # bottom-right; in the last 33 queries come before the first key
+        ([33, 7], None, 7, 1, 16, True),
+        ([64, 32], None, 7, 1, 16, False),  # whole tiles alone
+        ([34], None, 1, 1, 64, True),
+        ([34], [37], 1, 1, 80, True),
+        ([34], [37], 1, 1, 128, False),
     ],
 )
-def test_kernels_equal_float64(poisoned, queries, keys, heads, kv_heads, dim, causal, deterministic):
+def test_kernels_equal_float64(poisoned, queries, keys, heads, kv_heads, dim, causal):
+    assert_equal_float64(queries, keys, heads, kv_heads, dim, causal)
+
+
+def assert_equal_float64(queries, keys, heads, kv_heads, dim, causal):
     sq, sk = Segments(queries), Segments(keys or queries)
     small = leaves(sq, sk, heads, kv_heads, dim)
     exact = [x.detach().double().requires_grad_() for x in small]
     upstream = torch.randn(sq.total, heads, dim)
-    new = with_gradients(small, sq, sk, causal, "triton", upstream, deterministic=deterministic)
+    new = with_gradients(small, sq, sk, causal, "triton", upstream)
     for a, b in zip(new, with_gradients(exact, sq, sk, causal, "sdpa", upstream), strict=True):
         assert a.shape == b.shape and distance(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("m, n", [(16, 32), (32, 16), (64, 16)])
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_of_any_proportion(poisoned, monkeypatch, m, n, dim, causal):
+    """Whole tiles and a ragged one, which the TMA unit does not copy, of grouped heads, in sequences behind each other."""
+    monkeypatch.setattr(kernels, "EXACT", kernels.Tiles(m, n, 4, 1))
+    assert_equal_float64([50, 3, 64], [55, 20, 64], 2, 1, dim, causal)
 
 
 def test_half_precision_kernels(poisoned):
@@ -92,9 +104,23 @@ def test_kernels_take_extreme_scores_and_plain_boundaries():
 
 def test_kernels_take_what_the_tma_unit_cannot():
     s = Segments([40])
-    q, k, v = (torch.randn(40 * 17 + 1)[1:].view(40, 1, 17)[..., :16] for _ in range(3))  # odd strides, off by four bytes
-    o = attention(q, k, v, s, backend="triton")
-    assert distance(o, attention(*(x.double() for x in (q, k, v)), s)) <= 1e-6
+    # Odd strides, off by four bytes.
+    odd = [torch.randn(40 * 17 + 1)[1:].view(40, 1, 17)[..., :16].requires_grad_() for _ in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in odd]
+    upstream = torch.randn(40, 1, 16)
+    new, old = (with_gradients(x, s, s, True, name, upstream) for x, name in ((odd, "triton"), (exact, "sdpa")))
+    for a, b in zip(new, old, strict=True):
+        assert distance(a, b) <= 1e-6
+
+
+def test_dkv_by_addresses_equals_dkv_by_descriptors():
+    s = Segments([40, 70])
+    q, k, v = (x.detach() for x in leaves(s, s, 2, 1, 16))
+    call, do = kernels.Call(s, s, True, 0.25), torch.randn(110, 2, 16)
+    o, lse = kernels.forward(q, k, v, call)
+    rest = q, k, v, do, lse, kernels.output_sums(o, do), call
+    for a, b in zip(kernels.backward_dkv(*rest), kernels.backward_dkv(*rest, by_tma=False), strict=True):
+        assert distance(a, b.double()) <= 1e-6
 
 
 def test_kernels_keep_neighbours_apart_and_repeat_themselves(poisoned):
@@ -182,3 +208,91 @@ def test_tiles_come_once_and_the_longest_first():
     assert tiles is kernels.tile_list(sq, sk, True, 32, "queries")
     assert tiles.tolist() == [[2, 64], [2, 32], [2, 0], [0, 32], [0, 0]]
     assert kernels.tile_list(sk, sq, True, 64, "keys").tolist() == [[2, 0], [0, 0], [2, 64], [1, 0]]
+
+
+LARGE, SMALL = kernels.Tiles(128, 64, 4, 2), kernels.Tiles(64, 64, 4, 2, cost=1.28)
+
+
+@pytest.mark.parametrize(
+    "lengths, heads, causal, expected",
+    [
+        ([4096] * 4, 16, False, LARGE),  # 2,048 programs: the GPU is full nearly to the end
+        ([20480, 4500, 900, 3600, 1296, 8100], 16, False, LARGE),
+        ([4096] * 4, 28, True, LARGE),
+        ([64] * 81 + [32] * 9 + [4], 16, False, SMALL),  # half of a large tile would be empty
+        ([129], 132, False, SMALL),  # two large tiles or three small ones
+        ([1024], 17, False, SMALL),  # 136 programs on 132 processors would take two waves
+        ([], 16, False, LARGE),
+    ],
+)
+def test_small_tiles_where_large_ones_would_leave_the_gpu_idle(lengths, heads, causal, expected):
+    s = Segments(lengths)
+    assert kernels.quickest([LARGE, SMALL], s, s, causal, heads, "queries") is expected
+    assert kernels.quickest([LARGE, SMALL], s, s, causal, heads, "queries") is expected  # as the second layer finds it
+
+
+@pytest.mark.parametrize("length, expected", [(512, "small"), (4096, "large")])
+def test_a_program_that_is_alone_on_its_processor_pays_off_on_long_walks(length, expected):
+    alone, small = kernels.Tiles(128, 64, 8, 3, pause=96), kernels.Tiles(64, 64, 4, 2, cost=1.15)
+    s = Segments([length] * 32)
+    assert kernels.quickest([alone, small], s, s, False, 16, "queries") is {"small": small, "large": alone}[expected]
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(kernels, "_architecture", lambda device: 9)
+    monkeypatch.setattr(kernels, "SDPA_FROM", {(9, 128): 150e9})
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+
+
+def faster(queries, keys=None, heads=16, kv_heads=16, dim=128, causal=False, gradients=()):
+    sq, sk = Segments(queries), Segments(keys or queries)
+    q, k, v = (torch.empty(1, n, dim, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads))
+    for name in gradients:
+        {"q": q, "k": k, "v": v}[name].requires_grad_()
+    return kernels.sdpa_is_faster(q, k, v, sq, sk, causal)
+
+
+def test_auto_leaves_long_dense_calls_without_gradients_to_cudnn(hopper):
+    assert faster([4096] * 4) and faster([4500]) and faster([4096] * 4, heads=28, kv_heads=4)
+    assert not faster([900] * 8) and not faster([64] * 256)
+    assert not faster([4096] * 4, dim=64)  # has no entry here
+
+
+@pytest.mark.parametrize("gradients", ["q", "k", "v", "qkv"])
+def test_gradients_are_the_kernels_own(hopper, gradients):
+    assert not faster([4096] * 4, gradients=gradients)
+    with torch.no_grad():
+        assert faster([4096] * 4, gradients=gradients)
+
+
+def test_lengths_that_seldom_come_twice_are_the_kernels_own(hopper):
+    assert not faster([20480, 4500, 900, 3600, 1296, 8100])
+    assert not faster([4096] * 4, causal=True)
+    assert not faster([20480] * 4, [8192] * 4)
+    assert not faster([20480, 0]) and not faster([]) and not faster([0])
+
+
+@pytest.mark.parametrize("name, module", [("is_available", torch.backends.cudnn), ("cudnn_sdp_enabled", torch.backends.cuda)])
+def test_auto_does_without_cudnn(hopper, monkeypatch, name, module):
+    monkeypatch.setattr(module, name, lambda: False)
+    assert not faster([4096] * 4)
+
+
+@pytest.mark.parametrize("architecture", [0, 8, 10])
+def test_auto_is_as_before_on_other_architectures(hopper, monkeypatch, architecture):
+    monkeypatch.setattr(kernels, "_architecture", lambda device: architecture)
+    assert not faster([4096] * 4)
+
+
+def test_auto_asks_the_table(monkeypatch):
+    """Where the kernels could do a call, auto leaves it to PyTorch if that is faster; who asks for the kernels gets them."""
+    x, s, asked = torch.randn(4, 1, 16), Segments([4]), []
+    monkeypatch.setattr(ops, "_attention_on_triton", lambda q, k, v, scale, choice: choice != "sdpa")
+    monkeypatch.setattr(kernels, "sdpa_is_faster", lambda *call: asked.append(call) or True)
+    monkeypatch.setattr(kernels, "attention", lambda *call: "kernels")
+    assert isinstance(attention(x, x, x, s, backend="auto"), Tensor) and len(asked) == 1
+    assert attention(x, x, x, s, backend="triton") == "kernels" and len(asked) == 1
+    monkeypatch.setattr(kernels, "sdpa_is_faster", lambda *call: False)
+    assert attention(x, x, x, s, backend="auto") == "kernels"

@@ -22,7 +22,7 @@ EVENINGS = {  # the reading order of the README
     1: ("sample", "pipeline", "tokenizer", "model", "connector"),
     2: ("vae", "dit", "flow", "data", "train_stage1", "train_stage2", "replay"),
     3: ("ops", "training", "distributed", "flags", "checkpoint", "threads", "interrupt", "flops"),
-    4: ("kernels",),
+    4: ("kernels", "hopper"),
 }
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,16 @@ def test_every_row_of_the_smoke_run_is_equal_to_its_reference(smoke):
     assert environment["torch"] == torch.__version__ and environment["diffusers"] != "not installed"
     assert len(rows) > 30 and not [r for r in rows if "failed" in r or any("failed" in p for p in r["peers"].values())]
     for row in rows:
-        if "ceiling" not in row["what"] and "memory" not in row["what"]:
+        if not any(word in row["what"] for word in ("ceiling", "memory", "a picture", "resizes")):
             assert row["error"] <= 5e-5, row
-    # Of a GPU alone: fp16, other lengths, and a peer that only cuDNN has.
-    assert {row["group"] for row in rows} == set(groups.ORDER) - {"check-fp16", "lengths", "cudnn-varlen"}
+    assert [row["shape"][-11:] for row in rows if "a picture" in row["what"]] == [f"{n} before it" for n in (0, 1, 2, 4, 8)]
+    plans = {row["what"]: row["peers"]["plan"]["ratio"] for row in rows if row["group"] == "memory"}
+    assert len(plans) == 4 and all(0.97 < ratio < 1.03 for what, ratio in plans.items() if "VAE" not in what)
+    assert all(row["samples"] > 0 for row in rows if row["what"].startswith("training step"))
+    # Of a GPU alone: fp16, other lengths, and a peer that is compiled.
+    assert {row["group"] for row in rows} == set(groups.ORDER) - {"check-fp16", "lengths", "flex"}
+    keys = [groups.row_key(row) for row in rows]
+    assert len(keys) == len(set(keys))  # by which a group that goes on, and files that are merged, know their rows
     wanted = {"guided DiT step", "decode token", "vision tower", "a document of the miniature", "training step, stage 2"}
     assert all({*row["peers"]} for row in rows if row["what"] in wanted) and wanted <= {row["what"] for row in rows}
 
@@ -60,7 +68,8 @@ def test_the_printed_table_has_every_row(smoke):
 def test_the_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text()
     shown = text.split(measure.MARKS[0])[1].split(measure.MARKS[1])[0]
-    assert shown == f"\n{measure.markdown(RESULTS)}\n"
+    tables = "\n\n".join(measure.markdown(file) for file in groups.committed())
+    assert shown == f"\n{tables}\n" and groups.committed()[-1] == RESULTS
     rows = records(RESULTS)
     assert not [r for r in rows if "failed" in r] and "threads" in rows[0]["device"]
 
@@ -104,21 +113,33 @@ def test_a_peer_that_is_missing_is_named_and_the_rest_goes_on(tmp_path, monkeypa
     assert json.loads((tmp_path / "bench.jsonl").read_text().splitlines()[-1]) == row  # written before the run has ended
 
 
+def test_libraries_that_break_on_import_cost_their_cells_alone(tmp_path):
+    """As an installation without its dependencies does: the error is none of a missing module."""
+    for name in ("transformers", "diffusers"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('no such dependency')")
+    file = tmp_path / "bench.jsonl"
+    args = ["--smoke", "--device", "cpu", "--group", "guided", "--group", "decode", "--out", str(file)]
+    run = [sys.executable, "-m", "bench", *args]
+    done = subprocess.run(run, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=100)
+    assert done.returncode == 0
+    _, *rows = records(file)
+    assert len(rows) == 3 and all(row["ms"] > 0 for row in rows)
+    assert all("no such dependency" in row["peers"][name]["failed"] for row in rows for name in row["peers"])
+
+
 def test_a_check_that_finds_a_wrong_kernel_says_which(tmp_path, monkeypatch):
     right = attention.attention
-    monkeypatch.setattr(
-        attention, "attention", lambda *a, **k: right(*a, **k) * (1.01 if k.get("deterministic") is False else 1.0)
-    )
+    monkeypatch.setattr(attention, "attention", lambda q, *a, **k: right(q, *a, **k) * (1.01 if len(q) == 3 else 1.0))
     b = runner(tmp_path, monkeypatch)
-    attention.check(b)
-    assert len(b.rows) == 6 and all("backward in one pass" in row["failed"] for row in b.rows)
+    attention.check(b)  # of three sequences: their last queries are what decoding has
+    assert len(b.rows) == 6 and all(row["failed"] == "wrong: decode" for row in b.rows)
 
 
 # ------------------------------------------------------------------------------------------------------------------ groups
 
 
 def falls(b: measure.Bench) -> None:
-    """A group whose second row takes the process with it."""
+    """A group that takes its process with it outside of all rows."""
     b.write(b.record("its first row", ""))
     os.abort()
 
@@ -141,25 +162,123 @@ def stands(b: measure.Bench) -> None:
     b.measure(Row("one", "8", giving(torch.ones(8)), {}, limit=0))
 
 
+def raises() -> Way:
+    raise ValueError("not this shape")
+
+
+def kills() -> Way:
+    return Way(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def falls_silent() -> Way:
+    return Way(lambda: time.sleep(600))
+
+
+def kills_when_timed() -> Way:
+    """Right when it is compared, deadly afterwards."""
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) > 1:
+            os.abort()
+        return torch.ones(8)
+
+    return Way(call)
+
+
+def has_bad_peers(b: measure.Bench) -> None:
+    """Rows between which nothing may be lost."""
+    right = giving(torch.ones(8))
+    bad = {
+        "raises": raises,
+        "wrong": giving(2 * torch.ones(8)),
+        "kills": kills,
+        "hangs": falls_silent,
+        "kills when timed": kills_when_timed,
+        "right": right,
+    }
+    b.measure(Row("first", "8", right, {}, limit=1e-3))
+    b.measure(Row("with peers", "8", right, bad, limit=1e-3, reference=torch.ones(8)))
+    b.measure(Row("our own fault", "8", kills, {"right": right}, limit=1e-3))
+    b.measure(Row("last", "8", right, {"right": right}, limit=1e-3))
+
+
+def run_group(job, file: Path, **place) -> None:
+    groups.run_apart(job, groups.Place("cpu", "smoke", file, **place), job.__name__)
+
+
+def test_a_peer_that_raises_is_wrong_kills_or_hangs_costs_its_own_cell(tmp_path, monkeypatch):
+    run_group(stands, tmp_path / "other.jsonl")  # from here on a process starts at once
+    monkeypatch.setattr(groups, "PATIENCE", 4)
+    file = tmp_path / "bench.jsonl"
+    run_group(has_bad_peers, file)
+    rows = {row["what"]: row for row in records(file)}
+    assert list(rows) == ["first", "with peers", "our own fault", "last"] and len(records(file)) == 4
+    peers = rows["with peers"]["peers"]
+    assert rows["with peers"]["ms"] > 0 and peers["right"]["ratio"] > 0
+    reasons = {name: peer["failed"] for name, peer in peers.items() if name != "right"}
+    assert "not this shape" in reasons["raises"] and "another result" in reasons["wrong"]
+    assert "SIGKILL" in reasons["kills"] and "hung" in reasons["hangs"] and "SIGABRT" in reasons["kills when timed"]
+    assert "SIGKILL" in rows["our own fault"]["failed"]
+    assert rows["first"]["ms"] > 0 and rows["last"]["peers"]["right"]["ms"] > 0
+
+
+def test_a_gpu_that_no_longer_answers_costs_the_cell_of_its_peer(tmp_path, monkeypatch):
+    """After an illegal access every call fails: the process ends, and tells why before."""
+    b = runner(tmp_path, monkeypatch)
+    heard, b.tell, b.cuda = [], lambda cell, why: heard.append((cell[2], why)), True
+
+    answers = [None]  # behind our own call; behind that of the peer there is none
+
+    def synchronize():
+        if not answers:
+            raise RuntimeError("an illegal memory access was encountered")
+        answers.pop()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))
+    with pytest.raises(SystemExit) as stop:
+        b.right_calls(Row("row", "8", giving(torch.ones(8)), {"bad": giving(torch.ones(8))}, limit=0), {"peers": {}})
+    assert stop.value.code == measure.BROKEN
+    assert heard[-1][0] == "bad" and "illegal memory access" in heard[-1][1]
+
+
 def test_what_kills_a_group_costs_no_other(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(groups, "JOBS", {"falls": falls, "stumbles": stumbles, "stands": stands})
     file = tmp_path / "bench.jsonl"
     assert groups.run(["falls", "stumbles", "stands"], "cpu", "smoke", file, 5) == 2
-    machine, first, died, stumbled, right = records(file)
+    machine, *rows = records(file)
     assert machine["torch"] == torch.__version__
-    assert first["what"] == "its first row" and "failed" not in first
-    assert died["group"] == "falls" and "SIGABRT" in died["failed"]
-    assert stumbled["group"] == "stumbles" and "no such shape" in stumbled["failed"]
-    assert right["group"] == "stands" and right["ms"] > 0
-    printed = capfd.readouterr().out
-    assert "SIGABRT" in printed and "5 rows" not in printed and "4 rows" in printed
+    by_group = {row["group"]: row for row in rows if "failed" in row or row["group"] == "stands"}
+    assert "SIGABRT" in by_group["falls"]["failed"] and "no such shape" in by_group["stumbles"]["failed"]
+    assert by_group["stands"]["ms"] > 0 and [row["what"] for row in rows].count("its first row") == 1
+    assert "SIGABRT" in capfd.readouterr().out
 
 
-def test_a_group_that_hangs_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(groups, "GRACE", 0)
-    groups.run_apart(hangs, "cpu", "smoke", tmp_path / "bench.jsonl", "hangs", time.time() + 0.5)
-    (row,) = records(tmp_path / "bench.jsonl")
-    assert row["group"] == "hangs" and row["failed"].startswith("stopped")
+def test_a_group_that_hangs_is_stopped_when_its_time_is_over(tmp_path):
+    file = tmp_path / "bench.jsonl"
+    run_group(hangs, file, end=time.time() + 0.5)
+    (row,) = records(file)
+    assert row["group"] == "hangs" and row["failed"] == groups.STOPPED
+
+
+def compiles(b: measure.Bench) -> None:
+    """Leaves a mark for every call of ours."""
+    for i in range(5):
+        way = Way(partial((b.file.parent / f"{i}").touch))
+        b.measure(Row(f"row {i}", "8", lambda way=way: way, {"a peer": kills}, limit=0, reference=kills))
+
+
+def test_all_rows_are_compiled_first_by_several_processes(tmp_path, monkeypatch):
+    """Our calls alone, no reference, no peer; nothing is written."""
+    monkeypatch.setattr(groups, "JOBS", {"compiles": compiles, "falls": falls, "hangs": hangs})
+    monkeypatch.setattr(groups, "SHARES", {"compiles": 3})
+    file = tmp_path / "bench.jsonl"
+    place = groups.Place("cpu", "smoke", file)
+    groups.compile_first(["compiles", "falls"], place, seconds=60)
+    groups.compile_first(["hangs"], place, seconds=1)  # and comes back
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2", "3", "4"]
 
 
 def test_a_group_ends_with_its_run_however_that_ends(tmp_path):
@@ -170,7 +289,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_bench
 from bench import groups
-groups.run_apart(test_bench.lasts, "cpu", "smoke", Path({str(file)!r}), "lasts")
+test_bench.run_group(test_bench.lasts, Path({str(file)!r}))
 """
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for(file.exists)
@@ -212,25 +331,50 @@ def test_a_group_by_itself_leaves_the_rows_of_others(tmp_path):
     machine = groups.environment(torch.device("cpu"))
     old = [{"group": "vae", "what": "a"}, {"group": "decode", "what": "b"}]
     file.write_text("".join(json.dumps(r) + "\n" for r in [machine, *old]))
-    groups.begin(file, machine, ["vae"])
+    assert groups.begin(file, machine, ["vae"]) == [old[0]]
     assert records(file) == [machine, old[1]]
-    measure.append(file, old[0])
-    measure.append(file, {"group": "guided", "what": "c"})
-    groups.sort(file)
-    assert [row["what"] for row in records(file)[1:]] == ["c", "b", "a"]
-    groups.begin(file, machine | {"torch": "another"}, ["vae"])  # rows of two versions are not of one table
+    assert groups.begin(file, machine | {"torch": "another"}, ["vae"]) == []  # rows of two versions are not of one table
     assert records(file) == [machine | {"torch": "another"}]
 
 
+def row(group: str, what: str, **more) -> dict:
+    return {"group": group, "what": what, "shape": "", "peers": {}, **more}
+
+
+def test_a_row_without_time_leaves_that_of_an_earlier_run():
+    before = [row("guided", "a", ms=1), row("guided", "b", ms=2), row("vae", "old name", ms=3), row("decode", "d", ms=5)]
+    after = [row("guided", "a", ms=9), row("guided", "b", failed=measure.SKIPPED), row("vae", "new name", ms=4)]
+    after += [row("decode", "decode", failed=measure.SKIPPED), row("stage1", "stage1", failed=groups.STOPPED)]
+    rows = groups.merged(before, after)
+    assert [(r["what"], r.get("ms")) for r in rows] == [("a", 9), ("b", 2), ("d", 5), ("stage1", None), ("new name", 4)]
+
+
+def test_files_of_two_runs_become_one(tmp_path):
+    """Of different groups, of the same one twice, and never of two machines."""
+    machine = {"device": "H200", "torch": "2", "clocks": "1000"}
+    files = [tmp_path / name for name in "abcd"]
+    groups.rewrite(files[0], [machine, row("vae", "v", ms=1), row("decode", "d", ms=2)])
+    groups.rewrite(files[1], [machine | {"clocks": "900"}, row("guided", "g", ms=3), row("decode", "d", ms=4)])
+    groups.rewrite(files[2], [machine | {"device": "A100"}, row("guided", "g", ms=3)])
+    done = subprocess.run([sys.executable, "-m", "bench", "--merge", *files[:2], "--out", files[3]], cwd=ROOT, timeout=100)
+    assert done.returncode == 0
+    merged_machine, *rows = records(files[3])
+    assert merged_machine == machine and [(r["what"], r["ms"]) for r in rows] == [("g", 3), ("d", 4), ("v", 1)]
+    with pytest.raises(InputError, match="another machine"):
+        groups.merge([files[0], files[2]], files[3])
+
+
 def test_every_group_has_its_place_in_the_order():
-    assert sorted(groups.ORDER) == sorted(groups.JOBS) and groups.ORDER[-1] == "cudnn-varlen"
+    assert sorted(groups.ORDER) == sorted(groups.JOBS)
 
 
-def test_the_peer_that_has_killed_its_process_stands_beside_no_other():
-    case = attention.Case("", [4, 3], [4, 3], 2, 2, 32, backward=True, flex=True)
-    for lengths in ([4, 3], [4, 4]):
-        peers = attention.Peers(case._replace(lq=lengths, lk=lengths), None, None, torch.device("cuda")).named()
-        assert "varlen_attn" in peers and not [name for name in peers if name == "cuDNN varlen"]
+def test_a_training_step_on_a_gpu_has_its_mfu(tmp_path, monkeypatch):
+    b = runner(tmp_path, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    b.cuda, record = True, {"peers": {}}
+    b.note_times(Row("step", "8", None, {}, limit=0, flops=989e9, samples=4), record, {"ours": [2e-3]})
+    assert record["mfu"] == pytest.approx(0.5) and record["samples"] == pytest.approx(2000)
+    assert measure.rate(record | {"group": "stage1"}, None).endswith("MFU 50%, 2e+03 samples/s")
 
 
 def test_shares_of_the_ceiling_stand_in_the_table(tmp_path):
@@ -250,6 +394,8 @@ def test_shares_of_the_ceiling_stand_in_the_table(tmp_path):
         (["--group", "everything"], "everything"),
         (["--minutes", "few"], "few"),
         (["--device", "tpu"], "tpu"),
+        (["--merge", "nowhere.jsonl"], "--out"),
+        (["--merge", "nowhere.jsonl", "--out", "x.jsonl"], "nowhere.jsonl"),
         (["--readme", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--readme", "ruff.toml"], "ruff.toml"),
     ],

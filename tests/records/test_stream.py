@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -330,10 +331,10 @@ def test_a_run_stops_when_thirty_percent_are_broken(tmp_path: Path, capsys, part
 
 
 def test_a_program_that_stops_reading_comes_to_its_end(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(chat(f"word {n}")) + "\n" for n in range(400)))
+    path = write(tmp_path / "a.jsonl", 400)
     code = (
         "from records.stream import Stream, open_source\n"
-        f"items = iter(Stream(open_source({str(tmp_path / 'a.jsonl')!r}), 1, workers=2))\n"
+        f"items = iter(Stream(open_source({path!r}), 1, workers=2))\n"
         "next(items)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
