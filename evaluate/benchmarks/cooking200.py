@@ -16,7 +16,7 @@ NAME = "cooking200"
 TITLE = "Cooking, 200 requests of this project's own"
 SOURCE = howto500.SOURCE | {"file": "evaluate/benchmarks/cooking200.json"}
 PUBLISHED = [
-    {"system": "DuoGen", "figures": {"I-Com": 4.70}, "judge": "GPT-5", "source": "arXiv 2602.00508, by a note; its own requests"},
+    {"system": "DuoGen", "figures": {"I-Com": 4.70}, "judge": "GPT-5", "source": "arXiv 2602.00508, by a note; own requests"},
     {"system": "Nano Banana", "figures": {"I-Com": 4.07}, "judge": "GPT-5", "source": "the same"},
     {"system": "Zebra-CoT", "figures": {"I-Com": 2.63}, "judge": "GPT-5", "source": "the same"},
 ]

@@ -1,4 +1,4 @@
-"""GenEval (arXiv 2310.11513): 553 short prompts of six sorts; does the picture hold the things, counts, colours, places asked for?
+"""GenEval (arXiv 2310.11513): 553 short prompts of six sorts; are the things, counts, colours and places there?
 
 GenEval lets a detector answer. Here the judge answers, one question for every thing, count, colour and place ("atom"), so that
 the figures are not GenEval's own: the rule is its (all atoms right; mean over the six sorts), who answers is not. Of the
@@ -20,9 +20,9 @@ TITLE = "GenEval: things, counts, colours and places"
 SOURCE = {"id": "github.com/djghosh13/geneval", "revision": "af4902f24d3c", "file": "prompts/evaluation_metadata.jsonl",
           "licence": "MIT"}  # fmt: skip
 PUBLISHED = [
-    {"system": "DuoGen", "figures": {"overall": 0.88}, "judge": "GenEval's detector", "source": "arXiv 2602.00508, by a note"},
-    {"system": "Wan-Weaver", "figures": {"overall": 0.89}, "judge": "GenEval's detector", "source": "arXiv 2603.25706"},
-    {"system": "SenseNova-U1", "figures": {"overall": 0.91}, "judge": "GenEval's detector", "source": "arXiv 2605.12500"},
+    {"system": "DuoGen", "figures": {"overall": 0.88}, "judge": "not said", "source": "arXiv 2602.00508, by a note"},
+    {"system": "Wan-Weaver", "figures": {"overall": 0.89}, "judge": "not said", "source": "arXiv 2603.25706"},
+    {"system": "SenseNova-U1", "figures": {"overall": 0.91}, "judge": "not said", "source": "arXiv 2605.12500"},
 ]
 PLACES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 
@@ -60,7 +60,8 @@ def score(request: Request, answer: Answer, judge: Judge) -> dict[str, Verdict]:
 def aggregate(rows: list[dict]) -> dict[str, Figure]:
     """A prompt with an atom that the judge did not answer is neither right nor wrong: it is in the counts alone."""
     judged = [row for row in rows if None not in atoms(row)]
-    right = {tag: average([right_in(row) for row in group]) for tag, group in grouped(judged, lambda r: r["meta"]["tag"]).items()}
+    tags = grouped(judged, lambda row: row["meta"]["tag"])
+    right = {tag: average([right_in(row) for row in group]) for tag, group in tags.items()}
     overall = average([figure.value for figure in right.values()])
     geometric = [math.prod(atoms(row)) ** (1 / len(atoms(row))) for row in judged]
     return {

@@ -24,7 +24,7 @@ TITLE = "How-to, 500 requests of this project's own"
 SOURCE = {"id": "this repository", "revision": "as checked out", "file": "evaluate/benchmarks/howto500.json",
           "licence": "as the repository"}  # fmt: skip
 PUBLISHED = [
-    {"system": "DuoGen", "figures": {"T-Com": 3.39}, "judge": "GPT-5", "source": "arXiv 2602.00508, by a note; its own requests"},
+    {"system": "DuoGen", "figures": {"T-Com": 3.39}, "judge": "GPT-5", "source": "arXiv 2602.00508, by a note; own requests"},
     {"system": "Nano Banana", "figures": {"T-Com": 3.95}, "judge": "GPT-5", "source": "the same"},
     {"system": "Zebra-CoT", "figures": {"T-Com": 2.04}, "judge": "GPT-5", "source": "the same"},
 ]

@@ -1,4 +1,4 @@
-"""OpenING (arXiv 2411.18499): 56 tasks of everyday life, seven criteria from 0 to 10; the overall is the mean of the seven means.
+"""OpenING (arXiv 2411.18499): 56 tasks, seven criteria from 0 to 10; the overall is the mean of the seven means.
 
 The authors' script drops an entry whose scores are null, so that a system gains by failing where it cannot be judged. Here a
 null counts as 0 and "nulls" tells how many items have one; the mean without those entries stands beside as "overall, nulls
