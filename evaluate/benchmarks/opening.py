@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from evaluate.benchmark import JUDGED, UNPARSABLE, Answer, Figure, Judge, Request, Verdict, average, floor, grouped, known, mean
-from evaluate.rubrics import asked, at_hand, document, message, read, rubric, split, woven
+from evaluate.rubrics import MARK, asked, at_hand, document, message, read, rubric, split, woven
 
 NAME = "opening"
 TITLE = "OpenING: open-ended interleaved answers"
@@ -33,7 +33,10 @@ def requests(items: Path | None = None) -> Iterator[Request]:
         for turn in item["conversations"]:
             for part in turn.get("input", []):
                 text = (part.get("text") or "").replace("<BEGIN>", "")
-                parts += woven(text, [file.parent / part["image"]] if part.get("image") else [])
+                pictures = [file.parent / part["image"]] if part.get("image") else []
+                if not pictures:
+                    text = MARK.sub("", text)
+                parts += woven(text, pictures)
         yield Request(str(item["total_uid"]), message(*parts), {"task": item["meta_task_name"]})
 
 
