@@ -73,5 +73,6 @@ def published_rows(file: Path) -> dict[str, list[dict]]:
         numbers = {name: said[name] if isinstance(said.get(name), int | float) else None for name in CRITERIA}
         scores = {name: {"value": v, "why": UNPARSABLE if v is None else JUDGED} for name, v in numbers.items()}
         meta = {"system": entry["model"]["name"]}
-        rows.append({"id": entry["instance_id"], "meta": meta, "scores": scores})
+        name = entry.get("data_id") or entry["instance_id"]  # the newer of the two files has the latter
+        rows.append({"id": name, "meta": meta, "scores": scores})
     return grouped(rows, lambda row: row["meta"]["system"])

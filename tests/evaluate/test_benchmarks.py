@@ -345,8 +345,9 @@ def test_opening_nulls_are_counted_not_dropped():
 def test_opening_reads_the_two_forms_of_published_raw_scores(tmp_path: Path):
     titles = {name.title(): {"Score": 9, "Justification": "."} for name in opening.CRITERIA}
     titles["Image-Text Coherency"] = {"Score": None}
-    entry = {"instance_id": "1", "model": {"name": "X"}}
-    (tmp_path / "s.json").write_text(json.dumps([entry | {"score": titles}, entry | {"score": {"scores": titles}}]))
+    entry = {"model": {"name": "X"}, "score": titles}
+    entries = [entry | {"data_id": "1"}, entry | {"instance_id": "2", "score": {"scores": titles}}]
+    (tmp_path / "s.json").write_text(json.dumps(entries))
     rows = opening.published_rows(tmp_path / "s.json")["X"]
     found = opening.aggregate(rows)
     assert (len(rows), found["correctness"].value, found["image-text coherency"].value, found["nulls"].value) == (2, 9, 0, 1)
