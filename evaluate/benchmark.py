@@ -9,9 +9,9 @@
     def score(request: Request, answer: Answer, judge: Judge) -> dict[str, Verdict]
     def aggregate(rows: list[dict]) -> dict[str, Figure]           a row: {"id", "meta", "scores": {name: {"value", "why"}}}
 
-`requests` must yield the same requests in the same order every time, and its `meta` must be JSON. `score` may ask the judge as
-often as it likes: an answer is kept by what was asked, so nothing is asked twice. `aggregate` is called again and again with rows
-drawn at random, for the interval of every figure: it must not mind rows that come twice.
+`requests` yields the same requests in the same order every time, and its `meta` is JSON. `score` may ask the judge as often as
+it likes: an answer is kept by what was asked, so nothing is asked twice. `aggregate` is called again and again with rows drawn
+at random, for the interval of every figure: it must not mind rows that come twice.
 
 Where an answer has no picture or no text, there is nothing to ask: `floor` is then the score. It is never left out.
 """
