@@ -1,5 +1,6 @@
 """The benchmarks: sums by hand, and each trap that users of the published scripts have fallen into, with a scripted judge."""
 
+import csv
 import json
 import math
 import re
@@ -351,6 +352,21 @@ def test_opening_reads_the_two_forms_of_published_raw_scores(tmp_path: Path):
     rows = opening.published_rows(tmp_path / "s.json")["X"]
     found = opening.aggregate(rows)
     assert (len(rows), found["correctness"].value, found["image-text coherency"].value, found["nulls"].value) == (2, 9, 0, 1)
+
+
+def test_opening_gives_the_published_summary_from_the_published_raw_scores(shared):
+    folder = shared / "opening"
+    if not folder.is_dir():
+        pytest.skip("no Interleaved_Arena/ of OpenING in shared/data/opening: it has no licence and is not in the repository")
+    with open(folder / "model_score_summaries.csv", encoding="utf-8") as file:
+        summary = {line["Model_Name"]: line for line in csv.DictReader(file)}
+    for system, rows in opening.published_rows(folder / "gpt-score_results.json").items():
+        found = opening.aggregate(rows)
+        for name in opening.CRITERIA:
+            said = float(summary[system][name.title()])
+            assert abs(found[name].value - said) <= 0.0051, (system, name)
+        # Theirs is the mean of means that are rounded already.
+        assert abs(found["overall"].value - float(summary[system]["Overall"])) <= 0.0101, system
 
 
 def test_opening_reads_its_conversations(tmp_path: Path):
