@@ -1,0 +1,27 @@
+"""200 requests for illustrated recipes and kitchen techniques, written for this project; judged like howto500.
+
+In the manner of Cooking-200 of the DuoGen paper, which is not public; see howto500.py for what that means for the figures.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from evaluate.benchmark import Request
+from evaluate.benchmarks import howto500
+from evaluate.benchmarks.howto500 import aggregate, score
+
+__all__ = ["NAME", "PUBLISHED", "SOURCE", "TITLE", "aggregate", "requests", "score"]
+
+NAME = "cooking200"
+TITLE = "Cooking, 200 requests of this project's own"
+SOURCE = howto500.SOURCE | {"file": "evaluate/benchmarks/cooking200.json"}
+PUBLISHED = [
+    {"system": "DuoGen", "figures": {"I-Com": 4.70}, "judge": "GPT-5", "source": "arXiv 2602.00508, by a note; own requests"},
+    {"system": "Nano Banana", "figures": {"I-Com": 4.07}, "judge": "GPT-5", "source": "the same"},
+    {"system": "Zebra-CoT", "figures": {"I-Com": 2.63}, "judge": "GPT-5", "source": "the same"},
+]
+ITEMS = Path(__file__).parent / "cooking200.json"
+
+
+def requests(items: Path | None = None) -> Iterator[Request]:
+    yield from howto500.requests(items or ITEMS)
