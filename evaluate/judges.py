@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from checkpoint import InputError, read_json
+from checkpoint import read_json
 from evaluate.benchmark import JUDGED, REFUSED, UNPARSABLE, Verdict
 from model import to_rgb
 from pages.answer import harmless_json, write_text
@@ -204,18 +204,3 @@ def read_fields(words: str, keys: dict[str, tuple[float, float]]) -> dict[str, f
             return None
         numbers[key] = number
     return numbers
-
-
-def load_judge(args) -> Backend:
-    """The backend that the command line names."""
-    if args.judge == "self":
-        from evaluate.own import Own
-
-        return Own.from_pretrained(args.ckpt, args.mllm, args.device, args.dtype)
-    if not args.judge.startswith(("http://", "https://")):
-        raise InputError(f"--judge {args.judge}: must be self, or the address of a server, such as http://localhost:8000/v1")
-    if not args.judge_model:
-        raise InputError("--judge-model is missing: what the server calls its model")
-    from evaluate.server import Server
-
-    return Server(args.judge, args.judge_model, args.timeout, args.tries, args.max_tokens)

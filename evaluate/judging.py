@@ -27,7 +27,7 @@ from checkpoint import InputError, read_json
 from evaluate import judges
 from evaluate.answers import Answers, alone, claim, items_of, parse_shard
 from evaluate.benchmark import Answer, Request, find
-from evaluate.judges import Asker, load_judge
+from evaluate.judges import Asker, Backend
 from flags import Parser
 from pages.answer import harmless_json, write_text
 
@@ -195,3 +195,18 @@ def told(judge: Asker, price: tuple[float, float] | None) -> str:
     if price:
         text += f", cost {(tally.read * price[0] + tally.written * price[1]) / 1e6:.2f}"
     return text
+
+
+def load_judge(args) -> Backend:
+    """The backend that the command line names."""
+    if args.judge == "self":
+        from evaluate.own import Own
+
+        return Own.from_pretrained(args.ckpt, args.mllm, args.device, args.dtype)
+    if not args.judge.startswith(("http://", "https://")):
+        raise InputError(f"--judge {args.judge}: must be self, or the address of a server, such as http://localhost:8000/v1")
+    if not args.judge_model:
+        raise InputError("--judge-model is missing: what the server calls its model")
+    from evaluate.server import Server
+
+    return Server(args.judge, args.judge_model, args.timeout, args.tries, args.max_tokens)

@@ -49,6 +49,11 @@ def test_a_missing_value_is_an_error():
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_no_template_goes_round_escaping_or_needs_another_file(name):
     source = SOURCES[name]
+    if name == "benchmark.html":  # its filters are a script in the page itself, into which nothing is filled
+        before, script = source.split("<script>")
+        script, after = script.split("</script>")
+        assert "{{" not in script and "{%" not in script
+        source = before + after
     assert not re.search(r"\|\s*safe|autoescape", source)
     assert not re.search(r"<script|<link|<iframe|https?:|<style(?!>\n\{\{ style \}\}</style>)", source)
     assert not re.search(r"<[^>]*=\{\{", source)  # a value without quotes around it could begin another attribute
