@@ -6,7 +6,7 @@
     judged/JUDGE/ID.json     the scores of an answer
 
 Answers of other systems are judged as well: a folder with ID/answer.json, of which only "parts" is read, or which holds
-lmms-eval's {"text": ..., "images": [FILE]} instead; or one file of lines {"id": ID, "response": lmms-eval's string}. In its text
+lmms-eval's {"text": ..., "images": [FILE]} instead; or one file of lines {"id": ID, "response": that as a string}. In its text
 <image> marks the place of a picture.
 """
 
