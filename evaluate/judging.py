@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import InputError, read_json
 from evaluate import judges
 from evaluate.answers import Answers, alone, claim, items_of, parse_shard
-from evaluate.benchmark import Answer, Request, find
+from evaluate.benchmark import FOLDER, Answer, Request, find
 from evaluate.judges import Asker, Backend
 from flags import Parser
 from pages.answer import harmless_json, write_text
@@ -106,10 +106,10 @@ def main(argv: list[str]) -> None:
 
 
 def prompt_hash(module: ModuleType) -> str:
-    """Of the benchmark's file and of the sentences around its questions."""
+    """Of the benchmark's file, of all rubrics, and of the sentences around its questions."""
     sources = [Path(module.__file__).read_bytes(), inspect.getsource(judges.Asker).encode()]
-    # Rubrics may lie in files of their own, which a benchmark names.
-    sources += [Path(file).read_bytes() for file in getattr(module, "PROMPTS", [])]
+    # Rubrics in words lie beside the benchmarks (rubrics.py), one file for each or one that several share.
+    sources += [file.read_bytes() for file in sorted((FOLDER / "prompts").glob("*.md"))]
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
