@@ -138,7 +138,8 @@ class Judged:
         rows = [["ours", *(number(self.figures[n].value) if n in self.figures else "-" for n in names), self.card["judge"], ""]]
         for published in module.PUBLISHED:
             differs = [] if published["judge"] == self.card["judge"] else ["judge"]
-            if len(self.rows) < self.of or "n" in published and published["n"] != len(self.rows):
+            other_number = "n" in published and published["n"] != len(self.rows)
+            if published.get("items") or len(self.rows) < self.of or other_number:
                 differs.append("items")
             if published.get("rule"):
                 differs.append(f"rule: {published['rule']}")
