@@ -4,6 +4,7 @@
     TITLE = "Four questions about colours"           its name on the report
     SOURCE = {"id": "owner/name", "revision": "...", "file": "items.json", "licence": "Apache-2.0"}
     PUBLISHED = [{"system": "X", "figures": {"overall": 0.8}, "judge": "GPT-4o", "source": "arXiv ..."}]
+                                                     and what makes them incomparable: "items", "n" or "rule"
 
     def requests(items: Path | None) -> Iterator[Request]          items: a folder or file at hand; None: the benchmark's own
     def score(request: Request, answer: Answer, judge: Judge) -> dict[str, Verdict]
