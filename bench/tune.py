@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
@@ -218,7 +219,7 @@ class Inputs:
         v = v.repeat_interleave(group, 0)
         lse = []
         delta = []
-        for a, b in zip(self.sq.bounds, self.sq.bounds[1:], strict=False):
+        for a, b in pairwise(self.sq.bounds):
             x = q[:, a:b] @ k[:, a:b].mT * self.call.scale
             if case.causal:
                 x = x.masked_fill(torch.ones_like(x[0], dtype=torch.bool).triu(1), -math.inf)

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from checkpoint import InputError, make_out, read_json, read_text
 from distributed import take_lock
-from evaluate.benchmark import Answer, Request, requests_of
+from evaluate.benchmark import Answer, Request, content_of, requests_of
 from pages.answer import harmless_json, write_text
 from records.validate import load_image
 
@@ -39,8 +39,7 @@ def items_of(module: ModuleType, items: str | None, n: int | None) -> tuple[list
     for request in requests:
         content = []
         for message in request.messages:
-            parts = message["content"]
-            for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+            for part in content_of(message):
                 if part["type"] == "text":
                     content.append([message["role"], part["text"]])
                 elif hasattr(part["image"], "tobytes"):

@@ -44,6 +44,12 @@ class Request(NamedTuple):
     meta: dict  # what score needs
 
 
+def content_of(message: dict) -> list[dict]:
+    """The parts of a message; plain text is one."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class Answer(NamedTuple):
     """What a system answered."""
 

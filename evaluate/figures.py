@@ -18,28 +18,20 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 from urllib.parse import quote
+
+import numpy as np
 
 from checkpoint import InputError, read_json
 from evaluate.answers import Answers, items_of, read_run
-from evaluate.benchmark import JUDGED, MISSING, REFUSED, UNPARSABLE, Figure, Request, find
+from evaluate.benchmark import JUDGED, MISSING, REFUSED, UNPARSABLE, Figure, Request, content_of, find
 from evaluate.judging import prompt_hash
+from evaluate.tables import Table, markdown
 from flags import Parser
 from pages.answer import harmless_json, write_text
 from pages.template import render
 
 WHYS = (JUDGED, REFUSED, UNPARSABLE, MISSING)
-
-
-class Table(NamedTuple):
-    """As evaluate.report has it, for the same template."""
-
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
-    notes: list[tuple[str, str]] = []
-    weak: list[tuple[str, str]] = []
 
 
 def main(argv: list[str]) -> None:
@@ -167,14 +159,8 @@ def bootstrap(module: ModuleType, rows: list[dict], draws: int, seed: int) -> di
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """Between two values by their distance, as numpy has it."""
-    if not values:
-        return math.nan
-    values = sorted(values)
-    at = percent / 100 * (len(values) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (at - low) * (values[high] - values[low])
+    """NaN of nothing."""
+    return float(np.percentile(values, percent)) if values else math.nan
 
 
 def finite(value: float) -> float | None:
@@ -198,14 +184,6 @@ def facts(about: dict) -> list[tuple[str, str]]:
     if about["answers absent"]:
         found.append(("answers absent", f"{len(about['answers absent'])}: {', '.join(about['answers absent'][:20])}"))
     return found
-
-
-def markdown(table: Table) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    lines = [f"**{table.caption}**", "", line(table.head), line(["---"] * len(table.head)), *map(line, table.rows)]
-    return "\n".join([*lines, "", *(f"{name}: {meaning}  " for name, meaning in table.notes)]).strip()
 
 
 # -------------------------------------------------------------------------------------------------------------------- page
@@ -244,8 +222,7 @@ def card(request: Request, judged: list["Judged"], answers: Answers, out: Path, 
     """One item of the page: what was asked, the answer, and every judge's scores and words."""
     asked = []
     for message in request.messages:
-        parts = message["content"]
-        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+        for part in content_of(message):
             asked.append(part["text"] if part["type"] == "text" else "[picture]")
     texts, pictures = [], []
     if answers.has(request.id):

@@ -15,7 +15,6 @@ import argparse
 import json
 import platform
 import time
-import typing
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,21 +28,12 @@ from evaluate.details import SORTS as DETAILS
 from evaluate.exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SORTS, SPLITS, Case, Corpus, Report, Share
 from evaluate.exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares
 from evaluate.exam import free_requests, through
+from evaluate.tables import Table, markdown
 from flags import Parser, add_flags
 from ops import set_backend
 from pages.template import render
 from pipeline import PARTS, STOPS, DuoGen, Settings, override
 from sketchbook.dialogues import KINDS
-
-
-class Table(typing.NamedTuple):
-    """What stands under it: weak, as ("weakest in ...", the lowest rows), then notes, as (column or row, what it means)."""
-
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
-    notes: list[tuple[str, str]] = []
-    weak: list[tuple[str, str]] = []
 
 
 CELL = ("a cell", "percent right, 95 % interval, /of how many; - where there is none")
@@ -169,14 +159,6 @@ def ablation_tables(runs: dict[str, dict[str, Share]]) -> list[Table]:
     head = ["", *(name for name, _ in columns)]
     return [Table("Image-text by guidance and what its negative branch leaves out", ["guidance", *modes], grid, notes),
             Table("What the earlier pictures are good for", head, seen, [*columns, CELL])]  # fmt: skip
-
-
-def markdown(table: Table) -> str:
-    caption, head, rows, notes, weak = table
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in [head, ["-" * w for w in widths], *rows])
-    legend = "".join(f"\n* {name}: {meaning}" for name, meaning in [*weak, *notes])
-    return f"{caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in padded) + (f"\n{legend}" if legend else "")
 
 
 def shown(case: Case) -> dict:
