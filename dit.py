@@ -13,8 +13,9 @@ sample.
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,28 @@ UNREAD = (
 )
 
 
+class Painter(Protocol):
+    """All that the rest of the system asks of a painter. `DiT` is the first, others are in families/.
+
+    Pictures come as packs: `pack_images` of their sizes, `patchify` of their latents. What the language model says comes through
+    the painter's connector, and `context_kv`, `modulations` and `rope` give a sampler what stays the same from step to step.
+    """
+
+    config: "DiTConfig"  # sizes: patch_size, latent channels out and in, mask_channels, width, context_width
+    crossattn_proj: Connector  # features of tokens -> their context (N, context_width)
+    proj_out: nn.Linear
+
+    def __call__(self, x, t, condition, pack: "Pack", context, keys, **made_before) -> Tensor: ...  # the velocity
+
+    def modulations(self, t: Tensor) -> list[Tensor]: ...
+
+    def context_kv(self, context: Tensor) -> list[tuple[Tensor, Tensor]]: ...
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def blocks(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+
+
 @dataclass
 class DiTConfig:
     """Size of the network; names and meaning as in diffusers' config.json. The defaults are Cosmos-Predict2.5-2B."""
@@ -54,6 +77,8 @@ class DiTConfig:
     text_embed_dim: int = 1024  # width of the context
     crossattn_proj_in_channels: int = 100352  # language model layers x width
     qk_norm_eps: float = 1e-6  # NVIDIA's; diffusers runs 1e-5, for which its own config has no field
+
+    mask_channels = 1  # no field: of in_channels, those that say which pictures are given
 
     def __post_init__(self):
         # An MLP has at least one unit. Without a width there is no ratio; the bounds of the heads then say what is wrong.
@@ -83,6 +108,27 @@ class DiTConfig:
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def context_width(self) -> int:
+        return self.text_embed_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers of a patch that the first layer reads, masks included."""
+        return (self.in_channels + self.concat_padding_mask) * self.patch_size[1] ** 2
+
+    @property
+    def time_weights(self) -> int:
+        """Weights that every time is multiplied with: each modulation through its bottleneck, and the time's own MLP."""
+        d = self.width
+        down_up = 3 * (d * self.adaln_lora_dim + self.adaln_lora_dim * 3 * d)
+        last = d * self.adaln_lora_dim + self.adaln_lora_dim * 2 * d
+        return self.num_layers * down_up + d * d + d * 3 * d + last
 
     @classmethod
     def from_json(cls, config: dict) -> "DiTConfig":
@@ -223,6 +269,31 @@ def unpatchify(x: Tensor, size: tuple[int, int], patch: int = 2) -> Tensor:
     """Inverse of patchify; size: (rows, columns) in patches."""
     h, w = size
     return rearrange(x, "(h w) (c ph pw) -> c (h ph) (w pw)", h=h, w=w, ph=patch, pw=patch)
+
+
+def axial_rope(positions: Tensor, head_dim: int, scale: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """(N, 3) positions -> cos, sin (N, 1, head_dim) in fp32: frequencies of image, row, column, and the same again.
+
+    scale: NTK factor of each axis, 1 for none.
+    """
+    # A third of the channels each for rows and columns, in whole pairs; what is left over goes to time.
+    spatial = head_dim // 6 * 2
+    dims = (head_dim - 2 * spatial, spatial, spatial)
+
+    angles = []
+    for axis, dim in enumerate(dims):
+        # A larger base makes slow frequencies slower, so that larger pictures stay within the angles known (NTK-aware).
+        stretch = scale[axis] ** (dim / (dim - 2))
+        theta = 10000.0 * stretch
+        channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+        frequencies = theta ** -(channels / dim)                                       # (dim / 2,)
+        angles.append(positions[:, axis, None] * frequencies)
+    angles = torch.cat(angles, 1)[:, None]                                             # (N, 1, head_dim / 2)
+
+    # The first half of a head turns against the second, so its sine has the other sign.
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                       # 2 x (N, 1, head_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------- network
@@ -414,14 +485,15 @@ def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
 class DiT(nn.Module):
     """Velocity of packed images. Built with random weights by from_config, with published ones by from_pretrained."""
 
+    Config = DiTConfig
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
         patch = config.patch_size[1] ** 2
-        channels = config.in_channels + config.concat_padding_mask
         # Bare modules hold the linear layers whose names in the file have two parts.
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Linear(channels * patch, config.width, bias=False)
+        self.patch_embed.proj = nn.Linear(config.patch_features, config.width, bias=False)
         self.time_embed = TimeEmbedder(config.width)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = Modulation(config.width, config.adaln_lora_dim, 2)
@@ -434,13 +506,31 @@ class DiT(nn.Module):
         return cls(config).initialise()
 
     @classmethod
-    def from_pretrained(cls, source, subfolder=None, revision=None, dtype=torch.float32, device="cpu") -> "DiT":
+    def from_pretrained(
+        cls, source, subfolder=None, revision=None, dtype=torch.float32, device="cpu", features: int | None = None
+    ) -> "DiT":
+        """features: numbers of a token that the connector has to read. Where the file's reads others, or it has none, there is a
+        new one, for training to teach."""
         folder = resolve(source, subfolder, revision)
-        config = DiTConfig.from_json(read_json(folder / "config.json"))
+        config = cls.Config.from_json(read_json(folder / "config.json"))
         # On the meta device a model has shapes and no memory: the weights that are read take their places.
         with torch.device("meta"):
             dit = cls(config)
-        return load_weights(dit, folder, dtype=dtype, device=device)
+        if features in (None, config.crossattn_proj_in_channels):
+            return load_weights(dit, folder, dtype=dtype, device=device)
+        dit.crossattn_proj = None
+        load_weights(dit, folder, rename=all_but_connector, dtype=dtype, device=device)
+        dit.connect(features)
+        dit.crossattn_proj.to(device, dtype)
+        print(f"connector: new, {features:,} numbers of a token -> {config.context_width:,}")
+        return dit
+
+    def connect(self, features: int) -> None:
+        """A new connector, for a language model of so many features."""
+        self.config = replace(self.config, crossattn_proj_in_channels=features)
+        self.crossattn_proj = Connector(features, self.config.context_width)
+        for module in self.crossattn_proj:
+            draw_weights(module)
 
     def save_pretrained(self, folder: str | Path, **options) -> None:
         save_weights(self.state_dict(), Path(folder), self.config.to_json(), stem=STEM, **options)
@@ -452,19 +542,16 @@ class DiT(nn.Module):
         E|eps - x_0|^2. Every other matrix is normal with variance 1 / inputs, cut at three deviations; norms are 1, biases 0.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+            draw_weights(module)
 
         # What opens only in training. Not all factors of a product may be zero: then none would ever get a gradient.
         closed = [m.linear_2 for m in self.modules() if isinstance(m, Modulation)]
         for linear in (*closed, self.time_embed.t_embedder.linear_2, self.proj_out):
             nn.init.zeros_(linear.weight)
         return self
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.transformer_blocks]
 
     def fuse_for_inference(self) -> "DiT":
         """Projections that read the same input become one product where no gradient is asked for. Repeat it after `.to`."""
@@ -500,33 +587,15 @@ class DiT(nn.Module):
         """Keys and values (M, heads, head_dim) of every block's cross-attention: the same in all steps of a picture."""
         context = context.to(working_dtype(self.proj_out.weight))
         pairs = []
-        for block in self.transformer_blocks:
+        for block in self.blocks():
             k, v = block.attn2.kv(context)
             # As part of a joint projection v would keep the raw keys alive.
             pairs.append((k, v.contiguous()))
         return pairs
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3) positions -> cos, sin (N, 1, head_dim) in fp32: frequencies of image, row, column, and the same again."""
-        # A third of the channels each for rows and columns, in whole pairs; what is left over goes to time.
-        d = self.config.attention_head_dim
-        spatial = d // 6 * 2
-        dims = (d - 2 * spatial, spatial, spatial)
-
-        angles = []
-        for axis, dim in enumerate(dims):
-            # A larger base makes slow frequencies slower, so that larger pictures stay within the angles known (NTK-aware).
-            stretch = self.config.rope_scale[axis] ** (dim / (dim - 2))
-            theta = 10000.0 * stretch
-            channels = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
-            frequencies = theta ** -(channels / dim)                                   # (dim / 2,)
-            angles.append(positions[:, axis, None] * frequencies)
-        angles = torch.cat(angles, 1)[:, None]                                         # (N, 1, head_dim / 2)
-
-        # The first half of a head turns against the second, so its sine has the other sign.
-        cos = angles.cos()
-        sin = angles.sin()
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)                   # 2 x (N, 1, head_dim)
+        """(N, 3) positions -> cos, sin (N, 1, head_dim) in fp32."""
+        return axial_rope(positions, self.config.attention_head_dim, self.config.rope_scale)
 
     def forward(
         self,
@@ -569,14 +638,15 @@ class DiT(nn.Module):
             rope = self.rope(pack.positions)                                           # 2 x (N, 1, head_dim)
         keys = Segments.of(keys, x.device)
         if context is not None:
-            context = context.to(working_dtype(self.patch_embed.proj.weight))          # (M, text_embed_dim)
+            context = context.to(working_dtype(self.proj_out.weight))                  # (M, text_embed_dim)
 
         # Conditions are done with once the last block has read their keys and values.
-        last = len(self.transformer_blocks) - 1
+        blocks = self.blocks()
+        last = len(blocks) - 1
         # What the next block reads is made ahead by a kernel, where no backward pass asks for the stream alone to be kept.
         ahead = on_triton(x) and not torch.is_grad_enabled()
         h = None
-        for i, block in enumerate(self.transformer_blocks):
+        for i, block in enumerate(blocks):
             inputs = (
                 x,
                 h,
@@ -626,6 +696,22 @@ class DiT(nn.Module):
             v = linear32(h, self.proj_out)                                             # (N, 4C)
         # The layer was trained with the channel last in a patch; the input has it first.
         return rearrange(v, "n (p c) -> n (c p)", c=self.config.out_channels)          # (N, C4)
+
+
+def draw_weights(module: nn.Module) -> None:
+    """A matrix normal with variance 1 / inputs, cut at three deviations; norms 1, biases 0."""
+    if isinstance(module, nn.Linear):
+        std = module.in_features**-0.5
+        nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.RMSNorm):
+        nn.init.ones_(module.weight)
+
+
+def all_but_connector(name: str) -> str | None:
+    """Names of a file, without those of its connector."""
+    return None if name.startswith("crossattn_proj.") else name
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

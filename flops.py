@@ -81,7 +81,7 @@ class Batch:
             b.token_pairs += n * (n + 1) // 2
 
         # A few layers of the tower look at the whole picture, the others only inside a window.
-        window = c.vision.window_size // c.vision.patch_size
+        window = c.vision.window
         for grid in grids:
             n = math.prod(grid)
             b.patches += n
@@ -125,7 +125,7 @@ def flops(
 
     # Stage 2: the MLLM and the VAE stand still. What they give needs no gradient, so the connector, like the DiT's first layer,
     # has only that of its weights.
-    connector = 2 * b.tokens * dit.crossattn_proj_in_channels * dit.text_embed_dim
+    connector = 2 * b.tokens * dit.crossattn_proj_in_channels * dit.context_width
     encoder = sum(encoder_flops(vae, *size) for size in b.pictures)
     first, body = dit_flops(dit, b)
     return {
@@ -147,17 +147,16 @@ def tower_flops(c: MLLMConfig, b: Batch) -> tuple[int, int]:
     embed = 2 * b.patches * pixels * w
 
     # A layer: q, k, v and the output are four squares of w, and SwiGLU has three matrices where a plain MLP has two.
-    per_patch = w * (4 * w + 3 * v.intermediate_size)
+    per_patch = w * (4 * w + v.mlp_matrices * v.intermediate_size)
     linear = v.depth * 2 * b.patches * per_patch
 
     # Two products of D for each head and pair, q k^T and p v; all heads together are w wide.
-    full = len([i for i in v.fullatt_block_indexes if i < v.depth])
-    pairs = full * b.image_pairs + (v.depth - full) * b.window_pairs
+    pairs = v.full_layers * b.image_pairs + (v.depth - v.full_layers) * b.window_pairs
     attention = 4 * w * pairs
 
     # The merger reads a unit of patches as one vector: a matrix of (unit w)^2 for each unit is unit w^2 for each patch.
     unit = v.spatial_merge_size**2
-    merger = 2 * b.patches * w * (unit * w + v.out_hidden_size)
+    merger = v.mergers * 2 * b.patches * w * (unit * w + v.out_hidden_size)
     return embed, linear + attention + merger
 
 
@@ -176,30 +175,22 @@ def decoder_flops(c: MLLMConfig, b: Batch) -> int:
 def dit_flops(c: DiTConfig, b: Batch) -> tuple[int, int]:
     """Forward pass of the DiT: its first layer, and all else."""
     d = c.width
-    rank = c.adaln_lora_dim
-    patch = c.patch_size[1] ** 2
 
-    # All pixels of a patch at once, each with its latent channels, the condition mask and the padding mask.
-    channels = c.in_channels + c.concat_padding_mask
-    first = 2 * b.latents * channels * patch * d
+    # All pixels of a patch at once, each with its latent channels, and the masks where a family has them.
+    first = 2 * b.latents * c.patch_features * d
 
     # Of each patch: q, k, v, out of the self-attention; q, out of the cross-attention; the two matrices of the MLP.
-    hidden = int(d * c.mlp_ratio)
-    of_patches = 2 * b.latents * d * (4 * d + 2 * d + 2 * hidden)
+    of_patches = 2 * b.latents * d * (4 * d + 2 * d + 2 * c.mlp_width)
     # Keys and values of the cross-attention come from the tokens, of which there are far fewer than patches.
-    of_tokens = 2 * b.context * c.text_embed_dim * 2 * d
+    of_tokens = 2 * b.context * c.context_width * 2 * d
     attention = 4 * d * (b.latent_pairs + b.context_pairs)
 
-    # Modulations depend on time alone: one for each image, however many patches it has. Three sub-layers, each through a
-    # bottleneck to shift, scale and gate.
-    modulation = 2 * b.images * 3 * (d * rank + rank * 3 * d)
-    time = 2 * b.images * (d * d + d * 3 * d)
+    # Modulations depend on time alone: one for each image, however many patches it has.
+    modulation = 2 * b.images * c.time_weights
 
-    # The output has a modulation without a gate, and a linear layer back to the latent's channels.
-    last_modulation = 2 * b.images * (d * rank + rank * 2 * d)
-    out = 2 * b.latents * d * c.out_channels * patch
-    layer = of_patches + of_tokens + attention + modulation
-    return first, c.num_layers * layer + time + last_modulation + out
+    # The output has a linear layer back to the latent's channels.
+    out = 2 * b.latents * d * c.out_channels * c.patch_size[1] ** 2
+    return first, c.num_layers * (of_patches + of_tokens + attention) + modulation + out
 
 
 def encoder_flops(c: VAEConfig, h: int, w: int) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,29 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights, write_json
 from ops import Segments, add_norm_swiglu, add_rms_norm, attention, join, joint, rms_norm, rope, rope_append, swiglu
+
+# ------------------------------------------------------------------------------------------------------------- protocol
+
+
+class LanguageModel(Protocol):
+    """All that the rest of the system asks of a language model. `MLLM` is the first, others are in families/.
+
+    Its folder holds a tokenizer, too (tokenizer.py: byte-level BPE, the chat form, BOV and the places of pictures), and a
+    processor: picture -> patches. Keys and values lie in a `KVCache`, positions are those of `mrope_positions`.
+    """
+
+    config: "MLLMConfig"  # sizes, ids of BOV and of the places of pictures, `features`: numbers that the connector reads a token
+    visual: nn.Module  # patches of pictures -> their vectors (M, H), which stand in the places of <|image_pad|>
+    model: nn.Module  # the decoder, with its embed_tokens
+
+    def __call__(self, ids, positions, segments, pixels=None, grids=None, cache=None, document=0) -> list[Tensor]: ...
+
+    def decode(self, ids: Tensor, positions: Tensor, cache: "KVCache") -> list[Tensor]: ...  # both: the states of all layers
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def blocks(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+
 
 # -------------------------------------------------------------------------------------------------------------- configs
 
@@ -48,6 +71,11 @@ class VisionConfig:
     window_size: int = 112  # pixels
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # the other blocks attend within windows
     in_channels: int = 3
+
+    # No fields: what all towers of this family have.
+    ACTIVATION = "silu"
+    mlp_matrices = 3  # of a block's MLP
+    mergers = 1  # how often patches become tokens
 
     def __post_init__(self):
         bounds = {
@@ -69,6 +97,16 @@ class VisionConfig:
             raise InputError(f"vision_config: {self.num_heads} heads need a hidden_size that is a multiple of 4 per head")
         if self.window_size < self.patch_size * self.spatial_merge_size:
             raise InputError("vision_config: window_size is smaller than one merged patch")
+
+    @property
+    def window(self) -> int:
+        """Patches along a window's side."""
+        return self.window_size // self.patch_size
+
+    @property
+    def full_layers(self) -> int:
+        """Blocks that look at the whole picture."""
+        return len([i for i in self.fullatt_block_indexes if i < self.depth])
 
 
 @dataclass
@@ -94,6 +132,11 @@ class MLLMConfig:
     vision_token_id: int = 151654
     eos_token_id: int = 151645
     pad_token_id: int = 151643
+
+    # No fields: what all models of this family have.
+    MODEL_TYPE = "qwen2_5_vl"
+    Vision = VisionConfig
+    qkv_bias = True
 
     def __post_init__(self):
         bounds = {
@@ -124,6 +167,11 @@ class MLLMConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def features(self) -> int:
+        """Numbers of a token that the connector reads: the states of all layers side by side."""
+        return self.num_hidden_layers * self.hidden_size
+
     @classmethod
     def from_json(cls, values: dict, where: str | Path = "config.json") -> "MLLMConfig":
         """Read a published config.json (flat) or the one transformers 5 writes (with a text_config).
@@ -153,17 +201,20 @@ class MLLMConfig:
         }
 
         # What would change the result: the field, its value in the file, the values that mean what is done here.
+        kind = cls.MODEL_TYPE
+        act = cls.Vision.ACTIVATION
         demands = [
-            ("model_type", values.get("model_type", "qwen2_5_vl"), ("qwen2_5_vl",)),
+            ("model_type", values.get("model_type", kind), (kind,)),
             ("quantization_config", values.get("quantization_config"), (None,)),
             ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-            ("vision_config.hidden_act", vision.get("hidden_act", "silu"), ("silu",)),
+            ("vision_config.hidden_act", vision.get("hidden_act", act), (act,)),
             ("use_sliding_window", text.get("use_sliding_window", False), (False, None)),
             ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+            *cls.demands(text, rope),
         ]
         for name, value, allowed in demands:
             if value not in allowed:
-                needs = f"only {allowed[0]!r} is read: use an unquantised Qwen2.5-VL"
+                needs = f"only {allowed[0]!r} is read: use an unquantised {kind}"
                 raise InputError(f"{where}: {name} is {value!r:.60}, {needs}")
 
         # Fields that go by our names, and over them those that lie elsewhere in the file.
@@ -176,8 +227,13 @@ class MLLMConfig:
         # The nested form has it inside, outside, or in both places.
         tied = values.get("tie_word_embeddings", False)
         known["tie_word_embeddings"] = tied or text.get("tie_word_embeddings", False)
-        known["vision"] = {k: v for k, v in vision.items() if k in VisionConfig.__dataclass_fields__}
+        known["vision"] = {k: v for k, v in vision.items() if k in cls.Vision.__dataclass_fields__}
         return config_from_json(cls, known, where)
+
+    @staticmethod
+    def demands(text: dict, rope: dict) -> list[tuple]:
+        """What a family demands beyond `from_json`'s own list: the field, its value in the file, the values that are read."""
+        return [("mrope_interleaved", rope.get("mrope_interleaved", False), (False, None))]
 
     def to_json(self) -> dict:
         """The published flat layout."""
@@ -459,7 +515,7 @@ class VisionTower(nn.Module):
         """pixels (P, C * T * p * p) in merge-unit order; grids: patches (rows, columns) of each picture."""
         c = self.config
         merge = c.spatial_merge_size
-        window = c.window_size // merge // c.patch_size
+        window = c.window // merge
         plan = vision_plan(tuple(map(tuple, grids)), merge, window, pixels.device)
         if len(plan.positions) != len(pixels):
             raise InputError(f"{len(pixels)} patches do not fill the pictures' grids {grids}")
@@ -481,6 +537,10 @@ class VisionTower(nn.Module):
 
         # The decoder reads a picture row by row.
         return self.merger(x, delta).index_select(0, plan.back)                                      # (P / 4, H)
+
+    def levels(self, pixels: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
+        """What the decoder gets of the pictures, (M, H) each: for their places, then for its first layers, of which none is."""
+        return [self(pixels, grids)]
 
 
 # -------------------------------------------------------------------------------------------------------------- decoder
@@ -577,9 +637,9 @@ class Attention(nn.Module):
         self.head_dim = c.head_dim
         width = self.heads * self.head_dim
         kv_width = self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, width)
-        self.k_proj = nn.Linear(c.hidden_size, kv_width)
-        self.v_proj = nn.Linear(c.hidden_size, kv_width)
+        self.q_proj = nn.Linear(c.hidden_size, width, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(width, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, segments: Segments, cos: Tensor, sin: Tensor, rows: Rows | None = None) -> Tensor:
@@ -609,10 +669,12 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each on the normed stream and added to it."""
 
+    Attention = Attention
+
     def __init__(self, c: MLLMConfig, layer: int):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.self_attn = Attention(c, layer)
+        self.self_attn = self.Attention(c, layer)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=False)
 
@@ -632,15 +694,20 @@ def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs):
 class MLLM(nn.Module):
     """The whole model. `gradient_checkpointing` (set_checkpointing) trades a second forward pass for activation memory."""
 
+    # What another model of the same build has in their place, see families/.
+    Config = MLLMConfig
+    Tower = VisionTower
+    Layer = Layer
+
     def __init__(self, config: MLLMConfig):
         super().__init__()
         self.config = config
-        self.visual = VisionTower(config.vision)
+        self.visual = self.Tower(config.vision)
         self.model = nn.Module()
         # Not drawn at random, as nn.Embedding would: on the meta device that alone imports torch._dynamo, which takes seconds.
         rows = torch.empty(config.vocab_size, config.hidden_size)
         self.model.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
-        self.model.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(self.Layer(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Tied: one matrix under two names, of which a file holds the second.
@@ -658,7 +725,7 @@ class MLLM(nn.Module):
     def from_pretrained(cls, source, subfolder=None, revision=None, dtype=torch.float32, device="cpu") -> "MLLM":
         folder = resolve(source, subfolder, revision)
         path = folder / "config.json"
-        config = MLLMConfig.from_json(read_json(path), path)
+        config = cls.Config.from_json(read_json(path), path)
         # On the meta device a model has shapes and no memory: the weights that are read take their places.
         with torch.device("meta"):
             mllm = cls(config)
@@ -669,7 +736,7 @@ class MLLM(nn.Module):
         tensors = {}
         for name, tensor in self.state_dict().items():
             if name not in self.tied:
-                tensors[name] = tensor if dtype is None else tensor.to(dtype)
+                tensors[self.name_in_file(name)] = tensor if dtype is None else tensor.to(dtype)
         first = next(iter(tensors.values()))
         kind = str(first.dtype).removeprefix("torch.")
         save_weights(tensors, folder, self.config.to_json() | {"torch_dtype": kind}, **options)
@@ -683,6 +750,11 @@ class MLLM(nn.Module):
             "do_sample": False,
         }
         write_json(Path(folder) / "generation_config.json", generation)
+
+    @staticmethod
+    def name_in_file(name: str) -> str:
+        """The published name of a tensor; the reverse is `published_name`."""
+        return name
 
     def initialise(self) -> "MLLM":
         """Fresh weights: matrices normal with variance 1 / inputs, and in what a block adds to the residual stream smaller by
@@ -704,7 +776,7 @@ class MLLM(nn.Module):
             else:
                 terms = p[0].numel()
                 # A layer adds to the stream twice: 2 * depth sums of equal variance.
-                if name.endswith(("o_proj.weight", "attn.proj.weight", "down_proj.weight")):
+                if name.endswith(("o_proj.weight", "attn.proj.weight", "down_proj.weight", "mlp.linear_fc2.weight")):
                     half = name.split(".")[0]
                     terms = terms * 2 * depth[half]
                 nn.init.normal_(p, std=terms**-0.5)
@@ -718,6 +790,10 @@ class MLLM(nn.Module):
             elif isinstance(module, Attention):
                 join(module.q_proj, module.k_proj, module.v_proj)
         return self
+
+    def blocks(self) -> list[nn.Module]:
+        """What repeats, in tower and decoder."""
+        return [*self.visual.blocks, *self.model.layers]
 
     def set_checkpointing(self, on: bool = True) -> None:
         self.gradient_checkpointing = self.visual.gradient_checkpointing = on
@@ -742,13 +818,14 @@ class MLLM(nn.Module):
         if cache is not None and len(segments) != 1:
             raise InputError(f"a pass appends to one document of a cache, not to {len(segments)}")
         x = self.model.embed_tokens(ids)                                                      # (N, H)
+        deeper = []
         # A single token is one the model wrote: no picture, and no need to wait for the device to say so.
         if pixels is not None or len(ids) > 1:
-            x = self._insert(x, ids, pixels, grids)
+            x, deeper = self._insert(x, ids, pixels, grids)
         rows = None
         if cache is not None:
             rows = cache.append(document, len(ids))
-        return self._layers(x, positions, segments, rows)
+        return self._layers(x, positions, segments, rows, deeper)
 
     def decode(self, ids: Tensor, positions: Tensor, cache: KVCache) -> list[Tensor]:
         """One text token more in every document of the cache: hidden states (documents, H) as `forward` gives them.
@@ -770,30 +847,44 @@ class MLLM(nn.Module):
         cache.lengths += cache.growing
         return hidden
 
-    def _layers(self, x: Tensor, positions: Tensor, segments: Segments, rows: Rows | None) -> list[Tensor]:
-        turns = frequencies(tuple(self.config.mrope_section), False, self.config.rope_theta, x.device)
-        cos, sin = rope_tables(positions.T, *turns, x.dtype)                                  # (N, 1, head_dim)
+    def _layers(
+        self, x: Tensor, positions: Tensor, segments: Segments, rows: Rows | None, deeper: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """deeper: for each of the first layers what is added to the stream (N, H) behind it; this family has none. The layer's
+        own state is that before the addition, as transformers gives it."""
+        cos, sin = self._rotation(positions.T, x.dtype)                                       # (N, 1, head_dim)
         hidden = []
-        for layer in self.model.layers:
+        for i, layer in enumerate(self.model.layers):
             x = maybe_checkpoint(self, layer, x, segments, cos, sin, rows)                    # (N, H)
             hidden.append(x)
+            if i < len(deeper):
+                x = x + deeper[i]
         # Only the last one is normed, as the logits need it; the connector norms all of them its own way.
         hidden[-1] = rms_norm(x, self.model.norm.weight, self.model.norm.eps)
         return hidden
 
-    def _insert(self, x: Tensor, ids: Tensor, pixels: Tensor | None, grids: list[tuple[int, int]] | None) -> Tensor:
-        """The embeddings (N, H) with the pictures' vectors, in reading order, in the places of <|image_pad|>."""
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(N, 3) positions -> cos, sin (N, 1, head_dim): the frequencies of time, then those of the row, then the column's."""
+        turns = frequencies(tuple(self.config.mrope_section), False, self.config.rope_theta, positions.device)
+        return rope_tables(positions, *turns, dtype)
+
+    def _insert(
+        self, x: Tensor, ids: Tensor, pixels: Tensor | None, grids: list[tuple[int, int]] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embeddings (N, H) with the pictures' vectors, in reading order, in the places of <|image_pad|>; and `deeper`."""
         slots = (ids == self.config.image_token_id).nonzero()[:, 0]                           # (M,)
-        pictures = None
+        levels = []
         found = 0
         if pixels is not None:
-            pictures = self.visual(pixels, grids)                                             # (M, H)
-            found = len(pictures)
+            levels = self.visual.levels(pixels, grids)                                        # (M, H) each
+            found = len(levels[0])
         if len(slots) != found:
             raise InputError(f"{len(slots)} <|image_pad|> tokens, but the pictures give {found} vectors: do ids and grids fit?")
-        if pictures is None:
-            return x
-        return x.index_copy(0, slots, pictures.to(x.dtype))                                   # (N, H)
+        if not levels:
+            return x, []
+        # What stands for a picture is the tower's last word; what it said before goes to the first layers, where a family has it.
+        deeper = [torch.zeros_like(x).index_copy(0, slots, level.to(x.dtype)) for level in levels[1:]]
+        return x.index_copy(0, slots, levels[0].to(x.dtype)), deeper                          # (N, H) each
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, H) normed last hidden states -> (N, vocab_size). Rows behind the tokenizer's vocabulary are no tokens."""
@@ -948,6 +1039,8 @@ class ImageProcessor:
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
 
+    KIND = "Qwen2_5_VLProcessor"  # no field: transformers' class
+
     def __post_init__(self):
         bounds = {
             "patch_size": (1, 256),
@@ -982,7 +1075,7 @@ class ImageProcessor:
         # What would give other pixels, and is not done here.
         for name, needed in PROCESSING.items():
             if values.get(name, needed) != needed:
-                raise InputError(f"{path}: {name} is {values[name]!r:.40}, only {needed!r} is read, as Qwen2.5-VL has it")
+                raise InputError(f"{path}: {name} is {values[name]!r:.40}, only {needed!r} is read")
 
         # transformers 5 has the bounds in `size`; fields of our names go before them.
         size = values.get("size") or {}
@@ -995,7 +1088,7 @@ class ImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        kind = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+        kind = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": self.KIND}
         write_json(Path(folder) / "preprocessor_config.json", asdict(self) | kind)
 
     def merged(self, grid: tuple[int, int]) -> tuple[int, int]:
