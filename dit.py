@@ -56,7 +56,7 @@ class Painter(Protocol):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def blocks(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+    def layers(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
 
 
 @dataclass
@@ -478,8 +478,8 @@ def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
     if not on_triton(x):
         table = table.index_select(0, rows).to(x.dtype)
         rows = None
-    nine = table.view(len(table), 9, 1, -1).unbind(1)
-    return [*nine, rows]
+    parts = table.view(len(table), -1, 1, x.shape[-1]).unbind(1)
+    return [*parts, rows]
 
 
 class DiT(nn.Module):
@@ -550,7 +550,7 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
         return self
 
-    def blocks(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         return [*self.transformer_blocks]
 
     def fuse_for_inference(self) -> "DiT":
@@ -587,7 +587,7 @@ class DiT(nn.Module):
         """Keys and values (M, heads, head_dim) of every block's cross-attention: the same in all steps of a picture."""
         context = context.to(working_dtype(self.proj_out.weight))
         pairs = []
-        for block in self.blocks():
+        for block in self.layers():
             k, v = block.attn2.kv(context)
             # As part of a joint projection v would keep the raw keys alive.
             pairs.append((k, v.contiguous()))
@@ -641,7 +641,7 @@ class DiT(nn.Module):
             context = context.to(working_dtype(self.proj_out.weight))                  # (M, text_embed_dim)
 
         # Conditions are done with once the last block has read their keys and values.
-        blocks = self.blocks()
+        blocks = self.layers()
         last = len(blocks) - 1
         # What the next block reads is made ahead by a kernel, where no backward pass asks for the stream alone to be kept.
         ahead = on_triton(x) and not torch.is_grad_enabled()
@@ -723,5 +723,6 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 
 
 def linear32(x: Tensor, linear: nn.Linear) -> Tensor:
-    """A bias-free linear layer in fp32, whatever its weights are stored in."""
-    return F.linear(x, linear.weight.float())
+    """A linear layer in fp32, whatever its weights are stored in."""
+    bias = None if linear.bias is None else linear.bias.float()
+    return F.linear(x, linear.weight.float(), bias)

@@ -50,7 +50,7 @@ class LanguageModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
-    def blocks(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+    def layers(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
 
 
 # -------------------------------------------------------------------------------------------------------------- configs
@@ -791,7 +791,7 @@ class MLLM(nn.Module):
                 join(module.q_proj, module.k_proj, module.v_proj)
         return self
 
-    def blocks(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         """What repeats, in tower and decoder."""
         return [*self.visual.blocks, *self.model.layers]
 
