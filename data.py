@@ -46,7 +46,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import InputError, abandon_stdout
+from checkpoint import InputError, abandon_stdout, resolve
+from families.registry import load_processor
 from model import ImageProcessor, mrope_positions
 from records.files import Files, Shard, pack_shards
 from records.formats import CONVERTERS, convert
@@ -515,7 +516,10 @@ def main(argv: list[str] | None = None) -> int:
             return int(pack_shards(args.source, args.target, args.megabytes) > 0)
         if args.tokenizer and not args.images:
             raise InputError("--tokenizer counts the pictures' tokens, so it needs --images")
-        parts = [cls.from_pretrained(args.tokenizer) for cls in (Tokenizer, ImageProcessor)] if args.tokenizer else []
+        parts = []
+        if args.tokenizer:
+            folder = resolve(args.tokenizer)
+            parts = [Tokenizer.from_pretrained(folder), load_processor(folder)]
         return int(sum([check(file, args.images, *parts) for file in args.files]) > 0)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)

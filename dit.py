@@ -40,8 +40,8 @@ UNREAD = (
 class Painter(Protocol):
     """All that the rest of the system asks of a painter. `DiT` is the first, others are in families/.
 
-    Pictures come as packs: `pack_images` of their sizes, `patchify` of their latents. What the language model says comes through
-    the painter's connector, and `context_kv`, `modulations` and `rope` give a sampler what stays the same from step to step.
+    Pictures come as packs: `pack_images` of their sizes, `patchify` of their latents. What the language model says comes by the
+    painter's connector, and `context_kv`, `modulations` and `rope` give a sampler what stays the same from step to step.
     """
 
     config: "DiTConfig"  # sizes: patch_size, latent channels out and in, mask_channels, width, context_width
@@ -56,7 +56,7 @@ class Painter(Protocol):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def layers(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+    def repeated(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
 
 
 @dataclass
@@ -509,8 +509,8 @@ class DiT(nn.Module):
     def from_pretrained(
         cls, source, subfolder=None, revision=None, dtype=torch.float32, device="cpu", features: int | None = None
     ) -> "DiT":
-        """features: numbers of a token that the connector has to read. Where the file's reads others, or it has none, there is a
-        new one, for training to teach."""
+        """features: numbers of a token that the connector has to read. Where the file's reads others, or it has none, a new
+        one is made, for training to teach."""
         folder = resolve(source, subfolder, revision)
         config = cls.Config.from_json(read_json(folder / "config.json"))
         # On the meta device a model has shapes and no memory: the weights that are read take their places.
@@ -550,7 +550,7 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
         return self
 
-    def layers(self) -> list[nn.Module]:
+    def repeated(self) -> list[nn.Module]:
         return [*self.transformer_blocks]
 
     def fuse_for_inference(self) -> "DiT":
@@ -587,7 +587,7 @@ class DiT(nn.Module):
         """Keys and values (M, heads, head_dim) of every block's cross-attention: the same in all steps of a picture."""
         context = context.to(working_dtype(self.proj_out.weight))
         pairs = []
-        for block in self.layers():
+        for block in self.repeated():
             k, v = block.attn2.kv(context)
             # As part of a joint projection v would keep the raw keys alive.
             pairs.append((k, v.contiguous()))
@@ -641,7 +641,7 @@ class DiT(nn.Module):
             context = context.to(working_dtype(self.proj_out.weight))                  # (M, text_embed_dim)
 
         # Conditions are done with once the last block has read their keys and values.
-        blocks = self.layers()
+        blocks = self.repeated()
         last = len(blocks) - 1
         # What the next block reads is made ahead by a kernel, where no backward pass asks for the stream alone to be kept.
         ahead = on_triton(x) and not torch.is_grad_enabled()

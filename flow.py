@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import InputError
-from dit import DiT, Targets, pack_images, patchify, unpatchify
+from dit import Painter, Targets, pack_images, patchify, unpatchify
 from ops import Graph, Segments, pays_to_record
 
 SAMPLERS = "unipc", "euler", "ancestral"  # of sample_flow
@@ -94,7 +94,7 @@ class Samples:
 class FlowLoss(nn.Module):
     """Flow-matching error of connector and DiT on packed samples; one module with one forward, which DDP needs."""
 
-    def __init__(self, dit: DiT, condition_time: float):
+    def __init__(self, dit: Painter, condition_time: float):
         super().__init__()
         self.dit = dit
         self.condition_time = condition_time
@@ -322,7 +322,7 @@ class UniPC:
 
 @torch.no_grad()
 def denoise(
-    dit: DiT,
+    dit: Painter,
     conditions: list[list[Tensor]],
     sizes: list[tuple[int, int]],
     positive: list[Tensor],
@@ -340,7 +340,7 @@ def denoise(
     """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
 
     conditions: each sample's clean latents (C, h, w) in time order, possibly none; sizes: (H, W) of the latents to paint.
-    positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
+    positive, negative: each sample's context (M, context_width) for the branches of v = v_neg + guidance (v_pos - v_neg), the
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
     None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
     target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first; None:
@@ -464,7 +464,7 @@ class Canvas:
 
 
 def _modulations(
-    dit: DiT, times: list[float], given: Tensor, condition_time: float | None, device: torch.device
+    dit: Painter, times: list[float], given: Tensor, condition_time: float | None, device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
     """What every block is modulated by, for all T steps at once: tables of T + 1 rows, and which row (T, I) each image reads.
 

@@ -40,7 +40,7 @@ class LanguageModel(Protocol):
     processor: picture -> patches. Keys and values lie in a `KVCache`, positions are those of `mrope_positions`.
     """
 
-    config: "MLLMConfig"  # sizes, ids of BOV and of the places of pictures, `features`: numbers that the connector reads a token
+    config: "MLLMConfig"  # sizes, ids of BOV and of pictures' places, `features`: numbers that the connector reads a token
     visual: nn.Module  # patches of pictures -> their vectors (M, H), which stand in the places of <|image_pad|>
     model: nn.Module  # the decoder, with its embed_tokens
 
@@ -50,7 +50,7 @@ class LanguageModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
-    def layers(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+    def repeated(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
 
 
 # -------------------------------------------------------------------------------------------------------------- configs
@@ -538,6 +538,9 @@ class VisionTower(nn.Module):
         # The decoder reads a picture row by row.
         return self.merger(x, delta).index_select(0, plan.back)                                      # (P / 4, H)
 
+    def repeated(self) -> list[nn.Module]:
+        return [*self.blocks]
+
     def levels(self, pixels: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
         """What the decoder gets of the pictures, (M, H) each: for their places, then for its first layers, of which none is."""
         return [self(pixels, grids)]
@@ -791,9 +794,9 @@ class MLLM(nn.Module):
                 join(module.q_proj, module.k_proj, module.v_proj)
         return self
 
-    def layers(self) -> list[nn.Module]:
+    def repeated(self) -> list[nn.Module]:
         """What repeats, in tower and decoder."""
-        return [*self.visual.blocks, *self.model.layers]
+        return [*self.visual.repeated(), *self.model.layers]
 
     def set_checkpointing(self, on: bool = True) -> None:
         self.gradient_checkpointing = self.visual.gradient_checkpointing = on
@@ -882,7 +885,7 @@ class MLLM(nn.Module):
             raise InputError(f"{len(slots)} <|image_pad|> tokens, but the pictures give {found} vectors: do ids and grids fit?")
         if not levels:
             return x, []
-        # What stands for a picture is the tower's last word; what it said before goes to the first layers, where a family has it.
+        # In a picture's places stands the tower's last word; what it said before, where a family keeps it, goes to the layers.
         deeper = [torch.zeros_like(x).index_copy(0, slots, level.to(x.dtype)) for level in levels[1:]]
         return x.index_copy(0, slots, levels[0].to(x.dtype)), deeper                          # (N, H) each
 

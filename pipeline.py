@@ -40,9 +40,10 @@ from torch import Tensor, nn
 
 from checkpoint import BUNDLED, InputError, config_from_json, is_run, part_folder, parts_in, read_json, resolve, write_json
 from connector import features
-from dit import DiT, DiTConfig
+from dit import DiTConfig, Painter
+from families.registry import PARTS, load_model, load_processor, read_config
 from flow import CONDITION_TIME, SAMPLERS, denoise, karras_schedule, shift_schedule
-from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
+from model import ImageProcessor, KVCache, LanguageModel, MLLMConfig, mrope_positions, smart_resize
 from ops import Graph, Segments
 from records.validate import load_image
 from threads import Crew
@@ -50,7 +51,6 @@ from tokenizer import SYSTEM, StreamDecoder, Tokenizer, render
 from vae import VAE, VAEConfig, to_image, to_tensor
 
 FORMAT = 1  # of duogen.json
-PARTS = {"mllm": MLLMConfig, "dit": DiTConfig, "vae": VAEConfig}
 SIZE = 704, 1280  # (H, W) of a picture where neither dialogue nor checkpoint says anything
 PACK = 65536  # patches painted in one batch at most; an activation of the 2B network is then 0.5 GB in bf16
 STOPS = {
@@ -402,14 +402,14 @@ class Offload:
     storage at once, so what `ops.join` laid side by side stays so.
     """
 
-    def __init__(self, parts: dict[str, list[nn.Module]], device: torch.device):
+    def __init__(self, parts: dict[str, list[Tensor]], device: torch.device):
         self.device = device
         self.present = set()
         self.home: dict[str, list[tuple[Tensor, list]]] = {}  # storages as bytes, and the tensors in each with their layouts
-        for name, modules in parts.items():
+        for name, tensors in parts.items():
             # By storage, not by tensor: joined projections are views of one, and copied apart they would be joined no more.
             storages = {}
-            for t in (t for m in modules for t in (*m.parameters(), *m.buffers())):
+            for t in tensors:
                 storage = t.untyped_storage()
                 _, views = storages.setdefault(storage.data_ptr(), (storage, []))
                 views.append((t, t.dtype, t.storage_offset(), t.shape, t.stride()))
@@ -439,6 +439,11 @@ class Offload:
             point(views, flat.to(self.device, non_blocking=True, copy=True))
 
 
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Its weights and whatever else it holds."""
+    return [*module.parameters(), *module.buffers()]
+
+
 def point(views: list, flat: Tensor) -> None:
     """Let tensors see the bytes in `flat`."""
     for t, dtype, offset, shape, stride in views:
@@ -457,7 +462,7 @@ class Writer:
 
     def __init__(
         self,
-        mllm: MLLM,
+        mllm: LanguageModel,
         tokenizer: Tokenizer,
         processor: ImageProcessor,
         size: tuple[int, int] = SIZE,
@@ -698,10 +703,10 @@ class DuoGen(Writer):
 
     def __init__(
         self,
-        mllm: MLLM,
+        mllm: LanguageModel,
         tokenizer: Tokenizer,
         processor: ImageProcessor,
-        dit: DiT,
+        dit: Painter,
         vae: VAE,
         defaults: Settings | None = None,
         size: tuple[int, int] = SIZE,
@@ -727,9 +732,11 @@ class DuoGen(Writer):
         self.offload = None
         if offload:
             connector = dit.crossattn_proj  # is in the DiT, but reads what the language model has just computed
-            decoder = [mllm.model, mllm.lm_head, connector]
-            painter = [m for m in dit.children() if m is not connector]
-            self.offload = Offload({"decoder": decoder, "vision": [mllm.visual], "dit": painter, "vae": [vae]}, offload)
+            decoder = [*tensors_of(mllm.model), *tensors_of(mllm.lm_head), *tensors_of(connector)]
+            told = {id(t) for t in tensors_of(connector)}
+            painter = [t for t in tensors_of(dit) if id(t) not in told]
+            parts = {"decoder": decoder, "vision": tensors_of(mllm.visual), "dit": painter, "vae": tensors_of(vae)}
+            self.offload = Offload(parts, offload)
         # Threads pay by the size of the part that is at work, so the largest decides.
         largest = max(sum(p.numel() for p in part.parameters()) for part in (mllm, dit, vae))
         self.crew = Crew(largest, self.device.type)
@@ -780,11 +787,11 @@ class DuoGen(Writer):
 
         # All that is small is read and held together first: a misfit is told before gigabytes are read.
         folders, configs = {}, {}
-        for part, kind in PARTS.items():
+        for part in PARTS:
             folders[part] = part_folder(sources[part], part, base=None if named[part] else base)
-            configs[part] = kind.from_json(read_json(folders[part] / "config.json"))
+            configs[part] = read_config(part, folders[part])
         tokenizer = Tokenizer.from_pretrained(folders["mllm"])
-        processor = ImageProcessor.from_pretrained(folders["mllm"])
+        processor = load_processor(folders["mllm"])
         check_fit(configs["mllm"], tokenizer, processor, configs["dit"], configs["vae"])
         height = sampling.pop("height", None) or SIZE[0]
         width = sampling.pop("width", None) or SIZE[1]
@@ -799,11 +806,11 @@ class DuoGen(Writer):
         if base is not None:
             origins["ckpt"] = origin(base)
         return cls(
-            MLLM.from_pretrained(folders["mllm"], dtype=dtype, device=home),
+            load_model("mllm", folders["mllm"], dtype=dtype, device=home),
             tokenizer,
             processor,
-            DiT.from_pretrained(folders["dit"], dtype=dtype, device=home),
-            VAE.from_pretrained(folders["vae"], device=home),
+            load_model("dit", folders["dit"], dtype=dtype, device=home),
+            load_model("vae", folders["vae"], device=home),
             defaults,
             (height, width),
             origins,
@@ -984,16 +991,18 @@ def check_fit(mllm: MLLMConfig, tokenizer: Tokenizer, processor: ImageProcessor,
     # The connector reads the states of all layers side by side (paper), so depth and width must both be right.
     layers = mllm.num_hidden_layers
     width = mllm.hidden_size
-    if dit.crossattn_proj_in_channels != layers * width:
+    if not dit.crossattn_proj_in_channels:
+        raise InputError("this painter has no connector to a language model yet: train one with train_stage2.py --dit")
+    if dit.crossattn_proj_in_channels != mllm.features:
         raise InputError(
             f"the connector in the DiT reads {dit.crossattn_proj_in_channels} numbers per token, the language model gives "
             f"{layers} layers x {width} = {layers * width}: take a DiT that was trained with this language model"
         )
-    # One channel more goes in than comes out: the mask that tells clean pictures from the one that is painted.
-    if (dit.out_channels, dit.in_channels) != (vae.z_dim, vae.z_dim + 1):
+    # Where there is a mask that tells clean pictures from the one that is painted, one channel more goes in than comes out.
+    if (dit.out_channels, dit.in_channels) != (vae.z_dim, vae.z_dim + dit.mask_channels):
         raise InputError(
-            f"the DiT paints latents of {dit.out_channels} channels (and reads {dit.in_channels}, with the mask), the VAE has "
-            f"{vae.z_dim}: take the VAE that the DiT was trained with"
+            f"the DiT paints latents of {dit.out_channels} channels (and reads {dit.in_channels}, masks included), the VAE "
+            f"has {vae.z_dim}: take the VAE that the DiT was trained with"
         )
     # The processor's numbers stand in a file of their own, which can be exchanged without the weights.
     vision = mllm.vision

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data import Document
 from distributed import Ranks
-from model import MLLM, ImageProcessor
+from model import ImageProcessor, LanguageModel
 from training import encode_pictures, mllm_features
 from vae import VAE
 
@@ -54,7 +54,9 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(documents: list[Document], mllm: MLLM, vae: VAE, processor: ImageProcessor, device: torch.device) -> list[Encoded]:
+def encode(
+    documents: list[Document], mllm: LanguageModel, vae: VAE, processor: ImageProcessor, device: torch.device
+) -> list[Encoded]:
     """One frozen pass over all of them. Its features are as the connector takes them: in bf16 under autocast."""
     # The connector's product would round them to that type anyway, and in half the bytes of fp32 twice as many are kept.
     states, first = mllm_features(documents, mllm, device, processor)

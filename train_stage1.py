@@ -29,11 +29,12 @@ from PIL import Image
 from checkpoint import BUNDLED, InputError, part_folder
 from data import fill, image_parts, loader, pack_documents, tokenize
 from distributed import Ranks
-from model import MLLM, ImageProcessor
+from families.registry import load_language_model, load_model
+from model import LanguageModel
 from pipeline import Answer, Paint, Settings, Writer
 from records.stream import Quarantine, Stream, open_source, pick_workers
 from records.validate import load_image, normalise
-from tokenizer import SYSTEM, Tokenizer
+from tokenizer import SYSTEM
 from training import LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
 from training import language_statistics, model_flops, parse_config, print_trained, run_script
 
@@ -72,12 +73,10 @@ def train(c: Stage1Config) -> None:
     # All of the MLLM is trained. A tower that comes from elsewhere is not: it sees already, and at the rates at which a small
     # decoder learns to read, the few words that depend on a picture would teach it to forget (measured: README, Results).
     folder = part_folder(c.mllm, "mllm")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    processor = ImageProcessor.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=ranks.device)
+    mllm, tokenizer, processor = load_language_model(folder, device=ranks.device)
     mllm.set_checkpointing(c.checkpointing)
     if c.tower:
-        seeing = MLLM.from_pretrained(part_folder(c.tower, "mllm"), device=ranks.device)
+        seeing = load_model("mllm", part_folder(c.tower, "mllm"), device=ranks.device)
         if seeing.config.vision != mllm.config.vision:
             raise InputError(f"--tower {c.tower}: its vision tower is not of the form that {c.mllm} has")
         mllm.visual = seeing.visual.requires_grad_(False)
@@ -86,7 +85,7 @@ def train(c: Stage1Config) -> None:
     elif ranks.main:
         print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
-    def save(folder: Path, mllm: MLLM) -> None:
+    def save(folder: Path, mllm: LanguageModel) -> None:
         for part in (mllm, tokenizer, processor):
             part.save_pretrained(folder / "mllm")
 
@@ -201,7 +200,7 @@ class Reteller(Writer):
         return [request.answer.truth[request.number] for request in requests]
 
 
-def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: MLLM, n: int, most: int = 160) -> None:
+def sample_sheet(run: Run, c: Stage1Config, source, tokenizer, processor, mllm: LanguageModel, n: int, most: int = 160) -> None:
     """Answers to fixed requests, greedily written. Where the model asks for a picture, it is shown the true one."""
 
     def measured(record: dict, number: int) -> tuple[int, list[dict]]:

@@ -28,9 +28,10 @@ import torch
 from checkpoint import BUNDLED, InputError, part_folder
 from data import Document, fill, loader, to_float
 from distributed import Ranks
-from dit import DiT
+from dit import Painter
+from families.registry import load_language_model, load_model
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
-from model import MLLM, ImageProcessor
+from model import ImageProcessor, LanguageModel
 from pipeline import pixels_per_patch
 from replay import Encoded, EncodedDocuments, encode
 from records.stream import Quarantine, open_source, pick_workers
@@ -104,15 +105,15 @@ def draw_samples(targets: list[tuple[Encoded, int]], drop: float, g: torch.Gener
     )
 
 
-def load_parts(c: Stage2Config, ranks: Ranks) -> tuple[Tokenizer, ImageProcessor, MLLM, VAE, DiT]:
+def load_parts(c: Stage2Config, ranks: Ranks) -> tuple[Tokenizer, ImageProcessor, LanguageModel, VAE, Painter]:
     """DiT and connector, to be trained; MLLM and VAE, which are only read."""
     folder = part_folder(c.mllm, "mllm")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    processor = ImageProcessor.from_pretrained(folder)
     frozen = pick_frozen_dtype(c.frozen_dtype, c.dtype, ranks.device)
-    mllm = MLLM.from_pretrained(folder, dtype=frozen, device=ranks.device).requires_grad_(False)
-    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
-    dit = DiT.from_pretrained(part_folder(c.dit, "dit"), device=ranks.device)
+    mllm, tokenizer, processor = load_language_model(folder, dtype=frozen, device=ranks.device)
+    mllm.requires_grad_(False)
+    vae = load_model("vae", part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
+    # What the language model gives a token is what the connector has to read; for a new pair it begins anew.
+    dit = load_model("dit", part_folder(c.dit, "dit"), device=ranks.device, features=mllm.config.features)
     dit.gradient_checkpointing = c.checkpointing
     if ranks.main:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
@@ -151,7 +152,7 @@ def train(c: Stage2Config) -> None:
     tokenizer, processor, mllm, vae, dit = load_parts(c, ranks)
 
     # Only what is trained is saved: the frozen parts stay where they came from.
-    def save(folder: Path, dit: DiT) -> None:
+    def save(folder: Path, dit: Painter) -> None:
         dit.save_pretrained(folder / "dit")
 
     # A resumed run takes up its weights, moments and place in the data here.
@@ -240,7 +241,9 @@ def train(c: Stage2Config) -> None:
 
 
 @torch.no_grad()
-def sample_sheet(run: Run, c: Stage2Config, source, tokenizer, processor, mllm: MLLM, dit: DiT, vae: VAE, n: int) -> None:
+def sample_sheet(
+    run: Run, c: Stage2Config, source, tokenizer, processor, mllm: LanguageModel, dit: Painter, vae: VAE, n: int
+) -> None:
     """Fixed documents and fixed noise: the text that asks, the pictures given, the painted one, the true one."""
     patch = pixels_per_patch(vae.config, dit.config)
     wanted = loader(source, tokenizer, processor, documents=n, seed=c.seed + 1, patch=patch, targets_only=True)

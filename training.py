@@ -51,9 +51,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import dit
 import interrupt
-import model
 from checkpoint import InputError, abandon_stdout, list_checkpoints, newest_sound, sync, verify
 from checkpoint import write_checksums, write_json
 from connector import features
@@ -62,7 +60,7 @@ from distributed import Ranks, lost_peer
 from flags import Parser, add_flags
 from flops import Batch, flops, peak_flops
 from flow import Samples
-from model import MLLM, ImageProcessor
+from model import ImageProcessor, LanguageModel
 from ops import attention, linear_cross_entropy, set_backend
 from pages.run import write_page
 from threads import Crew
@@ -159,9 +157,12 @@ def compile_blocks(module: nn.Module) -> None:
     What is around the blocks plans a pack in Python, and would be compiled anew for every pack; so would attention, which
     reads the lengths of the sequences.
     """
-    for home in (model, dit):
-        home.attention = torch.compiler.disable(attention)
-    blocks = [m for m in module.modules() if isinstance(m, (model.Layer, model.VisionBlock, dit.Block))]
+    # A model has a tower whose blocks are its own as well: each is compiled once.
+    found = [block for m in module.modules() if hasattr(m, "repeated") for block in m.repeated()]
+    blocks = list(dict.fromkeys(found))
+    for home in {sys.modules[type(m).__module__] for block in blocks for m in block.modules()}:
+        if getattr(home, "attention", None) is attention:
+            home.attention = torch.compiler.disable(attention)
     for block in blocks or [module]:
         block.compile(dynamic=True)  # no two packs have the same shape
 
@@ -930,7 +931,7 @@ class LanguageLoss(nn.Module):
         return torch.cat((text[None], control))
 
 
-def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None = None, dit=None, vae=None) -> float:
+def model_flops(documents: list[Document], mllm: LanguageModel, samples: Samples | None = None, dit=None, vae=None) -> float:
     """Forward and backward FLOPs of a micro-batch of stage 1, or of stage 2 where there are samples: what MFU counts.
 
     documents: those that were read for it. In stage 2 it may train others, of earlier ones.
@@ -960,7 +961,7 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
 
 @torch.no_grad()
 def mllm_features(
-    documents: list[Document], mllm: MLLM, device: torch.device, processor: ImageProcessor | None = None
+    documents: list[Document], mllm: LanguageModel, device: torch.device, processor: ImageProcessor | None = None
 ) -> tuple[Tensor, list[int]]:
     """One frozen pass of the MLLM: features (M, L * H) of all tokens, and each document's first row. Pictures that are to be
     read need their processor."""

@@ -25,10 +25,11 @@ from checkpoint import InputError, parse_dtype, read_json
 from distributed import flush_denormals, local_device
 from evaluate.answers import Answers, alone, claim, items_of, lmms_line, parse_shard
 from evaluate.benchmark import find
+from families.registry import PARTS
 from flags import Parser, add_flags
 from ops import set_backend
 from pages.answer import asked_for, save, write_text
-from pipeline import PARTS, Answer, DuoGen, Settings, override
+from pipeline import Answer, DuoGen, Settings, override
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:

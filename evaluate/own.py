@@ -15,7 +15,8 @@ from torch import Tensor
 
 from checkpoint import InputError, parse_dtype, part_folder, pick_device
 from evaluate.judges import Question, Reply
-from model import MLLM, ImageProcessor, KVCache, mrope_positions
+from families.registry import load_language_model
+from model import ImageProcessor, KVCache, LanguageModel, mrope_positions
 from ops import Segments
 from pipeline import find_checkpoint, origin, read_manifest
 from tokenizer import Tokenizer, render
@@ -26,7 +27,7 @@ ROOM = 16  # tokens that the longest candidate may have
 class Own:
     """A judges.Backend."""
 
-    def __init__(self, mllm: MLLM, tokenizer: Tokenizer, processor: ImageProcessor, source: str = "self", weights: str = ""):
+    def __init__(self, mllm: LanguageModel, tokenizer: Tokenizer, processor: ImageProcessor, source="self", weights=""):
         self.mllm = mllm.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.processor = processor
@@ -51,9 +52,8 @@ class Own:
             weights.update(json.dumps([file.name, file.stat().st_size]).encode())
             with open(file, "rb") as f:
                 weights.update(hashlib.file_digest(f, "sha256").digest())
-        model = MLLM.from_pretrained(folder, dtype=parse_dtype(dtype, device), device=device)
-        parts = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
-        return cls(model, *parts, source="/".join(Path(origin(folder)).parts[-2:]), weights=weights.hexdigest())
+        parts = load_language_model(folder, dtype=parse_dtype(dtype, device), device=device)
+        return cls(*parts, source="/".join(Path(origin(folder)).parts[-2:]), weights=weights.hexdigest())
 
     def ask(self, question: Question) -> Reply:
         with self.lock, torch.no_grad():

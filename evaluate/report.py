@@ -29,10 +29,11 @@ from evaluate.exam import ASKED, CATEGORIES, GUIDANCES, IDLE, MEANS, METRICS, SO
 from evaluate.exam import ablations, dialogues, evaluate, evaluate_single, lowest, overall, single_requests, single_shares
 from evaluate.exam import free_requests, through
 from evaluate.tables import Table, markdown
+from families.registry import PARTS
 from flags import Parser, add_flags
 from ops import set_backend
 from pages.template import render
-from pipeline import PARTS, STOPS, DuoGen, Settings, override
+from pipeline import STOPS, DuoGen, Settings, override
 from sketchbook.dialogues import KINDS
 
 

@@ -7,14 +7,15 @@ Against Qwen2.5-VL (model.py), of which it keeps the rest (Bai et al., arXiv 251
 * mRoPE is interleaved: time, row and column take the frequencies in turn, so that each of them has fast ones and slow ones;
 * every block of the vision tower looks at the whole picture, patches have 16 pixels, and a patch learns where it is from a grid
   of embeddings, stretched to the picture's size, beside the rotation;
-* DeepStack (Meng et al., arXiv 2406.04334): what the tower knows at three depths is added to the decoder's stream, in the places
-  of the picture, behind the first three layers.
+* DeepStack (Meng et al., arXiv 2406.04334): what the tower knows at three depths is added to the decoder's stream, in the
+  places of the picture, behind the first three layers.
 
 The published chat template has no default system turn. Here a dialogue always begins with one (tokenizer.SYSTEM), since it is
 what the painter is told of where nothing has been said; with a system turn the template gives the same tokens.
 
 Why not a newer one: of the later Qwen models with vision, Qwen3.5 has linear attention with a recurrent state in three of four
-layers, and Qwen4-Exp experts as well. Qwen3-VL is the newest whose every layer is softmax attention, as packs and caches have it.
+layers, and Qwen4-Exp experts as well. Qwen3-VL is the newest of which every layer is softmax attention, which is what packs
+and caches here hold.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 
 import model
 from checkpoint import InputError, check_bounds
-from model import MLLM, ImageProcessor, MLLMConfig, Rows, VisionAttention, frequencies, maybe_checkpoint, rope_tables, vision_plan
+from model import MLLM, ImageProcessor, MLLMConfig, Rows, VisionAttention, frequencies, maybe_checkpoint, rope_tables
+from model import vision_plan
 from ops import Segments, attention, joint, norm_rope
 
 WHOLE = 2**20  # merge units along a window's side: no picture is larger, so it is one window, in raster order
@@ -289,15 +291,25 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = c
         self.patch_embed = PatchEmbed(c)
-        self.pos_embed = nn.Embedding.from_pretrained(torch.empty(c.num_position_embeddings, c.hidden_size), freeze=False)
+        self.pos_embed = nn.Embedding.from_pretrained(torch.zeros(c.num_position_embeddings, c.hidden_size), freeze=False)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.depth))
         self.merger = PatchMerger(c, units_first=False)
         self.deepstack_merger_list = nn.ModuleList(PatchMerger(c, units_first=True) for _ in c.deepstack_visual_indexes)
         self.gradient_checkpointing = False
+        self.close_deepstack()
+
+    def close_deepstack(self) -> None:
+        """A new tower adds nothing to the decoder's stream: the last layers of DeepStack are zero, and open in training."""
+        for merger in self.deepstack_merger_list:
+            nn.init.zeros_(merger.linear_fc2.weight)
+            nn.init.zeros_(merger.linear_fc2.bias)
 
     def forward(self, pixels: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         """pixels (P, C * T * p * p) in merge-unit order; grids: patches (rows, columns) of each picture."""
         return self.levels(pixels, grids)[0]                                                  # (P / 4, H)
+
+    def repeated(self) -> list[nn.Module]:
+        return [*self.blocks]
 
     def levels(self, pixels: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
         """What the decoder gets of the pictures, (P / 4, H) each: for their places, then for its first layers."""
@@ -380,10 +392,8 @@ class Qwen3VL(MLLM):
         return name
 
     def initialise(self) -> "Qwen3VL":
-        """As MLLM's. DeepStack starts by adding nothing: its last layers are zero."""
         super().initialise()
-        for merger in self.visual.deepstack_merger_list:
-            nn.init.zeros_(merger.linear_fc2.weight)
+        self.visual.close_deepstack()
         return self
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Wan2.1 T2V (1.3B, 14B): the second painter, over the VAE that Cosmos-Predict2.5 has, too (Wan team, arXiv 2503.20314).
 
-Parameter names and config.json are those of diffusers' `WanTransformer3DModel`; packs, the flow's convention and the forward pass
-over the blocks are those of dit.py. What is different:
+Parameter names and config.json are those of diffusers' `WanTransformer3DModel`; packs, the flow's convention and the way over
+the blocks are those of dit.py. What is different:
 
 * there is no mask that says which pictures are given: a clean picture is known by its own time, as the first frame of Wan2.2's
   image-to-video is. A time is handed to the network as 0..1000;
@@ -308,7 +308,7 @@ class Wan(DiT):
             nn.init.zeros_(linear.weight)
         return self
 
-    def layers(self) -> list[nn.Module]:
+    def repeated(self) -> list[nn.Module]:
         return [*self.blocks]
 
     def fuse_for_inference(self) -> "Wan":

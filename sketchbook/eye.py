@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from data import byte_patches
-from model import ImageProcessor, VisionTower
+from model import ImageProcessor
 from sketchbook.dialogues import held_out_in
 from sketchbook.scenes import BACKGROUNDS, COLOURS, SUBJECTS, Scene, outlines, random_scene, render
 
@@ -86,7 +86,7 @@ def lesson(processor: ImageProcessor, size: int, seed: int) -> tuple[str, tuple[
 class SeeingLoss(nn.Module):
     """A tower and four linear heads on its tokens. forward -> loss, {what: share right}."""
 
-    def __init__(self, tower: VisionTower):
+    def __init__(self, tower: nn.Module):
         super().__init__()
         self.tower = tower
         width = tower.config.out_hidden_size

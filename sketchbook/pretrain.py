@@ -31,12 +31,11 @@ from torch import Tensor, nn
 from checkpoint import InputError, part_folder
 from data import Document, batches, byte_picture, normalised, pack_documents, to_float, tokenize
 from distributed import Ranks
-from dit import PRESETS as DIT_PRESETS
-from dit import DiT
+from dit import Painter
+from families.registry import family_of, load_language_model, load_model, preset
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule, train_times
-from model import MLLM, ImageProcessor, VisionTower
-from model import PRESETS as MLLM_PRESETS
-from pipeline import Settings, write_manifest
+from model import ImageProcessor, LanguageModel
+from pipeline import Settings, pixels_per_patch, write_manifest
 from records.stream import Stream, pick_workers
 from sketchbook import dialogues as sketchbook
 from sketchbook import looking
@@ -46,7 +45,6 @@ from sketchbook.scenes import BACKGROUNDS, COLOURS, SUBJECTS
 from tokenizer import Tokenizer, render, train_bpe
 from training import LanguageLoss, Run, TrainConfig, autocast, check_step0, compile_blocks, encode_pictures, flow_statistics
 from training import generator, language_statistics, mllm_features, model_flops, parse_config, print_trained, run_script, sheet
-from vae import PRESETS as VAE_PRESETS
 from vae import VAE, to_image, to_tensor
 
 
@@ -123,7 +121,7 @@ def train_vae(c: VAEConfig) -> None:
     ranks = Ranks(c.device, c.timeout)
     ranks.claim(c.out)
     torch.manual_seed(c.seed)
-    vae = VAE.from_config(VAE_PRESETS["tiny"]).to(ranks.device, memory_format=torch.channels_last)
+    vae = VAE.from_config(preset("vae", "tiny")).to(ranks.device, memory_format=torch.channels_last)
     if ranks.main:
         print_trained({"vae": vae}, {})
     fixed = to_float(torch.stack([picture(c.size, 10**12 + i)[1] for i in range(256)]).to(ranks.device))
@@ -143,7 +141,8 @@ def train_vae(c: VAEConfig) -> None:
         names, pictures = zip(*items, strict=True)
         x = to_float(torch.stack(pictures).to(ranks.device)).contiguous(memory_format=torch.channels_last)
         g = generator(c.seed, step * ranks.size + ranks.rank)
-        noise = torch.randn(len(x), vae.config.z_dim, c.size // 8, c.size // 8, generator=g)
+        side = c.size // vae.config.factor
+        noise = torch.randn(len(x), vae.config.z_dim, side, side, generator=g)
         with autocast(c.dtype, ranks.device):
             loss, parts = loss_of(x, noise.to(ranks.device))
         stats = {"loss": ranks.backward(loss / ranks.size)}
@@ -201,6 +200,7 @@ class MLLMConfig(TrainConfig):
     size: int = 64  # pixels along a side
     looking: float = 0.6  # share of documents about a picture; the others are dialogues of any kind
     # ---- model
+    model: str = "tiny"  # or "tiny-qwen3-vl", another family's
     vocabulary: int = 1024  # tokens at most; what the corpus does not need stays unused
     # ---- other defaults than those of every run
     out: str = "runs/tiny/mllm"
@@ -230,13 +230,14 @@ def train_mllm(c: MLLMConfig) -> None:
     ranks.claim(c.out)
     torch.manual_seed(c.seed)
     tokenizer = train_bpe(corpus(1500), c.vocabulary)
-    config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
-    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=c.size**2)
-    mllm = MLLM.from_config(config).to(ranks.device)
+    config = preset("mllm", c.model).for_tokenizer(tokenizer)
+    family = family_of(config)
+    processor = family.Processor(patch_size=8, merge_size=2, min_pixels=16 * 16, max_pixels=c.size**2)
+    mllm = family.Model.from_config(config).to(ranks.device)
     if ranks.main:
         print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
-    def save(folder: Path, mllm: MLLM) -> None:
+    def save(folder: Path, mllm: LanguageModel) -> None:
         for part in (mllm, tokenizer, processor):
             part.save_pretrained(folder / "mllm")
 
@@ -289,17 +290,21 @@ class EyeConfig(TrainConfig):
     ema: float = 0.998
 
 
+def fresh_tower(mllm: LanguageModel) -> nn.Module:
+    """A vision tower of the same form that has seen nothing."""
+    return type(mllm.visual)(mllm.config.vision)
+
+
 def train_eye(c: EyeConfig) -> None:
     """What it learns, and why: eye.py."""
     ranks = Ranks(c.device, c.timeout)
     ranks.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    processor = ImageProcessor.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=ranks.device).requires_grad_(False)
+    mllm, tokenizer, processor = load_language_model(folder, device=ranks.device)
+    mllm.requires_grad_(False)
     if c.fresh:
-        mllm.visual = VisionTower(mllm.config.vision).to(ranks.device)
+        mllm.visual = fresh_tower(mllm).to(ranks.device)
     tower = mllm.visual.requires_grad_(True)
     if ranks.main:
         print_trained({"vision tower": tower}, {"decoder": mllm.model})
@@ -349,6 +354,7 @@ class DiTConfig(TrainConfig):
     size: int = 64  # pixels along a side
     drop: float = 0.15  # share of clips whose caption is dropped
     # ---- model
+    model: str = "tiny"  # or "tiny-wan", another family's
     mllm: str = "runs/tiny/mllm"  # run or folder; frozen
     vae: str = "runs/tiny/vae"  # run or folder; frozen
     shift: float = 5.0  # of the training times towards noise, Cosmos' own
@@ -371,7 +377,7 @@ def film(c: DiTConfig, tokenizer: Tokenizer, seed: int) -> Document:
     return Document(rendered, positions, None, [], [byte_picture(frame) for frame in frames])
 
 
-def film_samples(documents: list[Document], mllm: MLLM, vae: VAE, c: DiTConfig, ranks: Ranks, g: torch.Generator) -> Samples:
+def film_samples(documents: list[Document], mllm, vae: VAE, c: DiTConfig, ranks: Ranks, g: torch.Generator) -> Samples:
     """Cosmos' video training: the first 0, 1 or 2 frames are given (1/2, 1/4, 1/4), all others are painted together."""
     states, first = mllm_features(documents, mllm, ranks.device)
     rows, clean = [], []
@@ -387,11 +393,12 @@ def train_dit(c: DiTConfig) -> None:
     ranks.claim(c.out)
     torch.manual_seed(c.seed)
     folder = part_folder(c.mllm, "mllm")
-    tokenizer = Tokenizer.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=ranks.device).requires_grad_(False)
-    vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
-    width = mllm.config.num_hidden_layers * mllm.config.hidden_size
-    dit = DiT.from_config(dataclasses.replace(DIT_PRESETS["tiny"], crossattn_proj_in_channels=width)).to(ranks.device)
+    mllm, tokenizer, _ = load_language_model(folder, device=ranks.device)
+    mllm.requires_grad_(False)
+    vae = load_model("vae", part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
+    config = dataclasses.replace(preset("dit", c.model), crossattn_proj_in_channels=mllm.config.features)
+    dit = family_of(config).Model.from_config(config).to(ranks.device)
+    patches = (c.size // pixels_per_patch(vae.config, config)) ** 2  # of a picture
     if ranks.main:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
 
@@ -410,7 +417,7 @@ def train_dit(c: DiTConfig) -> None:
             error, count = loss_of(samples, t, g)
         loss = ranks.backward(error.sum() / ranks.sum(count.sum().item()))
         parts = flow_statistics(t, error.detach().cpu(), count.cpu())
-        stats = {"loss": loss, **parts, "images": count.sum().item() / 16}
+        stats = {"loss": loss, **parts, "images": count.sum().item() / patches}
         stats["flops"] = model_flops(documents, mllm, samples, dit, vae)
         norm = run.clip()
         names = [document.name for document in documents]
@@ -435,7 +442,7 @@ def mean_square(latents: list[list[Tensor]]) -> float:
 
 
 @torch.no_grad()
-def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: DiT, vae: VAE, n: int = 12) -> None:
+def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: LanguageModel, dit: Painter, vae: VAE, n: int = 12) -> None:
     """Captions never trained on, with the still that the DiT paints for each and the true one."""
     rows = []
     clips = [sketchbook.clip(10**12 + i, size=c.size) for i in range(n)]
@@ -446,7 +453,7 @@ def film_sheet(run: Run, c: DiTConfig, tokenizer: Tokenizer, mllm: MLLM, dit: Di
         context = dit.crossattn_proj(states)
         positive = [context[a:b] for a, b in zip(first, first[1:], strict=False)]
         negative = [p[: r.system_end] for p, r in zip(positive, rendered, strict=True)]
-        size = (c.size // 8, c.size // 8)
+        size = (c.size // vae.config.factor, c.size // vae.config.factor)
         sigmas = shift_schedule(16, c.shift)
         painted = denoise(dit, [[]] * n, [size] * n, positive, negative, list(range(n)), sigmas=sigmas, guidance=3.0)
         for (text, frames), z in zip(clips, painted, strict=True):
@@ -479,11 +486,12 @@ def bundle(c: BundleConfig) -> None:
     sources = {part: part_folder(getattr(c, part), part) for part in ("mllm", "dit", "vae")}
     for part in sources:
         shutil.rmtree(out / part, ignore_errors=True)
-    for cls in (MLLM, Tokenizer, ImageProcessor):
-        # Half precision: the training reads the MLLM under bf16 autocast anyway, and the bundle has to stay small.
-        options = {"dtype": torch.float16} if cls is MLLM else {}
-        cls.from_pretrained(sources["mllm"]).save_pretrained(out / "mllm", **options)
-    DiT.from_pretrained(sources["dit"]).save_pretrained(out / "dit")
+    mllm, *beside = load_language_model(sources["mllm"])
+    # Half precision: the training reads the MLLM under bf16 autocast anyway, and the bundle has to stay small.
+    mllm.save_pretrained(out / "mllm", dtype=torch.float16)
+    for part in beside:
+        part.save_pretrained(out / "mllm")
+    load_model("dit", sources["dit"]).save_pretrained(out / "dit")
     VAE.from_pretrained(sources["vae"]).save_pretrained(out / "vae", dtype=torch.float16)
     defaults = Settings(steps=c.steps, guidance=c.guidance, sampler=c.sampler, eta=c.eta, max_tokens=c.max_tokens,
                         max_area=c.size**2)  # fmt: skip

@@ -56,6 +56,7 @@ def shrink() -> None:
     """What only the miniature's size needs: a large tokenizer, a DiT of full depth, the gate after the VAE."""
     from dataclasses import replace
 
+    from families import registry
     from sketchbook import pretrain
 
     text, picture = pretrain.corpus, pretrain.picture
@@ -63,7 +64,7 @@ def shrink() -> None:
     pretrain.picture = lambda size, seed: picture(size, seed % 10**9)
     pretrain.vae_gate = lambda *_: None
     pretrain.measure_latents = lambda vae, pictures, measure=pretrain.measure_latents: measure(vae, pictures[:4])
-    pretrain.DIT_PRESETS = {"tiny": replace(pretrain.DIT_PRESETS["tiny"], num_layers=1)}
+    registry.PRESETS["dit"]["tiny"] = replace(registry.PRESETS["dit"]["tiny"], num_layers=1)
 
 
 def rank_main(kind, c, rank, size, port, log, hook) -> None:

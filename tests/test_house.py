@@ -14,6 +14,7 @@ LAYERS = """
     tokenizer connector vae model
     dit
     flow flops records
+    families
     pages
     pipeline data
     training
@@ -21,7 +22,7 @@ LAYERS = """
     train_stage1 train_stage2 sample
 """
 LAYER = {name: n for n, line in enumerate(LAYERS.split("\n")) for name in line.split()}
-INNER = {"records", "pages"}  # folders that the root uses; the other folders use the root
+INNER = {"records", "pages", "families"}  # folders that the root uses; the other folders use the root
 SCRIPTS = {"sample", "train_stage1", "train_stage2"}  # which alone may ask tools/ for something, at --plan
 
 

@@ -20,6 +20,7 @@ import vae as vae_module
 from checkpoint import InputError, write_checksums, write_json
 from connector import features
 from dit import DiT, DiTConfig
+from families.registry import PARTS
 from model import MLLM, ImageProcessor, MLLMConfig, VisionConfig, mrope_positions
 from pipeline import Answer, DuoGen, Paint, Picture, Settings, Stop, Text, derive, override
 from tokenizer import render, train_bpe
@@ -645,7 +646,7 @@ def make_run(folder, run, *parts, steps=(1, 2)):
     return run
 
 
-@pytest.mark.parametrize("part", pipeline.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_training_run_is_a_source_of_its_parts_wherever_one_is_asked_for(folder, tmp_path, part, capsys):
     run = make_run(folder, tmp_path / "run", part)
     newest, older = run / "step_000002", run / "step_000001"

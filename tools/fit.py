@@ -18,13 +18,14 @@ from torch import nn
 
 from checkpoint import BUNDLED, parse_dtype
 from connector import features
-from dit import DiT, DiTConfig
+from dit import DiTConfig, Painter
+from families.registry import PARTS, PRESETS, family_of
 from flops import count
 from flow import denoise, shift_schedule
 from ops import Segments
-from model import MLLM, ImageProcessor, KVCache, MLLMConfig, mrope_positions, smart_resize
-from pipeline import PACK, PARTS, SIZE, Settings, check_size, override, pixels_per_patch, read_manifest
-from tools.plan import FAKE, GB, PRESETS, Tally, config_of, pretend, pretend_tensor
+from model import KVCache, LanguageModel, MLLMConfig, mrope_positions, smart_resize
+from pipeline import PACK, SIZE, Settings, check_size, override, pixels_per_patch, read_manifest
+from tools.plan import FAKE, GB, Tally, config_of, pretend_part, pretend_tensor
 from vae import VAE, VAEConfig
 
 GPUS = (24, 48, 80)  # GB = 10^9 bytes. Their sheets count 2^30: the 7 % in between are left to the allocator's gaps
@@ -54,11 +55,10 @@ class Fit:
         dtype: torch.dtype = torch.bfloat16,
     ):
         # The connector reads the states of all layers side by side, whatever DiT it belongs to.
-        wide = mllm.num_hidden_layers * mllm.hidden_size
-        dit = replace(dit, crossattn_proj_in_channels=wide)
-        self.mllm = pretend(MLLM, mllm, dtype)
-        self.dit = pretend(DiT, dit, dtype)
-        self.vae = pretend(VAE, vae)
+        dit = replace(dit, crossattn_proj_in_channels=mllm.features)
+        self.mllm = pretend_part(mllm, dtype)
+        self.dit = pretend_part(dit, dtype)
+        self.vae = pretend_part(vae)
         self.dtype = dtype
         self.e = dtype.itemsize
         self.measured: dict[tuple, int] = {}  # what has been run, by all that it depends on
@@ -70,7 +70,7 @@ class Fit:
         mllm = self.mllm.config
 
         # The language model sees a picture at a size of its own; four patches of it are a token, and two tokens enclose them.
-        p = ImageProcessor(mllm.vision.patch_size, merge_size=mllm.vision.spatial_merge_size)
+        p = family_of(mllm).Processor(mllm.vision.patch_size, merge_size=mllm.vision.spatial_merge_size)
         h, w = smart_resize(*load.size, p.patch_size * p.merge_size, p.min_pixels, p.max_pixels)
         rows = h // p.patch_size
         columns = w // p.patch_size
@@ -100,7 +100,7 @@ class Fit:
         with torch.device("meta"):
             cache = KVCache(self.mllm.config, self.capacity, self.dtype, "meta", self.load.batch)
         # Twice: it grows in pieces, which are there beside the whole while a picture's context is put together.
-        context = self.load.batch * self.capacity * self.dit.config.text_embed_dim * self.e
+        context = self.load.batch * self.capacity * self.dit.config.context_width * self.e
         return cache.k.nbytes + cache.v.nbytes + 2 * context
 
     def moments(self) -> dict[str, int]:
@@ -180,7 +180,7 @@ class Fit:
 # The highest moment of a forward pass without gradients, in bytes beside weights, caches and what it is given.
 
 
-def reading_bytes(mllm: MLLM, connector: nn.Module, n: int) -> int:
+def reading_bytes(mllm: LanguageModel, connector: nn.Module, n: int) -> int:
     """n tokens of a document; the states of all layers stay for the connector, which reads them in slices."""
     dtype = mllm.lm_head.weight.dtype
     ids = [0] * n
@@ -194,7 +194,7 @@ def reading_bytes(mllm: MLLM, connector: nn.Module, n: int) -> int:
     return tally.top
 
 
-def tower_bytes(mllm: MLLM, grids: list[tuple[int, int]]) -> int:
+def tower_bytes(mllm: LanguageModel, grids: list[tuple[int, int]]) -> int:
     """Pictures of so many vision patches, all at once."""
     v = mllm.config.vision
     patches = sum(h * w for h, w in grids)
@@ -209,7 +209,7 @@ class Enough(Exception):
 
 
 def painting_bytes(
-    dit: DiT, latent: tuple[int, int], answers: int, pictures: int, branches: int, context: int, steps: int
+    dit: Painter, latent: tuple[int, int], answers: int, pictures: int, branches: int, context: int, steps: int
 ) -> int:
     """For each answer the last of so many pictures of `latent` (h, w); every branch of guidance reads `context` tokens."""
     c = dit.config
@@ -218,7 +218,7 @@ def painting_bytes(
     contexts = []
     for _ in range(answers):
         clean.append([pretend_tensor(c.out_channels, *latent) for _ in range(pictures - 1)])
-        contexts.append(pretend_tensor(context, c.text_embed_dim, dtype=dtype))
+        contexts.append(pretend_tensor(context, c.context_width, dtype=dtype))
     negative = contexts if branches == 2 else None
     calls = []
 

@@ -24,17 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import dit
-import model
 import ops
-import vae
 from checkpoint import HUB_NAME, InputError, is_run, looks_local, no_folder, part_folder, read_json
 from data import Document, pack_documents
-from dit import DiT, DiTConfig
+from dit import DiTConfig
+from families.registry import PRESETS, family, family_of
 from flops import DEVICES, Batch, count, flops, peak_flops
 from flow import FlowLoss, Samples
-from model import MLLM, MLLMConfig, mrope_positions
-from pipeline import PARTS, pixels_per_patch
+from model import LanguageModel, MLLMConfig, mrope_positions
+from pipeline import pixels_per_patch
 from tokenizer import Rendered
 from training import LanguageLoss, encode_pictures, mllm_features, parse_config
 from vae import VAE, VAEConfig
@@ -43,7 +41,6 @@ GB = 1e9  # as on the data sheets: an H200 has 141
 # Photographs of 480 x 480 (JPEG) that one data worker decodes and prepares in a second, in dialogues of 5 with 7B's tokenizer,
 # by stage: the VAE of stage 2 wants them too. Measured on one core of an AMD EPYC; a larger one takes longer by its area.
 PHOTOS = {1: 105.0, 2: 90.0}
-PRESETS = {"mllm": model.PRESETS, "dit": dit.PRESETS, "vae": vae.PRESETS}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # ------------------------------------------------------------------------------------------------ running without memory
@@ -147,6 +144,11 @@ def pretend(kind: type, config, dtype: torch.dtype = torch.float32):
     return module
 
 
+def pretend_part(config, dtype: torch.dtype = torch.float32):
+    """The part that has this config, of whatever family."""
+    return pretend(family_of(config).Model, config, dtype)
+
+
 def pretend_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     with FAKE:
         return torch.empty(shape, dtype=dtype)
@@ -190,7 +192,7 @@ def run_step(
     loss.backward()
 
 
-def draw_samples(documents: list[Document], samples: list[tuple[int, int, int]], mllm: MLLM, vae: VAE) -> Samples:
+def draw_samples(documents: list[Document], samples: list[tuple[int, int, int]], mllm: LanguageModel, vae: VAE) -> Samples:
     device = torch.device("cpu")
     states, first = mllm_features(documents, mllm, device)
     pictures = encode_pictures(documents, vae, device)
@@ -254,7 +256,8 @@ def config_of(source: str, part: str) -> MLLMConfig | DiTConfig | VAEConfig:
         raise InputError(f"--{part} {source}: no config.json there, nor is it one of {', '.join(presets)}")
     try:
         place = {"subfolder": hub["folder"], "revision": hub["revision"]} if hub else {}
-        return PARTS[part].from_json(read_json(file or hf_hub_download(hub["repo"], "config.json", **place)))
+        values = read_json(file or hf_hub_download(hub["repo"], "config.json", **place))
+        return family(part, values).Config.from_json(values)
     except (OSError, errors.HfHubHTTPError) as e:
         raise InputError(f"--{part} {source}: no config.json from the Hub ({type(e).__name__}): name a folder or preset") from e
 
@@ -293,13 +296,13 @@ class Plan:
         mllm = config_of(c.mllm, "mllm")
         self.dit, self.vae = None, None
         if self.stage == 1:
-            self.mllm = pretend(MLLM, mllm)
+            self.mllm = pretend_part(mllm)
         else:
             dit = config_of(c.dit, "dit")
             vae = config_of(c.vae, "vae")
-            self.mllm = pretend(MLLM, mllm, self.frozen).requires_grad_(False)
-            self.dit = pretend(DiT, replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size))
-            self.vae = pretend(VAE, vae).requires_grad_(False)
+            self.mllm = pretend_part(mllm, self.frozen).requires_grad_(False)
+            self.dit = pretend_part(replace(dit, crossattn_proj_in_channels=mllm.features))
+            self.vae = pretend_part(vae).requires_grad_(False)
         self.trained = count(self.dit or self.mllm)
         self.steps: dict[tuple, Tally] = {}  # shared by all `but`s, most of which ask for the same steps
 
