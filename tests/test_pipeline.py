@@ -525,7 +525,7 @@ def test_a_size_is_a_whole_number_of_patches(duo, monkeypatch):
     assert pipeline.pixels_per_patch(duo.vae.config, duo.dit.config) == duo.patch == 16
     with pytest.raises(InputError, match="height 100: must be a multiple of 16"):
         duo.answer("x", duo.settings(height=100))
-    monkeypatch.setattr(pipeline.MLLM, "from_pretrained", None)  # it is told before any weights are read
+    monkeypatch.setattr(pipeline, "load_model", None)  # it is told before any weights are read
     with pytest.raises(InputError, match="width 40: must be a multiple of 16"):
         DuoGen.from_pretrained(asked={"width": 40})
 

@@ -183,7 +183,8 @@ def test_fresh_weights_answer_zero_and_learn_everywhere():
     """adaLN-Zero: every block starts as the identity, and once the gates open, a gradient reaches every parameter."""
     wan = Wan.from_config(WanConfig(2, 2, 32, 80, freq_dim=32, crossattn_proj_in_channels=24))
     loss_of = flow.FlowLoss(wan, 1e-4)
-    samples = flow.Samples(torch.randn(9, 24), [range(4), range(9)], [[torch.randn(16, 4, 4)] * 2, [torch.randn(16, 4, 6)]], [1, 0])
+    latents = [[torch.randn(16, 4, 4)] * 2, [torch.randn(16, 4, 6)]]
+    samples = flow.Samples(torch.randn(9, 24), [range(4), range(9)], latents, clean=[1, 0])
 
     def loss():
         error, tokens = loss_of(samples, torch.tensor([0.4, 0.8]), torch.Generator().manual_seed(0))
