@@ -86,9 +86,10 @@ def load_model(part: str, folder: Path, **options):
 
 
 def load_processor(folder: Path) -> ImageProcessor:
-    """The processor that lies beside a language model, with the defaults of its family."""
+    """The processor that lies beside a language model, with the defaults of its family; tokenizer and it may also lie alone."""
     path = folder / "config.json"
-    return family("mllm", read_json(path), path).Processor.from_pretrained(folder)
+    values = read_json(path) if path.is_file() else {}
+    return family("mllm", values, path).Processor.from_pretrained(folder)
 
 
 def load_language_model(folder: Path, **options) -> tuple[LanguageModel, Tokenizer, ImageProcessor]:

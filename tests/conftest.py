@@ -61,28 +61,34 @@ def compiled_for_hopper():
     return run
 
 
-def make_parts(folder: Path) -> Path:
-    """mllm/, dit/ and vae/ folders of a system far smaller than the miniature."""
-    from dit import DiT, DiTConfig
-    from model import MLLM, ImageProcessor
-    from model import PRESETS as MLLM_PRESETS
+def make_parts(folder: Path, mllm: str = "qwen2_5_vl", dit: str = "CosmosTransformer3DModel") -> Path:
+    """mllm/, dit/ and vae/ folders of a system far smaller than the miniature, of these families."""
+    from dit import DiTConfig
+    from families.registry import family_of, preset
+    from families.wan import WanConfig
     from sketchbook import dialogues
     from tokenizer import train_bpe
-    from vae import PRESETS as VAE_PRESETS
     from vae import VAE
 
     torch.manual_seed(0)
     texts = [p["text"] for s in range(60) for m in dialogues.dialogue(s)["messages"] for p in m["content"] if "text" in p]
     tokenizer = train_bpe(texts, 600)
-    config = MLLM_PRESETS["tiny"].for_tokenizer(tokenizer)
+    config = preset("mllm", {"qwen2_5_vl": "tiny", "qwen3_vl": "tiny-qwen3-vl"}[mllm]).for_tokenizer(tokenizer)
     config.num_hidden_layers = 2
-    config.vision.depth, config.vision.fullatt_block_indexes = 2, [1]
-    processor = ImageProcessor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=4096)
-    for part in (MLLM.from_config(config), tokenizer, processor):
+    config.vision.depth = 2
+    if mllm == "qwen2_5_vl":
+        config.vision.fullatt_block_indexes = [1]
+    else:
+        config.vision.deepstack_visual_indexes = (0, 1)
+    family = family_of(config)
+    processor = family.Processor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=4096)
+    for part in (family.Model.from_config(config), tokenizer, processor):
         part.save_pretrained(folder / "mllm")
-    dit = DiTConfig(2, 2, 32, adaln_lora_dim=8, text_embed_dim=32, crossattn_proj_in_channels=2 * config.hidden_size)
-    DiT.from_config(dit).save_pretrained(folder / "dit")
-    VAE.from_config(VAE_PRESETS["tiny"]).save_pretrained(folder / "vae")
+    painter = DiTConfig(2, 2, 32, adaln_lora_dim=8, text_embed_dim=32, crossattn_proj_in_channels=config.features)
+    if dit == "WanTransformer3DModel":
+        painter = WanConfig(2, 2, 32, ffn_dim=64, freq_dim=16, crossattn_proj_in_channels=config.features)
+    family_of(painter).Model.from_config(painter).save_pretrained(folder / "dit")
+    VAE.from_config(preset("vae", "tiny")).save_pretrained(folder / "vae")
     return folder
 
 

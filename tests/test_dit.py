@@ -216,6 +216,18 @@ def test_parameter_counts():
         small, large = DiT(PRESETS["2B"]), DiT(PRESETS["14B"])
     assert len(small.state_dict()) == 569 and sum(p.numel() for p in small.parameters()) == 2_059_174_912
     assert large.config.width == 5120 and len(large.transformer_blocks) == 36
+    assert sum(p.numel() for p in large.parameters()) == 14_368_047_104
+
+
+def test_the_14b_by_configuration():
+    """It differs from the 2B in heads and layers alone. Every name and shape is diffusers' under that config, and no other."""
+    published = PRESETS["2B"].to_json() | {"num_layers": 36, "num_attention_heads": 40}
+    config = DiTConfig.from_json(json.loads(json.dumps(published)))
+    assert config == PRESETS["14B"]
+    with torch.device("meta"):
+        ours = DiT(config)
+        theirs = CosmosTransformer3DModel.from_config(published)
+    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in theirs.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -160,16 +160,17 @@ def test_published_sizes():
     from transformers import Qwen3VLForConditionalGeneration
 
     counts = {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696, "32B": 33_357_390_064}
+    models = {}
     for name, count in counts.items():
-        config = PRESETS[f"qwen3-vl-{name}"]
         with torch.device("meta"):
-            ours = Qwen3VL(config)
-        if name in ("2B", "8B"):  # one tied, one not; a tower of each size
-            with torch.device("meta"):
-                theirs = Qwen3VLForConditionalGeneration(Config(**config.to_json()))
-            shapes = {ours.name_in_file(n): p.shape for n, p in ours.state_dict().items()}
-            assert shapes == {n: p.shape for n, p in theirs.state_dict().items()}
-        assert sum(p.numel() for p in ours.parameters()) == count
+            models[name] = Qwen3VL(PRESETS[f"qwen3-vl-{name}"])
+        assert sum(p.numel() for p in models[name].parameters()) == count
+    assert len(models["2B"].state_dict()) - len(models["2B"].tied) == 625 and len(models["32B"].state_dict()) == 1058
+
+    with torch.device("meta"):
+        theirs = Qwen3VLForConditionalGeneration(Config(**PRESETS["qwen3-vl-8B"].to_json()))
+    shapes = {Qwen3VL.name_in_file(n): p.shape for n, p in models["8B"].state_dict().items()}
+    assert shapes == {n: p.shape for n, p in theirs.state_dict().items()}
 
 
 # ----------------------------------------------------------------------------------------------------- packs and caches
