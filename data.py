@@ -215,7 +215,7 @@ def normalised(patches: Tensor, processor: ImageProcessor) -> Tensor:
     # A patch lies in memory colour by colour, so each colour's mean and deviation meet it by broadcasting.
     mean, std = (torch.tensor(x, device=patches.device).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
     x = (patches.unflatten(1, (3, 1, -1)).float() / 255 - mean) / std                  # (P, 3, 1, p * p)
-    # Qwen's tower reads pairs of video frames; a picture is a film that stands still, and is repeated only here, on the device.
+    # The tower reads pairs of video frames; a picture is a film that stands still, and is repeated only here, on the device.
     return x.expand(-1, -1, processor.temporal_patch_size, -1).flatten(1)
 
 

@@ -47,16 +47,19 @@ class Painter(Protocol):
     config: "DiTConfig"  # sizes: patch_size, latent channels out and in, mask_channels, width, context_width
     crossattn_proj: Connector  # features of tokens -> their context (N, context_width)
     proj_out: nn.Linear
+    gradient_checkpointing: bool
 
-    def __call__(self, x, t, condition, pack: "Pack", context, keys, **made_before) -> Tensor: ...  # the velocity
-
-    def modulations(self, t: Tensor) -> list[Tensor]: ...
-
+    # The velocity at every patch of a pack, and what of it can be made before the first step.
+    def forward(self, x, t, condition, pack: "Pack", context, keys, **made_before) -> Tensor: ...
     def context_kv(self, context: Tensor) -> list[tuple[Tensor, Tensor]]: ...
-
+    def modulations(self, t: Tensor) -> list[Tensor]: ...
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def repeated(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+    # How it is kept and made fast, and how it begins with another language model.
+    def save_pretrained(self, folder: Path) -> None: ...
+    def fuse_for_inference(self) -> "Painter": ...
+    def connect(self, features: int) -> None: ...
+    def repeated(self) -> list[nn.Module]: ...  # the blocks, which are compiled one by one
 
 
 @dataclass
@@ -260,7 +263,7 @@ def patchify(latent: Tensor, patch: int = 2) -> Tensor:
     """
     h, w = latent.shape[-2:]
     if h % patch or w % patch:
-        raise InputError(f"a latent of {h}x{w} is no grid of {patch}x{patch} patches: picture sides must be multiples of 16")
+        raise InputError(f"a latent of {h}x{w} is no grid of {patch}x{patch}: sides must be whole numbers of patches")
     pictures = latent.reshape(-1, *latent.shape[-3:])                                     # (K, C, H, W)
     return rearrange(pictures, "k c (h ph) (w pw) -> (k h w) (c ph pw)", ph=patch, pw=patch)
 

@@ -43,14 +43,18 @@ class LanguageModel(Protocol):
     config: "MLLMConfig"  # sizes, ids of BOV and of pictures' places, `features`: numbers that the connector reads a token
     visual: nn.Module  # patches of pictures -> their vectors (M, H), which stand in the places of <|image_pad|>
     model: nn.Module  # the decoder, with its embed_tokens
+    lm_head: nn.Linear
 
-    def __call__(self, ids, positions, segments, pixels=None, grids=None, cache=None, document=0) -> list[Tensor]: ...
+    # The states (N, H) of all layers: of any tokens and pictures; of one token more in every document of a cache.
+    def forward(self, ids, positions, segments, pixels=None, grids=None, cache=None, document=0) -> list[Tensor]: ...
+    def decode(self, ids: Tensor, positions: Tensor, cache: "KVCache") -> list[Tensor]: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...  # of the last layer's states
 
-    def decode(self, ids: Tensor, positions: Tensor, cache: "KVCache") -> list[Tensor]: ...  # both: the states of all layers
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-    def repeated(self) -> list[nn.Module]: ...  # what repeats: compiled one by one
+    # How it is kept, made fast, and made small in training.
+    def save_pretrained(self, folder: Path) -> None: ...
+    def fuse_for_inference(self) -> "LanguageModel": ...
+    def set_checkpointing(self, on: bool = True) -> None: ...
+    def repeated(self) -> list[nn.Module]: ...  # the layers, which are compiled one by one
 
 
 # -------------------------------------------------------------------------------------------------------------- configs

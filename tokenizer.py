@@ -1,4 +1,4 @@
-"""Text and dialogues to token ids and back: Qwen2.5's byte-level BPE, and the chat form that the language model reads.
+"""Text and dialogues to token ids and back: Qwen's byte-level BPE, and the chat form that the language models read.
 
     tokenizer = Tokenizer.from_pretrained("checkpoints/duogen-7b/mllm")
     rendered = render(tokenizer, messages, grids=[(2, 2)])    # ids, loss mask, where the pictures are
@@ -66,7 +66,7 @@ class Tokenizer:
         self.added, self.special = self._added_tokens()
         for name in ADDED[:SPECIAL]:
             if name not in self.added:
-                raise InputError(f"tokenizer_config.json: added_tokens_decoder lacks {name}; a Qwen2.5-VL tokenizer has it")
+                raise InputError(f"tokenizer_config.json: added_tokens_decoder lacks {name}, which dialogues and pictures need")
 
         # Both directions: ids to bytes by a table, text to ids by tiktoken.
         self.bytes_of = {id: b for b, id in ranks.items()}
@@ -198,7 +198,7 @@ def _read_single_file(path: Path) -> tuple[dict[str, int], list[tuple], dict[str
             merges.append(tuple(merge))
         added = {str(t["id"]): t for t in whole["added_tokens"]}
     except (KeyError, TypeError, ValueError) as e:
-        what = f"no byte-level BPE ({e!r:.60}): use that of Qwen2.5-VL"
+        what = f"no byte-level BPE ({e!r:.60}): use the language model's own"
         raise InputError(f"{path}: {what}") from None
     return vocab, merges, added
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from checkpoint import InputError, check_bounds, config_from_json
 from connector import Connector
 from dit import DiT, Pack, axial_rope, draw_weights, linear32, modulation, working_dtype
-from ops import attention, gate_add, join, joint, modulate, rms_norm, rope
+from ops import attention, gate_add, modulate, rms_norm, rope
 
 EPS = 1e-6  # of all norms
 
@@ -177,16 +177,8 @@ class Attention(nn.Module):
         return self.turned(self.to_q(x), self.norm_q, *tables)
 
     def kv(self, x: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
-        parts = joint(x, self.to_k, self.to_v)
-        k, v = parts[0].chunk(2, 1) if len(parts) == 1 else parts
-        return self.turned(k, self.norm_k, *tables), self.heads_of(v)                  # 2 x (N, heads, head_dim)
-
-    def qkv(self, x: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = joint(x, self.to_q, self.to_k, self.to_v)
-        q, k, v = parts[0].chunk(3, 1) if len(parts) == 1 else parts
-        q = self.turned(q, self.norm_q, *tables)
-        k = self.turned(k, self.norm_k, *tables)
-        return q, k, self.heads_of(v)                                                  # 3 x (N, heads, head_dim)
+        k = self.turned(self.to_k(x), self.norm_k, *tables)
+        return k, self.heads_of(self.to_v(x))                                          # 2 x (N, heads, head_dim)
 
     def out(self, y: Tensor) -> Tensor:
         return self.to_out[0](y.flatten(1))                                            # (N, D)
@@ -228,7 +220,8 @@ class Block(nn.Module):
         # Self-attention: every patch looks at all images of its sample.
         h = modulate(x, shift1, scale1, index, dtype)                                  # (N, D)
         if targets is None:
-            q, k, v = self.attn1.qkv(h, *rope)                                         # (N, heads, head_dim)
+            q = self.attn1.query(h, *rope)                                             # (N, heads, head_dim)
+            k, v = self.attn1.kv(h, *rope)                                             # (N, heads, head_dim)
             y = attention(q, k, v, segments)
         else:
             # Painted patches ask, all answer; from here on there are only the painted ones.
@@ -312,10 +305,7 @@ class Wan(DiT):
         return [*self.blocks]
 
     def fuse_for_inference(self) -> "Wan":
-        """Projections that read the same input become one product where no gradient is asked for. Repeat it after `.to`."""
-        for block in self.blocks:
-            join(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-            join(block.attn2.to_k, block.attn2.to_v)
+        """Nothing to join: a norm over all heads needs queries and keys as rows of their own, not as slices of wider ones."""
         return self
 
     def read_text(self, states: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -74,12 +75,8 @@ def make_parts(folder: Path, mllm: str = "qwen2_5_vl", dit: str = "CosmosTransfo
     texts = [p["text"] for s in range(60) for m in dialogues.dialogue(s)["messages"] for p in m["content"] if "text" in p]
     tokenizer = train_bpe(texts, 600)
     config = preset("mllm", {"qwen2_5_vl": "tiny", "qwen3_vl": "tiny-qwen3-vl"}[mllm]).for_tokenizer(tokenizer)
-    config.num_hidden_layers = 2
-    config.vision.depth = 2
-    if mllm == "qwen2_5_vl":
-        config.vision.fullatt_block_indexes = [1]
-    else:
-        config.vision.deepstack_visual_indexes = (0, 1)
+    special = {"qwen2_5_vl": {"fullatt_block_indexes": (1,)}, "qwen3_vl": {"deepstack_visual_indexes": (0, 1)}}[mllm]
+    config = replace(config, num_hidden_layers=2, vision=replace(config.vision, depth=2, **special))
     family = family_of(config)
     processor = family.Processor(patch_size=8, merge_size=2, min_pixels=256, max_pixels=4096)
     for part in (family.Model.from_config(config), tokenizer, processor):

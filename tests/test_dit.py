@@ -259,7 +259,7 @@ def test_patchify_is_channel_major_and_invertible():
     x = patchify(z)
     assert x.shape == (6, 12) and torch.equal(unpatchify(x, (2, 3)), z)
     assert x[4].tolist() == z[:, 2:4, 2:4].flatten().tolist()  # patch of row 1, column 1: c * 4 + ph * 2 + pw
-    with pytest.raises(InputError, match="multiples of 16"):
+    with pytest.raises(InputError, match="whole numbers of patches"):
         patchify(torch.zeros(16, 5, 4))
 
 

@@ -271,5 +271,5 @@ def test_what_denoise_cannot_use_is_refused(dit):
         denoise(dit, conditions, sizes, positive, None, seeds, sigmas=shift_schedule(2), guidance=2.0)
     with pytest.raises(InputError, match="one length"):
         denoise(dit, conditions, sizes, positive[:2], None, seeds, sigmas=shift_schedule(2))
-    with pytest.raises(InputError, match="multiples of 16"):
+    with pytest.raises(InputError, match="whole numbers of patches"):
         denoise(dit, conditions, [(4, 4), (5, 2), (2, 2)], positive, negative, seeds, sigmas=shift_schedule(2), guidance=2.0)

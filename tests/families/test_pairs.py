@@ -1,5 +1,6 @@
 """Every language model with every painter: sampling, offloading, both stages with a resume, and the plan."""
 
+import inspect
 import json
 import signal
 from collections import Counter
@@ -13,7 +14,9 @@ import pipeline
 import runs
 from checkpoint import InputError, newest_sound, read_json
 from conftest import make_parts
-from families.registry import FAMILIES, family, family_of, preset, read_config
+from dit import Painter
+from families.registry import FAMILIES, PRESETS, family, family_of, preset, read_config
+from model import LanguageModel
 from pipeline import DuoGen, write_manifest
 from tools import fit, plan
 from train_stage1 import Stage1Config
@@ -182,6 +185,23 @@ def test_what_sampling_takes_is_told_for_every_pair(mllm, dit):
     assert f.need(offload=True) < f.need(offload=False)
     assert f.weights()["vision tower"] == 2 * sum(p.numel() for p in f.mllm.visual.parameters())
     assert "fits on" in f.report()
+
+
+@pytest.mark.parametrize("part", ["mllm", "dit"])
+def test_every_family_answers_the_whole_protocol(part):
+    """And no less: each name that the rest of the system may ask for is there, with the arguments it may be given."""
+    protocol = {"mllm": LanguageModel, "dit": Painter}[part]
+    methods = {n: f for n, f in vars(protocol).items() if inspect.isfunction(f) and not n.startswith("_")}
+    assert len(methods) >= 7 and len(protocol.__annotations__) >= 4
+    tiny = [c for name, c in PRESETS[part].items() if name.startswith("tiny")]
+    assert {type(c) for c in tiny} == {f.Config for f in FAMILIES[part]}
+    for config in tiny:
+        with torch.device("meta"):
+            own = family_of(config).Model(config)
+        assert all(hasattr(own, name) for name in protocol.__annotations__)
+        for name, method in methods.items():
+            asked = inspect.signature(method).parameters.keys() - {"self", "made_before"}
+            assert asked <= inspect.signature(getattr(own, name)).parameters.keys(), name
 
 
 def test_a_family_that_is_not_here_is_named():

@@ -1,5 +1,6 @@
 """families/wan.py: equal to diffusers on its checkpoints, in packs, and with a connector where its text was read."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -9,10 +10,12 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import flow
+import ops
 from checkpoint import InputError, read_json
 from dit import Targets, pack_images, patchify, unpatchify
 from families.registry import load_model, read_config
 from families.wan import PRESETS, Wan, WanConfig
+from ops import Segments
 
 SHAPES = {
     "heads of 128, shards": {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 96, "num_layers": 2},
@@ -177,6 +180,33 @@ def test_what_a_sampler_computes_once_changes_nothing(small):
         once["modulations"] = small.modulations(torch.tensor([0.7, 1e-4])), torch.tensor([1, 1, 0, 0, 1, 0])
         v = small(x, None, torch.tensor(given), pack, None, cu, **once)
     assert (v - plain[targets.rows]).abs().max() < 5e-6
+
+
+def test_the_kernels_give_the_same(monkeypatch):
+    """In Triton's interpreter, pictures of one size and of two, joint projections."""
+    wan = randomise(Wan.from_config(WanConfig(2, 2, 64, 80, freq_dim=32, crossattn_proj_in_channels=24))).fuse_for_inference()
+    for sizes in ([[(2, 4), (2, 4)]], [[(1, 3)], [(2, 2), (1, 1)]]):
+        pack = pack_images(sizes)
+        given = [k < len(sample) - 1 for sample in sizes for k in range(len(sample))]
+        x, context = torch.randn(len(pack.image_ids), 64), torch.randn(3 * len(sizes), 128)
+        keys = Segments([3] * len(sizes))
+        with torch.no_grad():
+            args = x, torch.rand(len(given)), torch.tensor(given), pack, context, keys
+            plain = wan(*args, targets=Targets(pack, given))
+            with monkeypatch.context() as patch:
+                patch.setattr(ops, "_backend", "triton")
+                ours = wan(*args, targets=Targets(pack, given))
+        assert plain.std() > 0.1 and (ours - plain).abs().max() < 2e-5
+
+
+def test_bf16_stays_near_fp32(small):
+    pack = pack_images(MIXED)
+    args = torch.randn(len(pack.image_ids), 64), torch.rand(6), torch.zeros(6), pack, torch.randn(15, 64)
+    cu = torch.tensor([0, 5, 14, 15], dtype=torch.int32)
+    with torch.no_grad():
+        exact = small(*args, cu)
+        ours = copy.deepcopy(small).to(torch.bfloat16)(*args, cu)
+    assert ours.dtype == torch.float32 and (ours - exact).norm() < 0.05 * exact.norm()
 
 
 def test_fresh_weights_answer_zero_and_learn_everywhere():
