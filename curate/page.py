@@ -1,17 +1,18 @@
 """What goes through the data engine: a page of texts and pictures in order, and the steps that it goes through.
 
     page.parts                            ["Cut the paper.", Picture(...), "Fold it twice.", Picture(...)]
-    step(page, thresholds) -> Page        the same page, a changed one ...
-    step(page, thresholds) -> Dropped     ... or why it is of no use
+    step = Short(words=50)                a step: a frozen dataclass, its fields are its thresholds
+    step(page) -> Page                    the same page, a changed one ...
+    step(page) -> Dropped                 ... or why it is of no use
 
-A step is a pure function: what it returns depends on the page and its settings alone, and it never changes the page that it was
+What a step returns depends on the page and its thresholds alone, and it never changes the page that it was
 given. So steps run in any number of processes, and the same input gives the same bytes. Cheap steps stand first.
 `engine.py` runs them as blocks of datatrove.
 """
 
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from datatrove.data import Document, Media, MediaType
 
@@ -88,6 +89,12 @@ class Dropped(NamedTuple):
     """What a step returns in a page's stead."""
 
     reason: str  # in the form "kind" or "kind: details"; kinds are counted
+
+
+class Step(Protocol):
+    """What a page goes through. The name of its class is its name in the report and in the manifest."""
+
+    def __call__(self, page: Page) -> Page | Dropped: ...
 
 
 def joined(parts: list[Part]) -> tuple[Part, ...]:
