@@ -336,6 +336,7 @@ def denoise(
     progress: Callable[[int, int], None] | None = None,
     graphs: bool | None = False,
     eta: float = 1.0,
+    watch: Callable[[int, list[Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
 
@@ -344,7 +345,8 @@ def denoise(
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
     None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
     target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first; None:
-    where that pays (ops.pays_to_record). method, eta: sample_flow.
+    where that pays (ops.pays_to_record). method, eta: sample_flow. watch(i, latents) is shown in step i what the network makes
+    of the pictures so far: its predictions of the data, S latents (C, H, W).
     """
     branches = 1 if guidance == 1 else 2
     contexts = _contexts(positive, negative, guidance)
@@ -393,7 +395,11 @@ def denoise(
     step = Graph(velocity) if record else velocity
 
     def velocity_at(x: Tensor, t: float) -> Tensor:
-        return step(x, rows[times.index(t)])
+        i = times.index(t)
+        v = step(x, rows[i])
+        if watch is not None:
+            watch(i, canvas.pictures(x - t * v))
+        return v
 
     def fresh_noise() -> Tensor:
         patches = [patchify(z, patch) for z in noise.draw()]
