@@ -227,30 +227,23 @@ function redraw(turn, answer, number, figure) {
 
 // ------------------------------------------------------------------------------------------------- keeping it
 
+const LOOK =
+  "body{max-width:44rem;margin:2rem auto;padding:0 1rem;font:1.06rem/1.6 system-ui}p{white-space:pre-wrap}" +
+  "img{display:block;width:22rem;max-width:100%;margin:.5rem 0}.user{font-weight:600}.user img{width:auto;height:6rem}";
+
 // The conversation as one file that needs no network.
 function save() {
-  const page = document.implementation.createHTMLDocument("DuoGen");
-  const style = page.createElement("style");
-  style.textContent =
-    "body{max-width:44rem;margin:2rem auto;padding:0 1rem;font:1.06rem/1.6 system-ui}p{white-space:pre-wrap}" +
-    "img{display:block;max-width:min(100%,22rem);margin:.5rem 0;width:22rem}.user{font-weight:600}.user img{width:auto;height:6rem}";
-  page.head.append(style);
-  const meta = page.createElement("meta");
-  meta.setAttribute("charset", "utf-8");
-  page.head.prepend(meta);
+  const body = make("body"); // as nodes, so that what was typed stays text
   for (const message of messages) {
-    const turn = page.createElement("div");
-    turn.className = message.role;
+    const turn = make("div", message.role);
     for (const part of message.content) {
-      const node = page.createElement(part.type === "text" ? "p" : "img");
-      if (part.type === "text") node.textContent = part.text.trim();
-      else node.src = part.image_url.url;
-      turn.append(node);
+      turn.append(part.type === "text" ? make("p", "", part.text.trim()) : image(part.image_url.url, "picture"));
     }
-    page.body.append(turn);
+    body.append(turn);
   }
+  const head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>DuoGen</title><style>' + LOOK + "</style>";
   const link = make("a");
-  link.href = URL.createObjectURL(new Blob(["<!doctype html>" + page.documentElement.outerHTML], { type: "text/html" }));
+  link.href = URL.createObjectURL(new Blob(["<!doctype html><head>" + head + "</head>" + body.outerHTML], { type: "text/html" }));
   link.download = "duogen.html";
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
