@@ -331,6 +331,7 @@ def denoise(
     *,
     sigmas: Tensor,
     guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
     method: str = "unipc",
     condition_time: float | None = CONDITION_TIME,
     progress: Callable[[int, int], None] | None = None,
@@ -343,10 +344,11 @@ def denoise(
     conditions: each sample's clean latents (C, h, w) in time order, possibly none; sizes: (H, W) of the latents to paint.
     positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
-    None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
-    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first; None:
-    where that pays (ops.pays_to_record). method, eta: sample_flow. watch(i, latents) is shown in step i what the network makes
-    of the pictures so far: its predictions of the data, S latents (C, H, W).
+    None. interval: times (lowest, highest) between which there is guidance; elsewhere v_pos alone is computed, at half the cost
+    (Kynkaanniemi et al., arXiv 2404.07724). seeds: a sample's noise depends on its seed and size alone. condition_time: t of
+    the clean images; None: that of the target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but
+    the first; None: where that pays (ops.pays_to_record). method, eta: sample_flow. watch(i, latents) is shown in step i what
+    the network makes of the pictures so far: its predictions of the data, S latents (C, H, W).
     """
     branches = 1 if guidance == 1 else 2
     contexts = _contexts(positive, negative, guidance)
@@ -358,45 +360,25 @@ def denoise(
 
     # Each picture begins as noise. Everything else of the batch stays as it lies while the sampler walks.
     noise = Noise([(dit.config.out_channels, *size) for size in sizes], seeds)
-    canvas = Canvas(conditions, noise.draw(), branches, patch, device)
-    pack = canvas.pack
-    given = canvas.given.to(device)
-
-    # Whatever a step needs besides x is on the device before the first: nothing of the loop waits for it.
-    kv = dit.context_kv(torch.cat(contexts).to(device))
-    keys = Segments([len(c) for c in contexts], device)
-    rope = dit.rope(pack.positions)
+    start = noise.draw()
     times = sigmas[:-1].tolist()
-    table, rows = _modulations(dit, times, canvas.given, condition_time, device)       # (T + 1, 9D) per block, (T, I)
-
-    def velocity(x: Tensor, row: Tensor) -> Tensor:
-        """x (P, C4): the painted patches at one time -> their guided velocity (P, C4); row (I,): each image's modulations."""
-        x = canvas.start.index_copy(0, canvas.painted, x).repeat(branches, 1)          # (N, C4)
-        v = dit(
-            x,
-            None,
-            given,
-            pack,
-            None,
-            keys,
-            kv=kv,
-            modulations=(table, row),
-            rope=rope,
-            targets=canvas.targets,
-        )
-        v = v.unflatten(0, (branches, -1))                                             # (branches, P, C4)
-        if branches == 1:
-            return v[0]
-        # Beyond 1 this goes past v_pos, away from what the negative context asks for.
-        return torch.lerp(v[1], v[0], guidance)
+    guided = Branches(dit, Canvas(conditions, start, branches, patch, device), contexts, times, condition_time, guidance)
+    canvas = guided.canvas
+    # Outside the interval there is one branch.
+    low, high = interval
+    outside = [not low <= t <= high for t in times]
+    plain = guided
+    if branches == 2 and any(outside):
+        plain = Branches(dit, Canvas(conditions, start, 1, patch, device), positive, times, condition_time)
 
     # x and the row are all that differs between steps, so a recording of one step serves for the others.
-    record = pays_to_record(graphs, device, len(pack.positions), dit.config.width)
-    step = Graph(velocity) if record else velocity
+    record = pays_to_record(graphs, device, len(canvas.pack.positions), dit.config.width)
+    steps = {network: Graph(network.velocity) if record else network.velocity for network in {guided, plain}}
 
     def velocity_at(x: Tensor, t: float) -> Tensor:
         i = times.index(t)
-        v = step(x, rows[i])
+        network = plain if outside[i] else guided
+        v = steps[network](x, network.rows[i])
         if watch is not None:
             watch(i, canvas.pictures(x - t * v))
         return v
@@ -467,6 +449,55 @@ class Canvas:
         shapes = [sample[-1] for sample in self.grids]
         patches = x.split([rows * columns for rows, columns in shapes])
         return [unpatchify(z, shape, self.patch) for z, shape in zip(patches, shapes, strict=True)]
+
+
+class Branches:
+    """The network on one canvas: whatever a step needs besides x is on the device before the first, and nothing waits for it.
+
+    contexts: of each sample in each branch, (M, text_embed_dim); times: of the steps; guidance: of two branches.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        canvas: Canvas,
+        contexts: list[Tensor],
+        times: list[float],
+        condition_time: float | None,
+        guidance: float = 1.0,
+    ):
+        device = canvas.start.device
+        self.dit = dit
+        self.canvas = canvas
+        self.branches = len(contexts) // len(canvas.grids)
+        self.guidance = guidance
+        self.given = canvas.given.to(device)
+        self.kv = dit.context_kv(torch.cat(contexts).to(device))
+        self.keys = Segments([len(c) for c in contexts], device)
+        self.rope = dit.rope(canvas.pack.positions)
+        self.table, self.rows = _modulations(dit, times, canvas.given, condition_time, device)  # (T + 1, 9D) a block, (T, I)
+
+    def velocity(self, x: Tensor, row: Tensor) -> Tensor:
+        """x (P, C4): the painted patches at one time -> their guided velocity (P, C4); row (I,): each image's modulations."""
+        canvas = self.canvas
+        x = canvas.start.index_copy(0, canvas.painted, x).repeat(self.branches, 1)     # (N, C4)
+        v = self.dit(
+            x,
+            None,
+            self.given,
+            canvas.pack,
+            None,
+            self.keys,
+            kv=self.kv,
+            modulations=(self.table, row),
+            rope=self.rope,
+            targets=canvas.targets,
+        )
+        v = v.unflatten(0, (self.branches, -1))                                        # (branches, P, C4)
+        if self.branches == 1:
+            return v[0]
+        # Beyond 1 this goes past v_pos, away from what the negative context asks for.
+        return torch.lerp(v[1], v[0], self.guidance)
 
 
 def _modulations(

@@ -72,6 +72,8 @@ class Settings:
     seed: int = 0  # of the text's sampling and of every picture's noise
     steps: int = 35  # calls of the DiT for a picture
     guidance: float = 8.0  # v = v_neg + guidance (v_pos - v_neg); 1 is none
+    guidance_from: float = 0.0  # lowest and highest time, 0 clean and 1 noise, at which there is guidance: elsewhere a step ...
+    guidance_to: float = 1.0  # ... costs half
     sampler: str = "unipc"  # "unipc", "euler", or "ancestral": Euler with fresh noise in every step
     eta: float = 1.0  # how much of it, for the sampler ancestral; 0 is euler
     schedule: str = "shift"  # noise levels: "shift" as in training, or "karras" as for Cosmos' post-trained weights
@@ -97,6 +99,8 @@ class Settings:
         need(1 <= self.steps <= 1000, "steps", "from 1 to 1000")
         # Beyond these limits nothing can be painted or written: numbers overflow, or all noise levels become one.
         need(-100 <= self.guidance <= 100, "guidance", "from -100 to 100, 1 for none")
+        need(0 <= self.guidance_from <= 1, "guidance_from", "from 0 to 1")
+        need(0 <= self.guidance_to <= 1, "guidance_to", "from 0 to 1")
         need(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
         need(0 <= self.eta <= 100, "eta", "from 0 to 100")
         need(self.schedule in ("shift", "karras"), "schedule", "shift or karras")
@@ -125,7 +129,12 @@ class Settings:
     @property
     def painting(self) -> tuple:
         """What pictures that are painted in one batch have in common."""
-        return self.steps, self.schedule, self.shift, self.scale, self.sampler, self.eta, self.condition_time
+        return self.steps, self.schedule, self.shift, self.scale, self.interval, self.sampler, self.eta, self.condition_time
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The times between which there is guidance."""
+        return self.guidance_from, self.guidance_to
 
 
 def override(settings: Settings, values: dict, where: str) -> Settings:
@@ -983,6 +992,7 @@ class DuoGen(Writer):
             [r.seed for r in batch],
             sigmas=shift_schedule(s.steps, s.shift) if s.schedule == "shift" else karras_schedule(s.steps),
             guidance=s.scale,
+            interval=s.interval,
             method=s.sampler,
             eta=s.eta,
             condition_time=s.condition_time,

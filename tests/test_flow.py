@@ -220,6 +220,30 @@ def test_denoise_is_guided_euler_on_the_whole_forward(dit, condition_time):
     assert (ours - unpatchify(x, (2, 2))).abs().max() < 2e-5
 
 
+def test_guidance_in_an_interval_of_time_alone(dit):
+    """All times: as without one. None: as without guidance. Some: other pictures, and each sample as if it were alone."""
+    conditions, sizes, positive, negative, seeds = batch()
+    everything = conditions, sizes, positive, negative, seeds
+    sigmas = shift_schedule(5)
+    guided = denoise(dit, *everything, sigmas=sigmas, guidance=4.0)
+    assert all(map(torch.equal, denoise(dit, *everything, sigmas=sigmas, guidance=4.0, interval=(0.0, 1.0)), guided))
+    plain = denoise(dit, conditions, sizes, positive, None, seeds, sigmas=sigmas)
+    never = denoise(dit, *everything, sigmas=sigmas, guidance=4.0, interval=(0.9, 0.1))
+    assert all(map(torch.equal, never, plain))
+
+    calls = []
+    hook = dit.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    options = {"sigmas": sigmas, "guidance": 4.0, "interval": (0.0, sigmas[2].item())}
+    some = denoise(dit, *everything, **options)
+    hook.remove()
+    # The first two steps are too near to noise: they compute one branch, half of the patches.
+    assert [2 * n for n in calls[:2]] == calls[2:4] and len(calls) == 5
+    assert not any(map(torch.equal, some, guided)) and not any(map(torch.equal, some, plain))
+    for s, picture in enumerate(some):
+        (alone,) = denoise(dit, *(part[s : s + 1] for part in everything), **options)
+        assert (alone - picture).abs().max() < 1e-4
+
+
 def test_guidance_1_is_the_positive_branch_alone(dit, monkeypatch):
     conditions, sizes, positive, negative, seeds = batch()
     sigmas, rows = shift_schedule(3), []
