@@ -74,6 +74,7 @@ class Settings:
     guidance: float = 8.0  # v = v_neg + guidance (v_pos - v_neg); 1 is none
     guidance_from: float = 0.0  # lowest and highest time, 0 clean and 1 noise, at which there is guidance: elsewhere a step ...
     guidance_to: float = 1.0  # ... costs half
+    reuse: float = 0.0  # steps in which a picture changes less than this take their velocity from the steps before; 0: none
     sampler: str = "unipc"  # "unipc", "euler", or "ancestral": Euler with fresh noise in every step
     eta: float = 1.0  # how much of it, for the sampler ancestral; 0 is euler
     schedule: str = "shift"  # noise levels: "shift" as in training, or "karras" as for Cosmos' post-trained weights
@@ -101,6 +102,7 @@ class Settings:
         need(-100 <= self.guidance <= 100, "guidance", "from -100 to 100, 1 for none")
         need(0 <= self.guidance_from <= 1, "guidance_from", "from 0 to 1")
         need(0 <= self.guidance_to <= 1, "guidance_to", "from 0 to 1")
+        need(0 <= self.reuse <= 1000, "reuse", "from 0 to 1000")
         need(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
         need(0 <= self.eta <= 100, "eta", "from 0 to 100")
         need(self.schedule in ("shift", "karras"), "schedule", "shift or karras")
@@ -129,7 +131,8 @@ class Settings:
     @property
     def painting(self) -> tuple:
         """What pictures that are painted in one batch have in common."""
-        return self.steps, self.schedule, self.shift, self.scale, self.interval, self.sampler, self.eta, self.condition_time
+        noise = self.steps, self.schedule, self.shift, self.condition_time
+        return *noise, self.scale, self.interval, self.reuse, self.sampler, self.eta
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -993,6 +996,7 @@ class DuoGen(Writer):
             sigmas=shift_schedule(s.steps, s.shift) if s.schedule == "shift" else karras_schedule(s.steps),
             guidance=s.scale,
             interval=s.interval,
+            reuse=s.reuse,
             method=s.sampler,
             eta=s.eta,
             condition_time=s.condition_time,
