@@ -347,8 +347,8 @@ def denoise(
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
     None. interval: times (lowest, highest) between which there is guidance; elsewhere v_pos alone is computed, at half the cost
     (Kynkaanniemi et al., arXiv 2404.07724). reuse: threshold of `Reuse`, 0 for none. seeds: a sample's noise depends on its
-    seed and size alone. condition_time: t of the clean images; None: that of the target, as for Cosmos' pre-trained weights. graphs:
-    one CUDA graph serves all steps but the first; None: where that pays (ops.pays_to_record). method, eta: sample_flow.
+    seed and size alone. condition_time: t of the clean images; None: that of the target, as for Cosmos' pre-trained weights.
+    graphs: one CUDA graph serves all steps but the first; None: where that pays (ops.pays_to_record). method, eta: sample_flow.
     watch(i, latents) is shown in step i what the network makes of the pictures so far: its predictions of the data, S latents
     (C, H, W).
     """
