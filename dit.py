@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import lora
 from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
 from connector import Connector
 from ops import Segments, attention, gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton, stacked
@@ -489,6 +490,9 @@ class DiT(nn.Module):
     """Velocity of packed images. Built with random weights by from_config, with published ones by from_pretrained."""
 
     Config = DiTConfig
+    LORA = r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"  # see lora.py
+    LORA_PREFIX = {}
+    LORA_WHOLE = ("crossattn_proj",)  # nobody has trained it before
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -516,16 +520,24 @@ class DiT(nn.Module):
         one is made, for training to teach."""
         folder = resolve(source, subfolder, revision)
         config = cls.Config.from_json(read_json(folder / "config.json"))
-        # On the meta device a model has shapes and no memory: the weights that are read take their places.
-        with torch.device("meta"):
-            dit = cls(config)
-        if features in (None, config.crossattn_proj_in_channels):
-            return load_weights(dit, folder, dtype=dtype, device=device)
-        dit.crossattn_proj = None
-        load_weights(dit, folder, rename=all_but_connector, dtype=dtype, device=device)
-        dit.connect(features)
-        dit.crossattn_proj.to(device, dtype)
-        print(f"connector: new, {features:,} numbers of a token -> {config.context_width:,}")
+        own = config.crossattn_proj_in_channels
+        new = features not in (None, own)
+        base = lora.base_of(folder, "dit")
+        if base is not None:
+            # Adapters bring the connector that was trained with them, whatever their base has.
+            dit = cls.from_pretrained(base, dtype=dtype, device=device, features=own)
+            lora.merge(dit, folder)
+        else:
+            # On the meta device a model has shapes and no memory: the weights that are read take their places.
+            with torch.device("meta"):
+                dit = cls(config)
+            if new:
+                dit.crossattn_proj = None
+            load_weights(dit, folder, rename=all_but_connector if new else None, dtype=dtype, device=device)
+        if new:
+            dit.connect(features)
+            dit.crossattn_proj.to(device, dtype)
+            print(f"connector: new, {features:,} numbers of a token -> {config.context_width:,}")
         return dit
 
     def connect(self, features: int) -> None:

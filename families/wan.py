@@ -263,6 +263,8 @@ class Wan(DiT):
 
     Config = WanConfig
 
+    LORA = r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"  # see lora.py
+
     def __init__(self, config: WanConfig):
         nn.Module.__init__(self)  # not DiT's, which makes its own parts
         self.config = config
