@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import lora
 import pipeline
 import runs
 from checkpoint import InputError, newest_sound, read_json
 from conftest import make_parts
 from dit import Painter
-from families.registry import FAMILIES, PRESETS, family, family_of, preset, read_config
+from families.registry import FAMILIES, PRESETS, family, family_of, load_model, preset, read_config
+from families.wan import Wan, WanConfig
 from model import LanguageModel
 from pipeline import DuoGen, write_manifest
 from tools import fit, plan
@@ -150,6 +153,45 @@ def test_a_new_pair_begins_with_a_new_connector(tmp_path):
     printed = runs.run("stage2", runs.config("stage2", folder, tmp_path / "run", steps=1), tmp_path / "a.log")
     assert "connector: new, 512 numbers of a token -> 64" in printed
     assert DuoGen.from_pretrained(folder, dit=tmp_path / "run").dit.config.crossattn_proj_in_channels == 512
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_adapters_bring_the_connector_that_their_base_has_not(tmp_path):
+    """LoRA on a published painter: base, adapters and connector are read as one, here and for a new language model."""
+    folder = make_parts(tmp_path / "parts", "qwen3_vl", "WanTransformer3DModel")
+    wan = Wan.from_config(WanConfig(2, 2, 32, ffn_dim=64, text_dim=8, freq_dim=16))
+    wan.save_pretrained(folder / "dit")
+    runs.run("stage2", runs.config("stage2", folder, tmp_path / "run", steps=1, lora=2), tmp_path / "a.log")
+    own = newest_sound(tmp_path / "run") / "dit"
+    assert not (own / "diffusion_pytorch_model.safetensors").exists()
+    adapters = load_file(own / "adapter_model.safetensors")
+    read = load_model("dit", own)
+    assert torch.equal(read.crossattn_proj[0].weight, adapters["base_model.model.crossattn_proj.0.weight"])
+    assert read.condition_embedder.text_embedder is None and torch.equal(read.proj_out.weight, wan.proj_out.weight)
+    assert load_model("dit", own, features=40).crossattn_proj[0].weight.shape == (64, 40)
+
+
+@pytest.mark.parametrize(("name", "per_layer"), [("tiny-qwen3-vl", 7), ("tiny-wan", 10)])
+def test_adapters_have_the_names_of_the_library_of_their_model(name, per_layer):
+    """Seven matrices of a decoder's layer, and ten of a painter's block; peft finds each of them by its name."""
+    from diffusers import WanTransformer3DModel
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    part = "mllm" if name in PRESETS["mllm"] else "dit"
+    config = preset(part, name)
+    with torch.device("meta"):
+        own = family_of(config).Model(config)
+        if part == "mllm":
+            theirs = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config.to_json()))
+            depth = config.num_hidden_layers
+        else:
+            theirs = WanTransformer3DModel.from_config(config.to_json())
+            depth = config.num_layers
+    adapted = lora.layers(own)
+    assert len(adapted) == per_layer * depth
+    assert adapted.keys() <= {n for n, m in theirs.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
