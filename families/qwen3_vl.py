@@ -10,9 +10,9 @@ Against Qwen2.5-VL (model.py), of which it keeps the rest (Bai et al., arXiv 251
 * DeepStack (Meng et al., arXiv 2406.04334): what the tower knows at three depths is added to the decoder's stream, in the
   places of the picture, behind the first three layers.
 
-The published chat template has no default system turn, and leaves out pictures of an answer. Here a dialogue always begins with
-a system turn (tokenizer.SYSTEM), since that is what guidance leaves to the painter where nothing else has been said, and pictures
-of an answer stand in it as a user's do. Otherwise the form is the same.
+The published chat template has no default system turn, and leaves out pictures of an answer. Here a dialogue always begins
+with a system turn (tokenizer.SYSTEM), since that is what guidance leaves to the painter where nothing else has been said, and
+pictures of an answer stand in it as a user's do. Otherwise the form is the same.
 
 Why not a newer one: of the later Qwen models with vision, Qwen3.5 has linear attention with a recurrent state in three of four
 layers, and Qwen4-Exp experts as well. Qwen3-VL is the newest of which every layer is softmax attention, which is what packs
@@ -402,7 +402,8 @@ class Qwen3VL(MLLM):
         c = self.config
         half = c.head_dim // 2
         _, frequency = frequencies((half,), False, c.rope_theta, positions.device)            # (head_dim,)
-        return rope_tables(positions, interleaved(c.mrope_section, positions.device), frequency, torch.float32)
+        axis = interleaved(tuple(c.mrope_section), positions.device)                          # (head_dim,)
+        return rope_tables(positions, axis, frequency, torch.float32)
 
 
 @lru_cache(maxsize=16)
