@@ -3,11 +3,10 @@
     rows = [signature(page) for page in pages]      first pass: a few numbers of every page
     Different(near_duplicates(rows))                second pass: the step that drops all but the first of each group
 
-Pages are compared by datatrove's minhash. Words are its shingles, of Chinese characters: its own tokenizers are packages that the
-core does without. Pictures are compared by PDQ (facebook/ThreatExchange): 256 bits, of which near-duplicates share most.
+Pages are compared by datatrove's minhash over words, of Chinese over characters: its own tokenizers are packages that its core
+does without. Pictures are compared by PDQ (facebook/ThreatExchange): 256 bits, of which near-duplicates share most.
 """
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,11 +21,11 @@ from PIL import Image
 
 from checkpoint import InputError
 from curate.page import Dropped, Page, Picture
-from curate.text import noted, plain, tokens
+from curate.text import plain, tokens
 from records.validate import load_image
 
-# datatrove's own choice, that of FineWeb: pages that share 80 % of their shingles are found in 92 of 100 cases, those that share
-# 50 % in 5. sha1, as xxhash is a package of its own.
+# datatrove's own choice, that of FineWeb: two pages that share 80 % of their shingles are found in 92 of 100 cases, two that
+# share 50 % in 5. sha1, as xxhash is a package of its own.
 MINHASH = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8, hash_config=HashConfig(precision=64, hash_fc="sha1"))
 
 
@@ -84,7 +83,7 @@ def near_duplicates(rows: Iterable[Signature]) -> dict[str, str]:
     if not rows:
         return {}
     ids = [row.id for row in rows]
-    table = np.array([row.buckets for row in rows], dtype=np.uint64)                       # (pages, buckets)
+    table = np.array([row.buckets for row in rows], dtype=np.uint64)  # (pages, buckets)
     first = list(range(len(ids)))  # of each page an earlier one of its group, or itself
 
     def root(page: int) -> int:

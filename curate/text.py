@@ -8,8 +8,8 @@
     Personal()              e-mail addresses, telephone numbers and card numbers become marks
     Adult()                 adult pages by a list of words, adult.txt
 
-Chinese is written without spaces: there a character is a part of a word (CHARACTERS_PER_WORD). Thresholds are those published
-for OBELICS (obelics/configs/*.yaml at 0fca7ba) and OmniCorpus (its paper and filters.py at ce4a012), unless a comment says otherwise.
+Chinese is written without spaces: there a character is a part of a word (CHARACTERS_PER_WORD). Each threshold names its source:
+OBELICS (obelics/configs/*.yaml at 0fca7ba), OmniCorpus (its paper, and filters.py at ce4a012), or this project's own choice.
 """
 
 import hashlib
