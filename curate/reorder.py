@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from curate.models import Model, parsed, prompt
 from curate.page import Dropped, Page, Part, Picture, joined
-from curate.text import FENCED, LIST_ITEM, noted
+from curate.text import LIST_ITEM, noted
 from evaluate.judges import Unanswered
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -41,17 +41,17 @@ def blocks_of(text: str) -> list[str]:
 
     Code is not cut.
     """
-    fences = [fence.span() for fence in FENCED.finditer(text)]
-    blocks = [""]
-    start = 0
+    blocks: list[list[str]] = [[]]
+    code = False
     for line in text.splitlines(keepends=True):
-        inside = any(a < start < b for a, b in fences)
-        begins = LIST_ITEM.match(line) or blocks[-1].endswith("\n\n")
-        if blocks[-1].strip() and line.strip() and begins and not inside:
-            blocks.append("")
-        blocks[-1] += line
-        start += len(line)
-    return [block for block in blocks if block]
+        blank = not line.strip()
+        begins = LIST_ITEM.match(line) or (blocks[-1] and not blocks[-1][-1].strip())
+        if begins and not code and not blank and any(map(str.strip, blocks[-1])):
+            blocks.append([])
+        blocks[-1].append(line)
+        if line.lstrip().startswith(("```", "~~~")):
+            code = not code
+    return ["".join(lines) for lines in blocks if lines]
 
 
 class Layout(NamedTuple):

@@ -16,7 +16,7 @@ from curate.text import ADDRESS, FENCED, LINK, LIST_ITEM, count_words, language_
 from evaluate.judges import Unanswered
 
 MARK = re.compile(r"\[\[picture (\d+)\]\]")
-TAG = re.compile(r"</?[A-Za-z][^<>]{0,2000}>|<!--.*?-->", re.S)
+TAG = re.compile(r"</?[A-Za-z][^<>]{0,2000}>|<!--.{0,5000}?-->", re.S)
 NUMBER = re.compile(r"\d+(?:[.,/:]\d+)*|[½⅓⅔¼¾⅛]")
 ORDINAL = re.compile(r"^\s*\d+[.)、](?=\s)", re.M)
 HEADING = re.compile(r"^#{1,6} ", re.M)

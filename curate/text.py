@@ -34,10 +34,11 @@ CHARACTERS_PER_WORD = 1.5
 HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 TOKEN = re.compile(rf"[{HAN}]|[^\W\d_{HAN}]+(?:['’-][^\W\d_{HAN}]+)*|\d+(?:[.,]\d+)*")
 LETTERS = re.compile(rf"[^\W\d_{HAN}]+")
-FENCED = re.compile(r"^\s*(```|~~~).*?(?:^\s*\1\s*$|\Z)", re.M | re.S)
-LINK = re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)")
+# None may look far ahead from many places: a hostile page would take its square in time.
+FENCED = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[ \t]*$|\Z)", re.M | re.S)
+LINK = re.compile(r"!?\[([^\[\]\n]{0,500})\]\([^()\n]{0,2000}\)")
 ADDRESS = re.compile(r"https?://\S+")
-MARKS = re.compile(r"^\s*(?:#{1,6}|[-*+>]|\d+[.)、])\s+|[`*|_]+", re.M)
+MARKS = re.compile(r"^[ \t]*(?:#{1,6}|[-*+>]|\d+[.)、])[ \t]+|[`*|_]+", re.M)
 LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)、])\s+")
 
 
@@ -277,12 +278,13 @@ class Boilerplate:
 
 # ------------------------------------------------------------------------------------------------------ personal and adult
 
-# Each begins where no address or longer number is under way, and cannot run far: a hostile line costs no time.
-EMAIL = re.compile(r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w@-])")
-CARD = re.compile(r"(?<![\w./=+-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-])")
+# Each begins where no address or longer number is under way, and cannot run far: a hostile line costs no time. Letters are
+# those of ASCII: in Chinese no space stands before a number.
+EMAIL = re.compile(r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w@-])", re.A)
+CARD = re.compile(r"(?<![\w./=+-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-])", re.A)
 PHONES = (
-    re.compile(r"(?<![\w./=])\+\d{1,3}(?:[ .()-]{0,2}\d){6,12}(?![\w-])"),  # with the country's number
-    re.compile(r"(?<![\w./=-])(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]\d{4}(?![\w-])"),  # North America
+    re.compile(r"(?<![\w./=])\+\d{1,3}(?:[ .()-]{0,2}\d){6,12}(?![\w-])", re.A),  # with the country's number
+    re.compile(r"(?<![\w./=-])(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]\d{4}(?![\w-])", re.A),  # North America
     re.compile(r"(?<![\w./=-])1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?![\w-])", re.A),  # mobile in China
     re.compile(r"(?<![\w./=-])\(?0\d{2,3}\)?[ -]\d{7,8}(?![\w-])", re.A),  # landline in China
 )
