@@ -55,8 +55,8 @@ def measures(image: Image.Image) -> Measures:
 def kind_by_rules(image: Image.Image) -> str:
     """One of KINDS.
 
-    Found on 223 pictures of real guides that were classed by looking: a photo is told from the rest in 99 of 100, a screen from
-    a document in 72 of 100 alone, for both are flat and light.
+    Found on 223 pictures of real guides that were classed by looking: among these a photo is told from the rest in 99 of 100,
+    among 72 others in 94. A screen is told from a document in 73 of 100 only, for both are flat and light: that takes a model.
     """
     of = measures(image)
     if of.flat < 0.72:

@@ -217,8 +217,8 @@ class Own:
         return await asyncio.get_running_loop().run_in_executor(self.alone, self.answer, asked, options)
 
     def answer(self, asked: Asked, options: dict) -> dict:
-        parts = [part if isinstance(part, str) else load_image(part.data) for part in asked]
         try:
+            parts = [part if isinstance(part, str) else load_image(part.data) for part in asked]
             return self.likeliest(parts, options["options"]) if "options" in options else self.written(parts, options)
         except InputError as e:  # longer than its context, or a picture that is none
             return reply_of("", problem=str(e))
@@ -257,7 +257,10 @@ class Server:
         """Raises Unanswered when all tries are used up."""
         if self.silent >= PATIENCE and time.monotonic() < self.last + REST:
             raise Unanswered(f"{self.model.where}: has been silent {self.silent} times in a row: left alone for a while")
-        messages = [{"role": "user", "content": [self.content(part) for part in asked]}]
+        try:
+            messages = [{"role": "user", "content": [self.content(part) for part in asked]}]
+        except InputError as e:  # a picture that is none
+            return reply_of("", problem=str(e))
         pause = server.FIRST
         for left in reversed(range(self.model.tries)):
             try:
