@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from checkpoint import InputError
-from curate.models import Model, parsed, prompt
+from curate.models import Model, asking, at_once, parsed, prompt
 from curate.page import Dropped, Page, Picture
 from curate.text import count_words, noted
 from evaluate.judges import Unanswered
@@ -79,6 +79,13 @@ class Caption:
 
     model: Model = Model()  # none: rules alone
     words: int = 100  # of a model's caption, at most; own choice: it was asked for two sentences
+
+    @property
+    def at_once(self) -> int:
+        return at_once(self.model)
+
+    def manifest(self) -> dict:
+        return asking(self.model, "caption")
 
     def __call__(self, page: Page) -> Page | Dropped:
         found = self.asked(page) if self.model else [None] * len(page.pictures)

@@ -1,6 +1,5 @@
 """A page becomes a dialogue: a user asks what the page answers, and the assistant answers in the page's steps and pictures.
 
-    Balance()               of pages without a picture only some stay
     Dialogue(model)         page.messages; pictures in it are numbers
     record_of(page)         the record of data.py, and its pictures' files
 
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 
 from checkpoint import InputError, read_json
 from curate.caption import LANGUAGES
-from curate.models import Model, prompt
+from curate.models import Model, asking, at_once, prompt
 from curate.page import Dropped, Page, Picture
 from curate.reorder import blocks_of
 from curate.text import LIST_ITEM, count_words, language_of, noted, plain
@@ -50,20 +49,6 @@ def drawn(count: int, *key: object) -> int:
     """A number below count that follows from the key alone, the same on every machine."""
     digest = hashlib.sha256(json.dumps([str(each) for each in key]).encode()).digest()
     return int.from_bytes(digest[:8], "big") * count >> 64
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Of pages without a picture only a share stays: the model is to go on answering in words where no picture is due."""
-
-    text_only: float = 0.1  # share that stays; own choice
-    seed: int = 0
-
-    def __call__(self, page: Page) -> Page | Dropped:
-        if page.pictures:
-            return page
-        stays = drawn(10**6, "text only", self.seed, page.id) < self.text_only * 10**6
-        return page if stays else Dropped("no picture")
 
 
 # ---------------------------------------------------------------------------------------------------------------- question
@@ -153,6 +138,13 @@ class Dialogue:
     seed: int = 0  # of tones and sentences
     words: int = 60  # of a model's question, at most; own choice: it is asked for 40
     shown: int = 800  # words of the page that the model is shown; own choice: enough to know what it is about
+
+    @property
+    def at_once(self) -> int:
+        return at_once(self.model)
+
+    def manifest(self) -> dict:
+        return asking(self.model, "question")
 
     def __call__(self, page: Page) -> Page | Dropped:
         content = answer_of(page)

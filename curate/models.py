@@ -82,6 +82,14 @@ class Model:
     def __bool__(self) -> bool:
         return self.where != "none"
 
+    def manifest(self) -> dict:
+        """What its answers depend on, and nothing of this machine."""
+        if self.where == "none":
+            return {"model": "none"}
+        if self.where == "self":
+            return {"model": "self", "weights": self.mllm or self.ckpt or "bundled"}
+        return {"model": self.name, "side": self.side, "temperature": 0, "seed": 0}
+
     def check(self) -> None:
         """InputError, one line, where it cannot be asked."""
         if self.where in ("none", "self"):
@@ -381,6 +389,17 @@ def spent(calls: str | Path) -> Tally:
 
 
 # ------------------------------------------------------------------------------------------------------------------- steps
+
+
+def asking(model: Model, *prompts: str) -> dict:
+    """What a step that asks a model says of itself in the manifest."""
+    hashes = prompt_hashes()
+    return {"model": model.manifest(), "prompts": {name: hashes[name] for name in prompts}}
+
+
+def at_once(model: Model) -> int:
+    """Pages that such a step takes at a time, in threads."""
+    return model.at_once if model else 1
 
 
 def abreast(step: Step, pages: Iterable[Page], at_once: int) -> Iterator[tuple[Page, Page | Dropped]]:

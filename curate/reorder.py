@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from curate.models import Model, parsed, prompt
+from curate.models import Model, asking, at_once, parsed, prompt
 from curate.page import Dropped, Page, Part, Picture, joined
 from curate.text import LIST_ITEM, noted
 from evaluate.judges import Unanswered
@@ -139,10 +139,11 @@ class Asked:
     """A model that writes down the places of all pictures at once."""
 
     model: Model
+    prompt: ClassVar[str] = "reorder"
 
     def place(self, blocks: list[str], pictures: list[Picture], turn: random.Random) -> Order | str:
         letters = turn.sample(LETTERS, len(pictures))
-        words = prompt("reorder", count=str(len(pictures)), pieces=shown(blocks))
+        words = prompt(self.prompt, count=str(len(pictures)), pieces=shown(blocks))
         try:
             answer = self.model.write([words, *lettered(pictures, letters)], max_tokens=512)
         except Unanswered as e:
@@ -175,6 +176,7 @@ class Measured:
     """This project's MLLM, which measures how likely each place is; pictures of one place stay in the order given."""
 
     model: Model
+    prompt: ClassVar[str] = "place"
 
     def place(self, blocks: list[str], pictures: list[Picture], turn: random.Random) -> Order | str:
         letters = turn.sample(LETTERS, len(pictures))
@@ -182,7 +184,7 @@ class Measured:
         behind = lettered(pictures, letters)
         questions = []
         for letter in letters:
-            questions.append([prompt("place", count=count, letter=letter, pieces=shown(blocks)), *behind])
+            questions.append([prompt(self.prompt, count=count, letter=letter, pieces=shown(blocks)), *behind])
         answers = self.model.choose(questions, [str(place) for place in range(len(blocks) + 1)])
         for answer in answers:
             if isinstance(answer, Unanswered):
@@ -207,6 +209,16 @@ class Reorder:
     furthest: int = 40  # pieces of text that a picture may pass; own choice
     most: int = 20  # pictures; a page with more is left as it is, as models lose count; own choice
     seed: int = 0  # of the shuffles
+
+    @property
+    def at_once(self) -> int:
+        return 1 if isinstance(self.placer, Stay) else at_once(self.placer.model)
+
+    def manifest(self) -> dict:
+        name = type(self.placer).__name__
+        if isinstance(self.placer, Stay):
+            return {"placer": {"name": name}}
+        return {"placer": {"name": name, **asking(self.placer.model, self.placer.prompt)}}
 
     def __call__(self, page: Page) -> Page | Dropped:
         pictures = page.pictures

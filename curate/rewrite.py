@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from curate.models import Model, prompt
+from curate.models import Model, asking, at_once, prompt
 from curate.page import Dropped, Page, Picture, joined
 from curate.reorder import blocks_of
 from curate.text import ADDRESS, FENCED, LINK, LIST_ITEM, count_words, language_of, noted, plain, tokens, with_texts
@@ -90,6 +90,13 @@ class Rewrite:
     longest: float = 1.25  # likewise at most; own choice
     kept: float = 0.6  # share of the meaningful words of a step that the rewrite has, at least; own choice
     most: int = 4000  # words; a longer page is left as it is; own choice: a model loses steps of long texts
+
+    @property
+    def at_once(self) -> int:
+        return at_once(self.model)
+
+    def manifest(self) -> dict:
+        return asking(self.model, "rewrite")
 
     def __call__(self, page: Page) -> Page | Dropped:
         if not self.model or not page.texts:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("py3langid", reason="curate/requirements.txt is not installed")
 from PIL import Image, ImageDraw, ImageFilter
 from scripted import Scripted, picture
 

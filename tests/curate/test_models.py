@@ -10,13 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("py3langid", reason="curate/requirements.txt is not installed")
 from PIL import Image
 from scripted import picture
 
 from checkpoint import InputError
 from curate import models
+from curate.caption import Caption
+from curate.dialogue import Dialogue
 from curate.models import Model, abreast, keep, parsed, prompt, prompt_hashes, spent
 from curate.page import Dropped, Page
+from curate.reorder import Asked, Reorder
+from curate.rewrite import Rewrite
 from evaluate import server
 from evaluate.judges import Unanswered
 
@@ -195,6 +201,19 @@ def test_a_wrong_key_or_name_ends_the_run():
 )  # fmt: skip
 def test_json_is_read_strictly(words, value):
     assert parsed(words) == value
+
+
+def test_a_step_says_in_the_manifest_whom_it_asks():
+    """Without what is of this machine: where the server is, and where answers are kept."""
+    here = Model("http://localhost:1/v1", "Qwen", calls="/somewhere", at_once=7)
+    there = Model("http://elsewhere:2/v1", "Qwen", calls="/other")
+    for step in (Caption, Rewrite, Dialogue, lambda model: Reorder(Asked(model))):
+        assert step(here).manifest() == step(there).manifest()
+        assert step(here).at_once == 7 and "Qwen" in json.dumps(step(here).manifest())
+    assert Caption().at_once == Reorder().at_once == 1
+    assert Reorder().manifest() == {"placer": {"name": "Stay"}}
+    assert Caption().manifest() == {"model": {"model": "none"}, "prompts": {"caption": prompt_hashes()["caption"]}}
+    assert Model("self", mllm="runs/x").manifest() == {"model": "self", "weights": "runs/x"}
 
 
 def test_prompts_are_files_with_hashes():

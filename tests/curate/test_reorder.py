@@ -5,6 +5,8 @@ import random
 import re
 
 import pytest
+
+pytest.importorskip("py3langid", reason="curate/requirements.txt is not installed")
 import realpages
 import shuffled
 from scripted import Scripted, picture

@@ -1,8 +1,11 @@
 """Rules on words: what each drops and keeps, and what they make of real pages."""
 
+import json
 import time
 
 import pytest
+
+pytest.importorskip("py3langid", reason="curate/requirements.txt is not installed")
 import realpages
 from scripted import picture
 
@@ -19,10 +22,8 @@ from curate.text import (
     WordsPerPicture,
     character_repetition,
     count_words,
-    line_rows,
     luhn,
     plain,
-    repeated_lines,
     word_repetition,
 )
 
@@ -53,7 +54,7 @@ def test_the_language_is_said(text, language):
 def test_other_languages_are_dropped():
     german = "Das Öl in einer Pfanne erhitzen und die Zwiebeln darin braten, bis sie weich und goldbraun geworden sind."
     assert Language()(page(german)) == Dropped("language: de")
-    assert Language(("de",))(page(german)).language == "de"
+    assert Language("de")(page(german)).language == "de"
     assert Language(sure=1.1)(page(ENGLISH)).reason.startswith("language unsure: en")
 
 
@@ -94,21 +95,30 @@ def test_the_shares_are_between_nothing_and_all():
         assert 0.5 < measure("one " * 100) <= 1
 
 
+def surveyed(survey: Boilerplate, pages: list[Page]) -> list[Page]:
+    """As the engine runs it: all are observed, and then each is changed."""
+    seen = [(each.id, survey.observe(each)) for each in pages]
+    found = survey.conclude((id, observed) for id, observed in seen if observed is not None)
+    found = json.loads(json.dumps(found))
+    return [survey(each, found) for each in pages]
+
+
 def test_lines_that_a_site_repeats_are_taken_out():
     footer = "Sign up for our newsletter and never miss a recipe again!"
     pages = [page(f"# Ingredients\n\nRecipe {k} takes {k} minutes and a large pan.\n\n{footer}", id=str(k)) for k in range(5)]
-    elsewhere = page(footer, url="https://other.org/b", id="x")
-    lines = repeated_lines(map(line_rows, [*pages, elsewhere]))
-    changed = [Boilerplate(lines)(each) for each in pages]
+    elsewhere = [page(footer, url=url, id="x") for url in ("https://other.org/b", "")]
+    *changed, other, nowhere = surveyed(Boilerplate(), pages + elsewhere)
     assert [each.text for each in changed] == [each.text.removesuffix(f"\n\n{footer}") for each in pages]
     assert changed[0].notes == {"Boilerplate": [footer]}
-    assert Boilerplate(lines)(elsewhere) == elsewhere
+    assert [other, nowhere] == elsewhere
 
 
 def test_what_few_pages_of_a_large_site_say_stays():
     step = "Preheat the oven to 180 degrees before you begin."
     pages = [page(f"{step if k < 3 else ''}\n\nPage number {k} says something of its own.", id=str(k)) for k in range(40)]
-    assert repeated_lines(map(line_rows, pages)) == frozenset()
+    assert surveyed(Boilerplate(), pages) == pages
+    assert surveyed(Boilerplate(share=0.0), pages)[0].text == "Page number 0 says something of its own."
+    assert surveyed(Boilerplate(), []) == []
 
 
 @pytest.mark.parametrize(
@@ -173,9 +183,8 @@ def test_real_pages(shared):
     for step in (Language(), Lengths(), WordsPerPicture(), Repetition(), Adult()):
         dropped[type(step).__name__] = sum(isinstance(step(each), Dropped) for each in pages)
     assert dropped == {"Language": 2, "Lengths": 0, "WordsPerPicture": 0, "Repetition": 9, "Adult": 0}
-    lines = repeated_lines(map(line_rows, pages))
-    changed = [each for each in map(Boilerplate(lines), pages) if each.notes]
-    assert len(lines) == 1 and len(changed) == 148
+    changed = [each for each in surveyed(Boilerplate(), pages) if each.notes]
+    assert len(changed) == 148
     assert {line for each in changed for line in each.notes["Boilerplate"]} == {
         "如果您遵循本指南的制作流程而发现有问题或可以改进的流程，请提出 Issue 或 Pull request 。"
     }
