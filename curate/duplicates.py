@@ -130,9 +130,11 @@ class DifferentPictures:
     distance: int = 31  # bits of 256 in which near-duplicates differ, at most; PDQ's own advice
     quality: int = 50  # of a hash that says something, at least; PDQ's own advice
     apart: int = 0  # the distance where words stand between the two
-    side: int = 512  # pixels to which a picture is resized first; PDQ's own advice
+    side: int = 256  # pixels to which a picture is resized first; PDQ's advice is 512, but it looks at 64 in the end
 
     def __call__(self, page: Page) -> Page | Dropped:
+        if len(page.pictures) < 2:
+            return page
         reasons = {}
         before = None  # hash and quality of the picture that stays
         number = -1
