@@ -110,22 +110,30 @@ class Model:
 
     def write_all(self, questions: list[Asked], max_tokens: int = 1024) -> list[str | Unanswered]:
         """Answers to independent questions, which are asked at the same time."""
-        return connection(self, os.getpid()).answers([(asked, {"max_tokens": max_tokens}) for asked in questions])
+        return connection(self).answers([(asked, {"max_tokens": max_tokens}) for asked in questions])
 
     def choose(self, questions: list[Asked], options: list[str]) -> list[str | Unanswered]:
         """Which option is the likeliest answer to each question. Only `self` can tell: it measures probabilities."""
-        return connection(self, os.getpid()).answers([(asked, {"options": options}) for asked in questions])
+        return connection(self).answers([(asked, {"options": options}) for asked in questions])
 
     @property
     def tally(self) -> Tally:
         """What asking took so far in this process."""
-        return connection(self, os.getpid()).tally
+        return connection(self).tally
 
 
-@cache
-def connection(model: Model, process: int) -> "Connection":
-    """One for each process: neither threads nor sockets outlive a fork."""
-    return Connection(model)
+def connection(model: Model) -> "Connection":
+    """The one of this process: neither threads nor sockets outlive a fork."""
+    key = (model, os.getpid())
+    # Many threads come here first at the same time.
+    with OPENING:
+        if key not in CONNECTIONS:
+            CONNECTIONS[key] = Connection(model)
+        return CONNECTIONS[key]
+
+
+CONNECTIONS: dict[tuple[Model, int], "Connection"] = {}
+OPENING = threading.Lock()
 
 
 class Connection:
@@ -139,6 +147,7 @@ class Connection:
         self.identity = {"format": FORMAT, **self.backend.identity}
         self.tally = Tally()
         self.told = 0.0  # when the tally was last written
+        self.ledger = f"{os.uname().nodename}-{os.getpid()}-{time.time_ns()}.json"  # a file of its own for it
         # Questions wait in a loop of their own, so that steps need not be coroutines.
         self.loop = asyncio.new_event_loop()
         self.room = asyncio.Semaphore(1 if model.where == "self" else model.at_once)
@@ -184,9 +193,16 @@ class Connection:
         keep(file, {"question": question, "reply": reply})
         if time.monotonic() > self.told + 1:
             self.told = time.monotonic()
-            write_spent(Path(self.model.calls), self.tally)
+            self.write_spent()
         # Another process may have been first: its answer is the one that all later runs will read.
         return read_json(file)["reply"]
+
+    def write_spent(self) -> None:
+        """What was taken so far, for `spent`."""
+        folder = Path(self.model.calls) / "spent"
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = {field.name: getattr(self.tally, field.name) for field in fields(Tally) if field.name != "models"}
+        write_text(folder / self.ledger, harmless_json(counts))
 
 
 def keep(file: Path, content: dict) -> None:
@@ -366,17 +382,6 @@ def check_server(url: str, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- what it has taken
-
-
-def write_spent(calls: Path, tally: Tally) -> None:
-    """A process says what it has taken so far."""
-    folder = calls / "spent"
-    folder.mkdir(parents=True, exist_ok=True)
-    counts = {field.name: getattr(tally, field.name) for field in fields(Tally) if field.name != "models"}
-    write_text(folder / f"{os.uname().nodename}-{os.getpid()}-{STARTED}.json", harmless_json(counts))
-
-
-STARTED = time.time_ns()
 
 
 def spent(calls: str | Path) -> Tally:

@@ -95,14 +95,13 @@ def test_the_same_picture_in_another_size_and_format_is_refused():
     page = DifferentPictures()(Page("a", parts=("Text.", FIRST, SMALLER, OTHER)))
     assert page.pictures == [FIRST, OTHER]
     assert [each.address for each in page.refused] == [SMALLER.address]
-    assert page.refused[0].reason.startswith("near-duplicate picture: ")
+    assert page.refused[0].reason == "near-duplicate picture: of the one before"
 
 
-def test_with_words_between_only_the_identical_picture_is_refused():
+def test_with_words_between_only_the_same_file_is_refused():
     """A screen before and after a step differs in a few bits, and that is what the step is about."""
     page = Page("a", parts=(FIRST, "Press the button.", SMALLER, "Press it again.", SMALLER))
     assert DifferentPictures()(page).pictures == [FIRST, SMALLER]
-    assert DifferentPictures(apart=31)(page).pictures == [FIRST]
 
 
 def test_hashes_without_quality_say_nothing():
@@ -115,4 +114,4 @@ def test_hashes_without_quality_say_nothing():
 def test_a_broken_picture_is_nobodys_duplicate():
     broken = picture("b.png", b"no picture")
     page = Page("a", parts=(FIRST, broken, replace(FIRST, address="https://example.org/again")))
-    assert DifferentPictures()(page).pictures == [FIRST, broken]
+    assert DifferentPictures()(page) == page

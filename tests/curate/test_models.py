@@ -99,6 +99,17 @@ def test_questions_are_under_way_at_the_same_time():
     assert len(most) == 18 and max(most) == 6
 
 
+def test_threads_that_come_first_share_one_connection(tmp_path):
+    """Each asks once, and all that was asked is in one tally."""
+    with Unruly(echo) as unruly:
+        ask = model(unruly, tmp_path)
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda k: ask.write([f"{k % 4}"]), range(64)))
+        assert answers == [f"echo: {k % 4}" for k in range(64)]
+        assert len(unruly.asked) == 4 and ask.tally.asked == 4
+    assert len(list((tmp_path / "spent").iterdir())) == 1
+
+
 def test_the_same_question_at_the_same_time_is_asked_once(tmp_path):
     with Unruly(lambda body, n: f"{n}") as unruly:
         assert model(unruly, tmp_path).write_all([["same"]] * 8) == ["1"] * 8
