@@ -146,7 +146,6 @@ class Connection:
         self.model = model
         self.identity = {"format": FORMAT, **self.backend.identity}
         self.tally = Tally()
-        self.told = 0.0  # when the tally was last written
         self.ledger = f"{os.uname().nodename}-{os.getpid()}-{time.time_ns()}.json"  # a file of its own for it
         # Questions wait in a loop of their own, so that steps need not be coroutines.
         self.loop = asyncio.new_event_loop()
@@ -191,9 +190,7 @@ class Connection:
         if file is None:
             return reply
         keep(file, {"question": question, "reply": reply})
-        if time.monotonic() > self.told + 1:
-            self.told = time.monotonic()
-            self.write_spent()
+        self.write_spent()
         # Another process may have been first: its answer is the one that all later runs will read.
         return read_json(file)["reply"]
 
@@ -385,12 +382,20 @@ def check_server(url: str, name: str) -> None:
 
 
 def spent(calls: str | Path) -> Tally:
-    """What all processes have taken that kept their answers there, in earlier runs too; up to a second old."""
+    """What all processes have taken that kept their answers there, in earlier runs too."""
     total = Tally()
     for file in sorted(Path(calls).glob("spent/*.json")):
         for name, value in read_json(file).items():
             setattr(total, name, getattr(total, name) + value)
     return total
+
+
+def told(tally: Tally, price: tuple[float, float] | None = None) -> str:
+    """That in words. price: of a million tokens read and written."""
+    text = f"{tally.asked:,} calls, {tally.kept:,} from disk, {tally.read:,} + {tally.written:,} tokens"
+    if price:
+        text += f", cost {(tally.read * price[0] + tally.written * price[1]) / 1e6:.2f}"
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------------- steps
