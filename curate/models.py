@@ -113,7 +113,9 @@ class Model:
         return connection(self).answers([(asked, {"max_tokens": max_tokens}) for asked in questions])
 
     def choose(self, questions: list[Asked], options: list[str]) -> list[str | Unanswered]:
-        """Which option is the likeliest answer to each question. Only `self` can tell: it measures probabilities."""
+        """Which option is the likeliest answer to each question: measured by its probability, which only `self` can."""
+        if self.where != "self":
+            raise InputError(f"{self.where}: only --model self can choose")
         return connection(self).answers([(asked, {"options": options}) for asked in questions])
 
     @property
