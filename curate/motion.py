@@ -5,17 +5,17 @@
 
 frames are a few pictures a second of one shot, all of one size, (h, w, 3) bytes, RGB; 320 pixels on the long side are enough.
 
-The camera: corners of one frame are looked up in the next (Lucas and Kanade's flow, there and back again), and RANSAC finds the
-similarity (shift, zoom, turn) that most of them obey. Of two such groups the one that spans the larger part of the picture
-is the background, even if it has fewer corners: a striped bus in front of a wall moves, and not the wall. The product of these maps
-is the camera's.
+The camera: corners of one frame are looked up in the next (Lucas and Kanade's flow, there and back again), and RANSAC finds
+the similarity (shift, zoom, turn) that most of them obey. Of two such groups the one that spans more of the picture is the
+background, even if it has fewer corners: a striped bus in front of a wall moves, and not the wall. The product of these maps
+from the first frame to the last is what the camera did.
 
-What moves: a frame is laid on the next one by that map, and dense flow (DIS) finds what is left. Places that move are linked from
-frame to frame. What came and went: the first frame is laid on the last one; where they differ and nothing has moved, something
-has appeared or disappeared, and it is in the picture in which that place has an outline.
+What moves: a frame is laid on the next one by that map, and dense flow (DIS) finds what is left. Places that move are linked
+from look to look. What came and went: the first frame is laid on the last one; where they differ and nothing has moved,
+something has appeared or disappeared, and it is in the picture in which that place has an outline.
 
-A mean of the three parts of the scene would be a guess: parallax counts as movement of the near things, and where too few corners
-are found again (smoke, blur, darkness, a hidden cut) the camera is `unclear` and nothing is said.
+Limits: near things that shift against far ones (parallax) count as moving; a thing that fills most of the picture is taken for
+the background. Where too few corners are found again (smoke, blur, darkness) the camera is `unclear` and nothing is said.
 """
 
 from dataclasses import asdict, dataclass

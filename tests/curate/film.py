@@ -122,7 +122,7 @@ def pictures(scenes: list[Scene], size: tuple[int, int], rate: int, dissolve: fl
             yield picture
 
 
-def write(path: Path, frames, rate: int = 24, *, codec: str = "mpeg4", times=None, rotation: int = 0, sound: bool = False) -> Path:
+def write(path: Path, frames, rate: int = 24, *, codec: str = "mpeg4", times=None, rotation: int = 0) -> Path:
     """A film of these pictures. times: milliseconds of each picture, for a rate that varies."""
     with av.open(str(path), "w") as out:
         stream = None
