@@ -277,7 +277,8 @@ class Track:
 
 def follow(greys: list[Array], maps: list[Array]) -> list[Track]:
     """What moves against the background, linked from look to look; those followed long enough."""
-    dense = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    # The fast preset looks at a quarter of the size and finds a third of the way of a thing of 20 pixels, this one 85 %.
+    dense = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     height, width = greys[0].shape
     alive: list[Track] = []
     done: list[Track] = []

@@ -94,8 +94,10 @@ def render(scene: Scene, size: tuple[int, int], times: list[float]) -> Iterator[
             corner = rotation @ place + offset - grow @ np.array([32, 32])
             into = np.column_stack([grow, corner])
             over = cv2.warpAffine(patch, into, (width, height))
-            alpha = cv2.warpAffine(solid, into, (width, height))[..., None]
-            picture = (picture * (1 - alpha) + over * alpha).astype(np.uint8)
+            alpha = cv2.warpAffine(solid, into, (width, height))
+            covered = alpha > 0
+            blend = alpha[covered][:, None]
+            picture[covered] = picture[covered] * (1 - blend) + over[covered] * blend
         light = 1.0
         if scene.fade_in:
             light = min(light, second / scene.fade_in)
