@@ -148,6 +148,7 @@ class Extract:
     def _extracted(self, page: Page, tree: etree._Element) -> Page | Dropped:
         title = title_of(tree)
         base = next(iter(tree.xpath("//base/@href")), "")
+        canonical = next(iter(tree.xpath("//link[@rel='canonical']/@href")), "")
         unwrap(tree)
         pictures, refused = self._pictures(page, tree, base)
         for element in [*tree.iter("picture", "source")]:
@@ -162,7 +163,8 @@ class Extract:
         refused += [Refused(p.address, "not in the main text") for p in pictures if id(p) not in kept]
         if not any(isinstance(part, str) for part in parts):
             return Dropped("no main text")
-        return replace(page, title=page.title or title, parts=parts, refused=(*page.refused, *refused))
+        url = page.url or (canonical if re.match(r"https?://[^/]", canonical) else "")
+        return replace(page, url=url, title=page.title or title, parts=parts, refused=(*page.refused, *refused))
 
     def _pictures(self, page: Page, tree: etree._Element, base: str) -> tuple[list[Picture], list[Refused]]:
         """Every <img> becomes a numbered one or is refused, and removed."""

@@ -183,8 +183,8 @@ def measure(read: Callable[[dict], Page]) -> dict:
             page = Page(doc["id"])
         pages += 1
         mine = [Path(unquote(picture.address)).name for picture in page.pictures]
-        theirs = [name for name in map(file_of, doc["segments"]) if name]
-        theirs = [name for name in theirs if f'{name}"' in doc_html(doc)]
+        html = names_in(doc_html(doc))
+        theirs = [name for segment in doc["segments"] if (name := file_of(segment, html))]
         pictures += len(theirs)
         kept += common(sorted(mine), sorted(theirs))
         wrong += sum(name not in theirs for name in mine)
