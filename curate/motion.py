@@ -35,6 +35,7 @@ FEWEST = 12  # corners found again, below which a pair of frames says nothing
 RETURN = 0.7  # pixels between a corner and where the way there and back again ends
 NEAR = 1.5  # pixels: so close a corner obeys a map
 SPAN = 0.15  # share of the picture: corners of a smaller part belong to a thing and say nothing of the camera
+APART = 16  # frames, two seconds
 STRIDE = 2  # frames from one look for what moves to the next
 FLOW = 0.5  # pixels a look: less is noise
 PLACE = 0.002  # share of the picture: a smaller place that moves is noise
@@ -42,6 +43,8 @@ LINKS = 3  # looks through which a place must be followed
 PATH = 0.04  # of the long side: a shorter way is no movement
 DIFFERENT = 26  # levels of 255 between the first and the last frame
 NEW = 0.004  # share of the picture: a smaller place that differs is noise
+NEARBY = 24  # pixels around it in which it is looked for in the other frame
+ALIKE = 0.7  # correlation from which on it is found there
 COMMON = 0.35  # share of the last picture that the first one shows too, below which nothing can be said to be new
 
 # From so much on there is a word for it.
@@ -94,6 +97,7 @@ class Motion:
     changes: tuple[Change, ...] = ()  # the largest first
     light: float = 0.0  # how much brighter the background became, in levels of 255
     changed: float = 0.0  # share of the pixels that differ between the first and the last frame, as they are
+    alike: float = 1.0  # correlation of frames two seconds apart, laid on each other, where it is least
 
     def as_json(self) -> dict[str, Any]:
         """For a page's notes: numbers rounded, so that the last bits of another machine's arithmetic do not show."""
@@ -104,7 +108,7 @@ def motion_of(values: dict[str, Any]) -> Motion:
     """The inverse of `as_json`."""
     movers = tuple(Mover(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()}) for each in values["movers"])
     changes = tuple(Change(**(each | {"at": tuple(each["at"])})) for each in values["changes"])
-    return Motion(Camera(**values["camera"]), movers, changes, values["light"], values["changed"])
+    return Motion(Camera(**values["camera"]), movers, changes, values["light"], values["changed"], values["alike"])
 
 
 def _rounded(value: Any) -> Any:
@@ -125,14 +129,15 @@ def measure(frames: list[Array]) -> Motion:
     whole = product(maps)
     camera = camera_of(whole, steps, greys[0].shape)
     changed = float(np.mean(difference(frames[0], frames[-1]) > DIFFERENT))
+    alike = likeness(greys, maps)
     if camera.unclear > 0.2:
-        return Motion(camera, changed=changed)
+        return Motion(camera, changed=changed, alike=alike)
     tracks = follow(greys, maps)
     movers = [mover_of(track, frames) for track in tracks]
     movers = [mover for mover in movers if mover.path >= PATH]
     movers.sort(key=lambda mover: -mover.area * mover.path)
     changes, light = changes_of(frames, whole, tracks)
-    return Motion(camera, tuple(movers), tuple(changes), light, changed)
+    return Motion(camera, tuple(movers), tuple(changes), light, changed, alike)
 
 
 # ------------------------------------------------------------------------------------------------------------------- camera
@@ -224,6 +229,20 @@ def similarity(starts: Array, ends: Array) -> tuple[Array | None, Array]:
 def spanned(points: Array, shape: tuple[int, int]) -> float:
     """The share of the cells of the grid that have one of the points at least."""
     return len(np.unique(cells_of(points[:, 0], points[:, 1], shape))) / (ROWS * COLUMNS)
+
+
+def likeness(greys: list[Array], maps: list[Array]) -> float:
+    """The least correlation of frames APART from each other, in what both show: a dissolve is slow."""
+    height, width = greys[0].shape
+    least = 1.0
+    for before in range(0, max(1, len(greys) - APART), 4):
+        after = min(before + APART, len(greys) - 1)
+        step = product(maps[before:after])
+        there = cv2.warpAffine(greys[before], step[:2], (width, height))
+        known = laid(np.ones((height, width), bool), step)
+        if known.mean() >= COMMON and there[known].std() > 1 and greys[after][known].std() > 1:
+            least = min(least, float(np.corrcoef(there[known], greys[after][known])[0, 1]))
+    return least
 
 
 def product(maps: list[Array]) -> Array:
@@ -420,12 +439,15 @@ def changes_of(frames: list[Array], whole: Array, tracks: list[Track]) -> tuple[
     found = []
     for k in range(1, count):
         area = stats[k, cv2.CC_STAT_AREA] / (height * width)
-        if area >= NEW:
-            mask = labels == k
-            kind = kind_of(mask, evened, last)
-            owner = evened if kind == "disappears" else last
-            at = _pair(middles[k] / np.array([width, height]))
-            found.append(Change(kind, at, float(area), colour_of(owner, mask)))
+        if area < NEW:
+            continue
+        mask = labels == k
+        kind = kind_of(mask, evened, last)
+        owner = evened if kind == "disappears" else last
+        if elsewhere(stats[k], owner, last if kind == "disappears" else evened):
+            continue
+        at = _pair(middles[k] / np.array([width, height]))
+        found.append(Change(kind, at, float(area), colour_of(owner, mask)))
     found.sort(key=lambda change: -change.area)
     return found, light
 
@@ -438,6 +460,16 @@ def refined(first: Array, last: Array, whole: Array) -> Array:
     if rest.followed < 0.3 or np.abs(rest.map[:2, 2]).max() > 0.05 * width:
         return whole
     return rest.map @ whole
+
+
+def elsewhere(box: Array, owner: Array, other: Array) -> bool:
+    """Whether what is in the box of one picture stands near it in the other one: then it has only moved a little."""
+    x, y, width, height = box[:4].tolist()
+    patch = owner[y : y + height, x : x + width]
+    top = max(0, y - NEARBY)
+    left = max(0, x - NEARBY)
+    around = other[top : y + height + NEARBY, left : x + width + NEARBY]
+    return float(cv2.matchTemplate(around, patch, cv2.TM_CCOEFF_NORMED).max()) > ALIKE
 
 
 def kind_of(mask: Array, first: Array, last: Array) -> str:
@@ -512,7 +544,8 @@ def words(motion: Motion) -> str:
     said = [camera_words(motion.camera)]
     told = told_movers(motion.movers)
     said += [mover_words(mover) for mover in told]
-    said += [change_words(change) for change in motion.changes[:2]]
+    # That something changes, and nobody knows how, helps nobody.
+    said += [change_words(change) for change in motion.changes[:2] if change.kind != "changes"]
     if motion.light >= LIGHT:
         said.append("It gets brighter.")
     if motion.light <= -LIGHT:

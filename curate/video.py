@@ -181,15 +181,31 @@ class Uncut:
     """Drops clips that hold a cut, a flash or a dissolve that the detectors did not take for one."""
 
     jump: float = 0.5  # share of the pixels that get another colour from one frame to the next, an eighth of a second apart
-    followed: float = 0.15  # share of the corners that can be followed there
+    alike: float = 0.5  # correlation of frames two seconds apart, after the camera's movement
 
     def __call__(self, page: Page) -> Page | Dropped:
         value = page.notes["jump"]
         if value > self.jump:
             return Dropped(f"cut: {value:.2f} of the colours change at once, above {self.jump}")
-        followed = page.notes["motion"]["camera"]["followed"]
-        if followed < self.followed:
-            return Dropped(f"cut: {followed:.2f} of the corners can be followed, below {self.followed}")
+        alike = page.notes["motion"]["alike"]
+        if alike < self.alike:
+            return Dropped(f"cut: frames two seconds apart correlate by {alike:.2f}, below {self.alike}")
+        return page
+
+
+@dataclass(frozen=True)
+class Clear:
+    """Drops clips in which no camera explains most of the picture: smoke, water, a face that fills it."""
+
+    followed: float = 0.4  # share of the corners that obey the camera, where they are fewest
+    pairs: float = 0.2  # of frames that said nothing at all, at most
+
+    def __call__(self, page: Page) -> Page | Dropped:
+        camera = page.notes["motion"]["camera"]
+        if camera["unclear"] > self.pairs:
+            return Dropped(f"unclear: no corners to follow in {camera['unclear']:.2f} of the frames")
+        if camera["followed"] < self.followed:
+            return Dropped(f"unclear: {camera['followed']:.2f} of the corners obey one camera, below {self.followed}")
         return page
 
 
@@ -276,7 +292,10 @@ def spoken(seconds: float) -> str:
 
 def steps_of(model: Model) -> list[Step]:
     """What a clip goes through, the cheap steps first."""
-    return [Whole(), Bright(), Sharp(), Moving(), Uncut(), Told(model) if model else Measured()]
+    if model:
+        # A model sees what no camera explains.
+        return [Whole(), Bright(), Sharp(), Moving(), Uncut(), Told(model)]
+    return [Whole(), Bright(), Sharp(), Moving(), Uncut(), Clear(), Measured()]
 
 
 def decoder() -> dict[str, str]:
