@@ -43,7 +43,7 @@ def texture(seed: int, size: tuple[int, int], base: tuple[float, float, float] |
     height, width = size
     base = rng.uniform(70, 190, 3) if base is None else np.array(base, float)
     picture = np.zeros((height, width, 3), np.float32) + base
-    for grain, strength in ((6, 45), (20, 30), (60, 20), (width // 4, 12)):
+    for grain, strength in ((6, 45), (20, 30), (60, 20), (width // 4, 25)):
         rough = rng.normal(0, strength, (grain * height // width + 1, grain, 3)).astype(np.float32)
         picture += cv2.resize(rough, (width, height), interpolation=cv2.INTER_CUBIC)
     for _ in range(60):
