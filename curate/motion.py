@@ -1,7 +1,6 @@
 """What happens in a clip, measured: how the camera moved, what moved against the background, what came and went.
 
     motion = measure(frames)          Motion(camera=Camera(x=-0.21, ...), movers=(Mover(...),), changes=())
-    words(motion)                     "The camera pans to the right. Something red on the left moves up."
 
 frames are a few pictures a second of one shot, all of one size, (h, w, 3) bytes, RGB; 320 pixels on the long side are enough.
 
@@ -15,7 +14,7 @@ from look to look. What came and went: the first frame is laid on the last one; 
 something has appeared or disappeared, and it is in the picture in which that place has an outline.
 
 Limits: near things that shift against far ones (parallax) count as moving; a thing that fills most of the picture is taken for
-the background. Where too few corners are found again (smoke, blur, darkness) the camera is `unclear` and nothing is said.
+the background. Where too few corners are found again (smoke, blur, darkness) the camera is `unclear`.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ FAINT = 1e-5  # the least eigenvalue of a corner's gradients: less is the noise 
 FEWEST = 12  # corners found again, below which a pair of frames says nothing
 RETURN = 0.7  # pixels between a corner and where the way there and back again ends
 NEAR = 1.5  # pixels: so close a corner obeys a map
+UNCLEAR = 0.2  # share of the pairs of frames that say nothing, above which the whole does not
 SPAN = 0.15  # share of the picture: corners of a smaller part belong to a thing and say nothing of the camera
 APART = 16  # frames, two seconds
 STRIDE = 2  # frames from one look for what moves to the next
@@ -46,12 +46,6 @@ NEW = 0.004  # share of the picture: a smaller place that differs is noise
 NEARBY = 24  # pixels around it in which it is looked for in the other frame
 ALIKE = 0.7  # correlation from which on it is found there
 COMMON = 0.35  # share of the last picture that the first one shows too, below which nothing can be said to be new
-
-# From so much on there is a word for it.
-PAN = 0.05  # of the width or height
-ZOOM = 1.08  # a factor
-TURN = 5.0  # degrees
-LIGHT = 25.0  # levels of 255
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ def measure(frames: list[Array]) -> Motion:
     camera = camera_of(whole, steps, greys[0].shape)
     changed = float(np.mean(difference(frames[0], frames[-1]) > DIFFERENT))
     alike = likeness(greys, maps)
-    if camera.unclear > 0.2:
+    if camera.unclear > UNCLEAR:
         return Motion(camera, changed=changed, alike=alike)
     tracks = follow(greys, maps)
     movers = [mover_of(track, frames) for track in tracks]
@@ -532,102 +526,3 @@ def colour_shares(pixels: Array) -> dict[str, float]:
     shares["grey"] = float(np.mean(pale & (value >= 70) & (value < 190)))
     shares["black"] = float(np.mean(value < 70))
     return shares
-
-
-# ---------------------------------------------------------------------------------------------------------------------- words
-
-
-def words(motion: Motion) -> str:
-    """What happened, in a sentence or a few; empty if nothing can be said."""
-    if motion.camera.unclear > 0.2:
-        return ""
-    said = [camera_words(motion.camera)]
-    told = told_movers(motion.movers)
-    said += [mover_words(mover) for mover in told]
-    # That something changes, and nobody knows how, helps nobody.
-    said += [change_words(change) for change in motion.changes[:2] if change.kind != "changes"]
-    if motion.light >= LIGHT:
-        said.append("It gets brighter.")
-    if motion.light <= -LIGHT:
-        said.append("It gets darker.")
-    return " ".join(said)
-
-
-def camera_words(camera: Camera) -> str:
-    """The camera goes where the picture of the background does not."""
-    does = []
-    pan = direction(-camera.x / PAN, -camera.y / PAN)
-    if pan:
-        does.append(f"pans {pan}")
-    if camera.zoom >= ZOOM:
-        does.append("zooms in")
-    if camera.zoom <= 1 / ZOOM:
-        does.append("zooms out")
-    if camera.turn <= -TURN:
-        does.append("turns clockwise")
-    if camera.turn >= TURN:
-        does.append("turns counterclockwise")
-    if not does:
-        return "The camera stays still."
-    return f"The camera {' and '.join(does)}."
-
-
-def direction(x: float, y: float) -> str:
-    """Of a way to the right and down, in units of the least that counts; empty below it. Eight directions, 45 degrees each."""
-    if max(abs(x), abs(y)) < 1:
-        return ""
-    across = "to the right" if x > 0 else "to the left"
-    upright = "down" if y > 0 else "up"
-    if abs(y) < 0.414 * abs(x):
-        return across
-    if abs(x) < 0.414 * abs(y):
-        return upright
-    return f"{upright} and {across}"
-
-
-def told_movers(movers: tuple[Mover, ...]) -> list[Mover]:
-    """Two at most: a part of a thing that was told already, going its way, is no news."""
-    told: list[Mover] = []
-    for mover in movers:
-        news = all(apart(mover, other) for other in told)
-        if news and len(told) < 2:
-            told.append(mover)
-    return told
-
-
-def apart(one: Mover, other: Mover) -> bool:
-    """Whether they are two things: far from each other, or going different ways."""
-    far = np.hypot(one.start[0] - other.start[0], one.start[1] - other.start[1]) > 0.3
-    along = one.way[0] * other.way[0] + one.way[1] * other.way[1]
-    cosine = along / (np.hypot(*one.way) * np.hypot(*other.way) + 1e-9)
-    small = one.area < 0.25 * other.area
-    return bool((far or cosine < 0.5) and not small)
-
-
-def mover_words(mover: Mover) -> str:
-    who = f"Something {mover.colour}".strip()
-    where = place(mover.start)
-    straight = np.hypot(*mover.way)
-    if straight < max(PATH, 0.35 * mover.path):
-        return f"{who} {where} moves to and fro."
-    way = direction(mover.way[0] / 1e-6, mover.way[1] / 1e-6)
-    if mover.enters:
-        return f"{who} comes in {where} and moves {way}."
-    if mover.leaves:
-        return f"{who} {where} moves {way} and leaves the picture."
-    return f"{who} {where} moves {way}."
-
-
-def change_words(change: Change) -> str:
-    who = f"Something {change.colour}".strip()
-    return f"{who} {change.kind} {place(change.at)}."
-
-
-def place(at: tuple[float, float]) -> str:
-    """A ninth of the picture."""
-    x, y = at
-    row = ("at the top", "", "at the bottom")[min(int(3 * y), 2)] if y >= 0 else "at the top"
-    column = ("left", "middle", "right")[max(0, min(int(3 * x), 2))]
-    if not row:
-        return "in the middle" if column == "middle" else f"on the {column}"
-    return row if column == "middle" else f"{row} {column}"

@@ -32,7 +32,9 @@ Array = np.ndarray
 
 # What FFmpeg may take a file for. None of these names other files (as hls, dash, concat and image2 do).
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,h264,hevc,ivf,mp3,wav,flac,aac"
-SMALL = 256  # pixels of the long side on which cuts are looked for
+# Pixels of the long side on which cuts are looked for. At the 256 that is usual, fine patterns under a quick pan change as much
+# from frame to frame as a cut changes; smaller, they are grey, and a cut is not.
+SMALL = 64
 MIDDLE = 320  # ... on which motion is measured
 RATE = 8  # frames a second on which motion is measured
 EDGE = 0.1  # seconds at both ends of a shot that no clip has: a cut of interlaced or mixed frames is not sharp
@@ -195,7 +197,7 @@ class Watched:
     missing: float  # seconds that the file states and does not have
 
 
-def shots(path: str | Path, least: float = 0.6, adaptive: float = 3.0, content: float = 15.0, black: float = 12.0) -> Watched:
+def shots(path: str | Path, least: float = 0.6, adaptive: float = 2.5, content: float = 15.0, black: float = 12.0) -> Watched:
     """The shots of a film.
 
     least: seconds of the shortest shot; of two cuts that are closer the first one counts.

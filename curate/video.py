@@ -11,7 +11,7 @@ A clip is some seconds of a shot. Each is a page of page.py,
 
 with its measures in `notes`, by which steps drop what is dark, blurred, static or cut.
 
-How files are read: shots.py; how motion is measured: motion.py.
+How files are read: shots.py; how motion is measured and told: motion.py, wording.py.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from curate.models import Model, prompt, prompt_hashes
 from curate.page import Dropped, Page, Picture, Step
 from curate.shots import Clip, Unreadable, Watched, clips, shots, windows
 from curate.web import add_engine_flags, make_room, start, versions, with_thresholds
+from curate.wording import words as words_of
 from evaluate.judges import Unanswered
 from flags import Parser, add_flags
 from records.validate import one_line
@@ -58,7 +59,7 @@ class Clips:
     seconds: float = 5.0  # length of a clip
     side: int = 1024  # pixels, at most, of the long side of the frames that are kept
     scene: float = 0.6  # seconds of the shortest shot
-    adaptive: float = 3.0  # a cut is a change so many times the mean change around it
+    adaptive: float = 2.5  # a cut is a change so many times the mean change around it
     content: float = 15.0  # ... and at least so large, levels of 255
 
     def read(self, item: str) -> Iterator[Page | Dropped]:
@@ -200,7 +201,7 @@ class Clear:
     """Drops clips in which no camera explains most of the picture: smoke, water, a face that fills it."""
 
     followed: float = 0.4  # share of the corners that obey the camera, where they are fewest
-    pairs: float = 0.2  # of frames that said nothing at all, at most
+    pairs: float = motion.UNCLEAR  # share of the pairs of frames that said nothing at all, at most
 
     def __call__(self, page: Page) -> Page | Dropped:
         camera = page.notes["motion"]["camera"]
@@ -225,15 +226,15 @@ class Measured:
     """The words and the dialogue, from what was measured."""
 
     def __call__(self, page: Page) -> Page | Dropped:
-        words = motion.words(motion.motion_of(page.notes["motion"]))
-        return with_words(page, words) if words else Dropped("unclear motion")
+        words = words_of(motion.motion_of(page.notes["motion"]))
+        return with_words(page, words) if words else Dropped("unclear: no corners to follow")
 
 
 @dataclass(frozen=True)
 class Told:
     """The words by a model that sees both frames and is told what was measured; the dialogue.
 
-    Words that break a rule, and answers that do not come, are refused, and what was measured is said instead.
+    Words that break a rule, and answers that do not come, are refused, and what was measured is said instead if it is clear.
     """
 
     model: Model
@@ -241,7 +242,7 @@ class Told:
     at_once: int = 16  # clips whose questions are under way
 
     def __call__(self, page: Page) -> Page | Dropped:
-        measured = motion.words(motion.motion_of(page.notes["motion"]))
+        measured = words_of(motion.motion_of(page.notes["motion"]))
         first, last = page.pictures
         question = prompt("transition", seconds=spoken(page.notes["seconds"]), measured=measured or "nothing for certain")
         try:
@@ -251,8 +252,9 @@ class Told:
             refused = f"no answer: {one_line(e)}"
         if not refused:
             return with_words(page, words)
-        if not measured:
-            return Dropped(f"unclear motion, and the model's words were refused: {refused}")
+        unclear = Clear()(page)
+        if isinstance(unclear, Dropped):
+            return Dropped(f"{unclear.reason}, and the model's words were refused: {refused}")
         page = with_words(page, measured)
         return replace(page, notes=page.notes | {"words refused": refused})
 

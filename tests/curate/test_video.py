@@ -21,6 +21,7 @@ from curate import motion, video
 from curate.models import Model
 from curate.page import Dropped, Page
 from curate.shots import RATE, Film, Shot, Unreadable, shots, windows
+from curate.wording import words as words_of
 from evaluate.judges import Unanswered
 from records.validate import load_image
 
@@ -183,7 +184,7 @@ WORDS = [
         "The camera stays still. Something red comes in on the left and moves to the right.",
     ),
     (
-        Scene(3, things=(Thing((0.5, 0.5), (0.7, 0), colour=RED),)),
+        Scene(3, things=(Thing((0.5, 0.5), (0.65, 0), size=0.25, colour=RED),)),
         "The camera stays still. Something red in the middle moves to the right and leaves the picture.",
     ),
 ]
@@ -196,7 +197,7 @@ def test_words_say_what_the_renderer_did():
         frames = list(film.render(replace(scene, seed=40 + k), SIZE, [n / RATE for n in range(3 * RATE + 1)]))
         measured = motion.measure(frames)
         assert motion.motion_of(json.loads(json.dumps(measured.as_json()))).as_json() == measured.as_json()
-        said = motion.words(measured)
+        said = words_of(measured)
         right += said == words
         if said != words:
             wrong.append((words, said))
@@ -211,12 +212,12 @@ def test_nothing_is_said_where_nothing_can_be_followed():
     grey = [np.full((*SIZE, 3), level, np.uint8) for level in range(40, 200, 20)]
     measured = motion.measure(grey)
     assert measured.camera.unclear == 1
-    assert motion.words(measured) == ""
+    assert words_of(measured) == ""
 
 
 def test_a_still_plain_wall_is_a_still_camera():
     frames = [np.full((*SIZE, 3), 128, np.uint8)] * 5
-    assert motion.words(motion.measure(frames)) == "The camera stays still."
+    assert words_of(motion.measure(frames)) == "The camera stays still."
 
 
 # -------------------------------------------------------------------------------------------------------------------- steps
