@@ -36,6 +36,7 @@ NEAR = 1.5  # pixels: so close a corner obeys a map
 UNCLEAR = 0.2  # share of the pairs of frames that say nothing, above which the whole does not
 SPAN = 0.15  # share of the picture: corners of a smaller part belong to a thing and say nothing of the camera
 APART = 16  # frames, two seconds
+STIRRED = 0.3  # share of the cells: in more of them a moving camera changes something, however plain the picture
 STRIDE = 2  # frames from one look for what moves to the next
 FLOW = 0.5  # pixels a look: less is noise
 PLACE = 0.002  # share of the picture: a smaller place that moves is noise
@@ -44,7 +45,7 @@ PATH = 0.04  # of the long side: a shorter way is no movement
 DIFFERENT = 26  # levels of 255 between the first and the last frame
 NEW = 0.004  # share of the picture: a smaller place that differs is noise
 NEARBY = 24  # pixels around it in which it is looked for in the other frame
-ALIKE = 0.7  # correlation from which on it is found there
+ALIKE = 0.8  # correlation from which on it is found there
 COMMON = 0.35  # share of the last picture that the first one shows too, below which nothing can be said to be new
 
 
@@ -170,10 +171,16 @@ def camera_step(before: Array, after: Array) -> CameraStep:
         left[group] = False
     if best is None:
         return nothing
-    # The few corners of a thing in front of a plain wall follow the thing.
-    if best_span < SPAN:
+    # The few corners of a thing in front of a plain wall follow the thing, and elsewhere the picture stays as it is.
+    if best_span < SPAN and stirred(before, after) < STIRRED:
         return CameraStep(np.eye(3), best.followed)
     return best
+
+
+def stirred(before: Array, after: Array) -> float:
+    """The share of the cells of the grid in which something is not as it was."""
+    ys, xs = np.nonzero(cv2.absdiff(before, after) > DIFFERENT)
+    return len(np.unique(cells_of(xs, ys, before.shape))) / (ROWS * COLUMNS)
 
 
 def corners(before: Array, after: Array) -> tuple[Array, Array]:
@@ -217,7 +224,12 @@ def similarity(starts: Array, ends: Array) -> tuple[Array | None, Array]:
     found, obeys = cv2.estimateAffinePartial2D(starts, ends, method=cv2.RANSAC, ransacReprojThreshold=NEAR, maxIters=500)
     if found is None:
         return None, np.zeros(len(starts), bool)
-    return np.vstack([found, [0.0, 0.0, 1.0]]), obeys.ravel() == 1
+    obeys = obeys.ravel() == 1
+    # A thing that moves by less than the tolerance is among them; the median of the errors does not mind.
+    finer, _ = cv2.estimateAffinePartial2D(starts[obeys], ends[obeys], method=cv2.LMEDS)
+    if finer is not None:
+        found = finer
+    return np.vstack([found, [0.0, 0.0, 1.0]]), obeys
 
 
 def spanned(points: Array, shape: tuple[int, int]) -> float:

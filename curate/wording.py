@@ -15,6 +15,7 @@ PAN = 0.05  # of the width or height
 ZOOM = 1.08  # a factor
 TURN = 5.0  # degrees
 LIGHT = 25.0  # levels of 255
+SWAY = 0.01  # share of the picture: what moves to and fro and is smaller may be noise
 
 
 def words(motion: Motion) -> str:
@@ -69,6 +70,8 @@ def told_movers(movers: tuple[Mover, ...]) -> list[Mover]:
     """Two at most: a part of a thing that was told already, going its way, is no news."""
     told: list[Mover] = []
     for mover in movers:
+        if sways(mover) and mover.area < SWAY:
+            continue
         news = all(apart(mover, other) for other in told)
         if news and len(told) < 2:
             told.append(mover)
@@ -84,11 +87,15 @@ def apart(one: Mover, other: Mover) -> bool:
     return bool((far or cosine < 0.5) and not small)
 
 
+def sways(mover: Mover) -> bool:
+    """Whether it has come back, more or less."""
+    return bool(np.hypot(*mover.way) < max(PATH, 0.35 * mover.path))
+
+
 def mover_words(mover: Mover) -> str:
     who = f"Something {mover.colour}".strip()
     where = place(mover.start)
-    straight = np.hypot(*mover.way)
-    if straight < max(PATH, 0.35 * mover.path):
+    if sways(mover):
         return f"{who} {where} moves to and fro."
     way = direction(mover.way[0] / 1e-6, mover.way[1] / 1e-6)
     if mover.enters:
