@@ -197,7 +197,7 @@ class Watched:
     missing: float  # seconds that the file states and does not have
 
 
-def shots(path: str | Path, least: float = 0.6, adaptive: float = 2.5, content: float = 15.0, black: float = 12.0) -> Watched:
+def shots(path: str | Path, least: float = 0.6, adaptive: float = 2.2, content: float = 15.0, black: float = 12.0) -> Watched:
     """The shots of a film.
 
     least: seconds of the shortest shot; of two cuts that are closer the first one counts.

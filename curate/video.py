@@ -59,7 +59,7 @@ class Clips:
     seconds: float = 5.0  # length of a clip
     side: int = 1024  # pixels, at most, of the long side of the frames that are kept
     scene: float = 0.6  # seconds of the shortest shot
-    adaptive: float = 2.5  # a cut is a change so many times the mean change around it
+    adaptive: float = 2.2  # a cut is a change so many times the mean change around it
     content: float = 15.0  # ... and at least so large, levels of 255
 
     def read(self, item: str) -> Iterator[Page | Dropped]:
