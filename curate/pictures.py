@@ -48,10 +48,11 @@ def look(data: bytes) -> Look:
     """A picture's file, decoded. InputError where it cannot be, or would be too large."""
     image = load_image(data)
     width, height = image.size
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS_HERE) as file:
-        warnings.simplefilter("ignore")
-        # Of the two frames that a phone puts into a JPEG one is for a second screen.
-        moves = getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about broken metadata
+        with Image.open(io.BytesIO(data), formats=FORMATS_HERE) as file:
+            # Of the two frames that a phone puts into a JPEG one is for a second screen.
+            moves = getattr(file, "n_frames", 1) > 1 and file.format != "MPO"
     image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return Look(image, width, height, moves)
 
