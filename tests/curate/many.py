@@ -2,8 +2,8 @@
 
     python tests/curate/many.py [PAGES [WORKERS]]     20,000 pages on 2 workers
 
-The real pages of ../shared, each as often as it takes, with some of its words changed in every copy, so that no two are the same.
-Their pictures are the real ones, from one folder; that they stand on many pages is allowed. What is printed: pages and pictures a
+The real pages of ../shared, each as often as it takes, with some words changed in every copy, so that no two are the same. Their
+pictures are the real ones, from one folder; that they stand on many pages is allowed. What is printed: pages and pictures a
 second, and the memory of all processes of the run together, and of the largest, in each quarter of the time.
 """
 
@@ -79,9 +79,8 @@ def main() -> None:
         )
         for k in range(4):
             quarter = seen[len(seen) * k // 4 : len(seen) * (k + 1) // 4]
-            print(
-                f"quarter {k + 1}: {max(s for s, _ in quarter):.0f} MB together, {max(m for _, m in quarter):.0f} MB the largest"
-            )
+            together, largest = (max(column) for column in zip(*quarter, strict=True))
+            print(f"quarter {k + 1}: {together:.0f} MB together, {largest:.0f} MB the largest")
         print(json.dumps(json.loads(Path(name, "out", "timings.json").read_text())))
 
 
