@@ -54,10 +54,11 @@ import interrupt
 from checkpoint import InputError, sha256
 from curate import report
 from curate.page import Dropped, Page, Picture, Step, document_of, page_of
-from curate.store import read_pages, to_json, whole, write_page
+from curate.store import from_json, read_pages, to_json, whole, write_page
 from records.files import pack_shards
 from records.validate import one_line, validate
 
+ROOT = Path(__file__).resolve().parent.parent
 PER_TASK = 64  # inputs of a task, where nothing else is asked for
 MOST_TASKS = 1000  # then a task gets more inputs
 KEPT = 2  # examples of each kind that a step shows
@@ -158,7 +159,7 @@ class Reader(PipelineStep):
         self.examples: dict[str, list] = {}
 
     def run(self, data, rank: int = 0, world_size: int = 1):
-        for item in json.loads((self.inputs / f"{rank:05d}.json").read_text(encoding="utf-8")):
+        for item in from_json((self.inputs / f"{rank:05d}.json").read_bytes()):
             pages = self.source.read(item)
             while True:
                 with self.track_time():
@@ -357,7 +358,7 @@ class Conclusion(PipelineStep):
         for path in sorted(self.folder.glob("*.jsonl")):
             with open(path, "rb") as file:
                 for line in file:
-                    page_id, seen = json.loads(line.decode("utf-8", "surrogatepass"))
+                    page_id, seen = from_json(line)
                     yield page_id, seen
 
 
@@ -439,8 +440,8 @@ def write_records(job: Job, folder: Path) -> int:
 def finish(job: Job) -> None:
     """What the pages of the last stage become. May be done again from its beginning, whenever it was ended."""
     shutil.rmtree(job.out / "shards", ignore_errors=True)
-    last = sorted(job.work.glob("stage-*"))[-1]
-    n = write_records(job, last / "pages")
+    last = len(split(job.steps)) - 1
+    n = write_records(job, job.work / f"stage-{last}" / "pages")
     if n:
         pack_shards(str(job.out / "records.jsonl"), str(job.out / "shards" / job.name), job.megabytes)
     files = sorted([job.out / "records.jsonl", *(job.out / "shards").glob("*.tar")])
@@ -453,7 +454,7 @@ def finish(job: Job) -> None:
         file.write(report.page(manifest, seconds, report.examples(job.work)).encode())
     # With it the job is complete.
     with whole(job.out / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     for path in [*job.work.glob("stage-*/pages"), *job.work.glob("stage-*/seen-*"), job.work / "fetched"]:
         shutil.rmtree(path, ignore_errors=True)
     # Of processes that were killed.
@@ -526,8 +527,13 @@ class Local(LocalPipelineExecutor):
 def executor(job: Job, stage: Stage, before: PipelineExecutor | None) -> PipelineExecutor:
     logs = str(job.work / stage.name)
     if job.how == "ray":
-        return RayPipelineExecutor(stage.pipeline, tasks=stage.tasks, workers=job.workers, logging_dir=logs)
+        memory = 1.0  # GB that Ray sets aside for a task
+        return RayPipelineExecutor(
+            stage.pipeline, tasks=stage.tasks, workers=job.workers, logging_dir=logs, mem_per_cpu_gb=memory
+        )
     if job.how == "slurm":
+        # A job finds datatrove's commands and this project, whatever its shell has begun with.
+        bin = Path(sys.executable).parent
         return SlurmPipelineExecutor(
             stage.pipeline,
             tasks=stage.tasks,
@@ -538,7 +544,7 @@ def executor(job: Job, stage: Stage, before: PipelineExecutor | None) -> Pipelin
             partition=job.slurm.partition,
             time=job.slurm.time,
             mem_per_cpu_gb=job.slurm.memory,
-            env_command=job.slurm.environment or None,
+            env_command=f"{job.slurm.environment or ':'}\nexport PATH={bin}:$PATH PYTHONPATH={ROOT}",
             qos=None,
         )
     workers = min(job.workers, stage.tasks)
@@ -576,10 +582,10 @@ def claim(out: Path) -> None:
 
 def prepare(job: Job) -> None:
     """The work folder: what each task reads, and the settings, which must be those that the folder was begun with."""
-    wanted = json.loads(to_json(settings(job)))
+    wanted = from_json(to_json(settings(job)))
     path = job.work / "settings.json"
     if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = from_json(path.read_bytes())
         different = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
         if different:
             raise InputError(f"{job.out}: was begun with other {', '.join(different)}; choose another --out, or give --fresh")
@@ -624,6 +630,17 @@ def progress(stage: Stage, folder: Path) -> Iterator[None]:
             watcher.join()
 
 
+def start_ray() -> None:
+    """Ray, of the cluster that RAY_ADDRESS names, or on this machine alone."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray: the package ray is missing: pip install ray") from None
+    # Its workers import this project as we do.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, include_dashboard=False, log_to_driver=False)
+
+
 def run(job: Job) -> None:
     """Do what is left of a job. Errors: InputError for what the user can put right, OSError for a full disk."""
     claim(job.out)
@@ -636,11 +653,16 @@ def run(job: Job) -> None:
         leave_no_orphans()
         # The processes of all stages are forked from one that has imported what they need.
         multiprocess.set_forkserver_preload(["curate.report", *{type(step).__module__ for step in job.steps}])
+        if job.how == "ray":
+            start_ray()
         before = None
         for stage in stages(job):
             before = executor(job, stage, before)
             with progress(stage, job.work / stage.name), sorted_out(job):
                 before.run()
+            # Ray's executor only logs that a task has failed.
+            if job.how == "ray" and (failed := before.get_incomplete_ranks()):
+                raise InputError(f"{len(failed)} tasks of {stage.name} failed: {job.work / stage.name / 'logs'} says why")
         if job.how == "slurm":
             print(f"{job.out}: submitted, the last job is {before.job_id}; the same command goes on after a failure")
 

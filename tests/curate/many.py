@@ -2,7 +2,7 @@
 
     python tests/curate/many.py [PAGES [WORKERS]]     20,000 pages on 2 workers
 
-The real pages of ../shared, each as often as it takes, with some words changed in every copy, so that no two are the same. Their
+The real pages of ../shared, as often as it takes, some words changed in every copy, so that no two are the same. Their
 pictures are the real ones, from one folder; that they stand on many pages is allowed. What is printed: pages and pictures a
 second, and the memory of all processes of the run together, and of the largest, in each quarter of the time.
 """

@@ -44,6 +44,8 @@ def site(tmp_path_factory) -> Path:
         (folder / f"{k:02d}.html").write_text(html(k, [f"{k}-0.png", f"{k}-1.png", "shared.png"]))
     for k in range(18):
         (folder / f"garbage{k}.html").write_bytes(rng.randbytes(2000) if k % 3 else b"<div>" * 3000)
+    # A name that is no UTF-8, as archives from elsewhere have.
+    Path(os.fsdecode(bytes(folder) + b"/odd\xff.html")).write_text(html(51, ["0-0.png"]))
     (folder / "lies.html").write_text(html(50, ["lies.png"]))
     lies = bytearray(file_of(photo(5)))
     lies[16:24] = (300_000).to_bytes(4, "big") * 2
@@ -61,7 +63,7 @@ def whole(site, tmp_path_factory) -> Path:
 def test_pages_become_records(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     counts = manifest["counts"]
-    assert counts["00 Read"]["in"] == 59 and counts["00 Read"]["dropped: no page"] == 12
+    assert counts["00 Read"]["in"] == 60 and counts["00 Read"]["dropped: no page"] == 12
     assert counts["01 Extract"]["dropped: bomb"] == 6
     assert counts["04 Sound"]["refused: broken"] == 1
     assert counts["09 Repeated"]["refused: on many pages"] == 40
