@@ -24,19 +24,21 @@ Any exception of a step drops the page, under the name of the step; an InputErro
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -48,13 +50,15 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 from tqdm import tqdm
 
+import interrupt
 from checkpoint import InputError, sha256
 from curate import report
 from curate.page import Dropped, Page, Picture, Step, document_of, page_of
-from curate.store import read_pages, to_json, whole, write_page
+from curate.store import from_json, read_pages, to_json, whole, write_page
 from records.files import pack_shards
 from records.validate import one_line, validate
 
+ROOT = Path(__file__).resolve().parent.parent
 PER_TASK = 64  # inputs of a task, where nothing else is asked for
 MOST_TASKS = 1000  # then a task gets more inputs
 KEPT = 2  # examples of each kind that a step shows
@@ -155,7 +159,7 @@ class Reader(PipelineStep):
         self.examples: dict[str, list] = {}
 
     def run(self, data, rank: int = 0, world_size: int = 1):
-        for item in json.loads((self.inputs / f"{rank:05d}.json").read_text(encoding="utf-8")):
+        for item in from_json((self.inputs / f"{rank:05d}.json").read_bytes()):
             pages = self.source.read(item)
             while True:
                 with self.track_time():
@@ -354,7 +358,7 @@ class Conclusion(PipelineStep):
         for path in sorted(self.folder.glob("*.jsonl")):
             with open(path, "rb") as file:
                 for line in file:
-                    page_id, seen = json.loads(line.decode("utf-8", "surrogatepass"))
+                    page_id, seen = from_json(line)
                     yield page_id, seen
 
 
@@ -436,8 +440,8 @@ def write_records(job: Job, folder: Path) -> int:
 def finish(job: Job) -> None:
     """What the pages of the last stage become. May be done again from its beginning, whenever it was ended."""
     shutil.rmtree(job.out / "shards", ignore_errors=True)
-    last = sorted(job.work.glob("stage-*"))[-1]
-    n = write_records(job, last / "pages")
+    last = len(split(job.steps)) - 1
+    n = write_records(job, job.work / f"stage-{last}" / "pages")
     if n:
         pack_shards(str(job.out / "records.jsonl"), str(job.out / "shards" / job.name), job.megabytes)
     files = sorted([job.out / "records.jsonl", *(job.out / "shards").glob("*.tar")])
@@ -450,9 +454,12 @@ def finish(job: Job) -> None:
         file.write(report.page(manifest, seconds, report.examples(job.work)).encode())
     # With it the job is complete.
     with whole(job.out / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     for path in [*job.work.glob("stage-*/pages"), *job.work.glob("stage-*/seen-*"), job.work / "fetched"]:
         shutil.rmtree(path, ignore_errors=True)
+    # Of processes that were killed.
+    for path in [*job.out.glob("*.part"), *job.out.glob("pictures/*/*.part"), *job.out.glob("shards/*.part")]:
+        path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- stages
@@ -498,6 +505,14 @@ def stages(job: Job) -> list[Stage]:
     return [*out, Stage("finish", [Finish(job)], 1)]
 
 
+@cache
+def leave_no_orphans() -> None:
+    """What this process forks ends with it, even if it is killed: datatrove's manager of queues would else stay for ever."""
+    if sys.platform == "linux":
+        die = 1  # PR_SET_PDEATHSIG
+        os.register_at_fork(after_in_child=partial(ctypes.CDLL(None).prctl, die, signal.SIGKILL))
+
+
 class Local(LocalPipelineExecutor):
     """Whose logs go to their files alone, not to the terminal as well."""
 
@@ -512,8 +527,13 @@ class Local(LocalPipelineExecutor):
 def executor(job: Job, stage: Stage, before: PipelineExecutor | None) -> PipelineExecutor:
     logs = str(job.work / stage.name)
     if job.how == "ray":
-        return RayPipelineExecutor(stage.pipeline, tasks=stage.tasks, workers=job.workers, logging_dir=logs)
+        memory = 1.0  # GB that Ray sets aside for a task
+        return RayPipelineExecutor(
+            stage.pipeline, tasks=stage.tasks, workers=job.workers, logging_dir=logs, mem_per_cpu_gb=memory
+        )
     if job.how == "slurm":
+        # A job finds datatrove's commands and this project, whatever its shell has begun with.
+        bin = Path(sys.executable).parent
         return SlurmPipelineExecutor(
             stage.pipeline,
             tasks=stage.tasks,
@@ -524,7 +544,7 @@ def executor(job: Job, stage: Stage, before: PipelineExecutor | None) -> Pipelin
             partition=job.slurm.partition,
             time=job.slurm.time,
             mem_per_cpu_gb=job.slurm.memory,
-            env_command=job.slurm.environment or None,
+            env_command=f"{job.slurm.environment or ':'}\nexport PATH={bin}:$PATH PYTHONPATH={ROOT}",
             qos=None,
         )
     workers = min(job.workers, stage.tasks)
@@ -552,18 +572,24 @@ def settings(job: Job) -> dict:
     }
 
 
+def claim(out: Path) -> None:
+    """An InputError where a folder holds something else. Whoever writes into job.work before `run` asks first."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is no folder; choose another --out")
+    if out.exists() and any(out.iterdir()) and not (out / "work").is_dir():
+        raise InputError(f"{out}: is no folder of this command; choose another --out")
+
+
 def prepare(job: Job) -> None:
     """The work folder: what each task reads, and the settings, which must be those that the folder was begun with."""
-    wanted = json.loads(to_json(settings(job)))
+    wanted = from_json(to_json(settings(job)))
     path = job.work / "settings.json"
     if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = from_json(path.read_bytes())
         different = sorted(key for key in wanted.keys() | begun.keys() if wanted.get(key) != begun.get(key))
         if different:
             raise InputError(f"{job.out}: was begun with other {', '.join(different)}; choose another --out, or give --fresh")
         return
-    if job.out.exists() and any(job.out.iterdir()) and not job.work.is_dir():
-        raise InputError(f"{job.out}: is no folder of this command; choose another --out")
     for k, names in enumerate(job.slices()):
         with whole(job.work / "inputs" / f"{k:05d}.json") as file:
             file.write(to_json(names))
@@ -604,21 +630,39 @@ def progress(stage: Stage, folder: Path) -> Iterator[None]:
             watcher.join()
 
 
+def start_ray() -> None:
+    """Ray, of the cluster that RAY_ADDRESS names, or on this machine alone."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray: the package ray is missing: pip install ray") from None
+    # Its workers import this project as we do.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, include_dashboard=False, log_to_driver=False)
+
+
 def run(job: Job) -> None:
     """Do what is left of a job. Errors: InputError for what the user can put right, OSError for a full disk."""
-    with alone(job.work):
+    claim(job.out)
+    with alone(job.work), interrupt.heard():
         prepare(job)
         if (job.out / "manifest.json").exists():
             print(f"{job.out}: is complete; --fresh makes it anew")
             return
         logger.remove()
+        leave_no_orphans()
         # The processes of all stages are forked from one that has imported what they need.
         multiprocess.set_forkserver_preload(["curate.report", *{type(step).__module__ for step in job.steps}])
+        if job.how == "ray":
+            start_ray()
         before = None
         for stage in stages(job):
             before = executor(job, stage, before)
             with progress(stage, job.work / stage.name), sorted_out(job):
                 before.run()
+            # Ray's executor only logs that a task has failed.
+            if job.how == "ray" and (failed := before.get_incomplete_ranks()):
+                raise InputError(f"{len(failed)} tasks of {stage.name} failed: {job.work / stage.name / 'logs'} says why")
         if job.how == "slurm":
             print(f"{job.out}: submitted, the last job is {before.job_id}; the same command goes on after a failure")
 

@@ -32,7 +32,12 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def to_json(value: Any) -> bytes:
+    """Names of files and texts of pages may hold what is no Unicode: it comes back as it was."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+
+
+def from_json(data: bytes) -> Any:
+    return json.loads(data.decode("utf-8", "surrogatepass"))
 
 
 def write_page(file: BinaryIO, page: Page) -> None:
@@ -53,7 +58,7 @@ def read_pages(path: Path) -> Iterator[Page]:
     """The inverse of `write_page`, for all pages of a file."""
     with open(path, "rb") as file:
         for line in file:
-            values = json.loads(line.decode("utf-8", "surrogatepass"))
+            values = from_json(line)
             parts = []
             for part in values["parts"]:
                 if isinstance(part, dict):

@@ -17,7 +17,7 @@ from pathlib import Path
 from shutil import rmtree
 
 from checkpoint import InputError
-from curate.engine import Job, Slurm, run
+from curate.engine import Job, Slurm, claim, run
 from curate.extract import Extract
 from curate.fetch import Fetcher
 from curate.page import Dropped, Page, Picture, Step
@@ -182,5 +182,6 @@ def main(argv: list[str] | None = None) -> None:
     fetcher = Fetcher(str(work), pause=args.pause) if args.fetch else None
     steps = with_thresholds(steps_of(Fill(roots, archives, fetcher)), args.set)
     if files:
+        claim(Path(args.out))
         index_archives(files, work / "archives.npy")
     start(args, name="web", source=source, steps=tuple(steps), inputs=tuple(found), settings={"versions": versions(PACKAGES)})
