@@ -31,7 +31,7 @@ from PIL import Image
 from checkpoint import InputError
 from curate import motion
 from curate.engine import MOST_TASKS
-from curate.models import Model, prompt, prompt_hashes
+from curate.models import Model, asking, at_once, prompt
 from curate.page import Dropped, Page, Picture, Step
 from curate.shots import Clip, Unreadable, Watched, clips, shots, windows
 from curate.web import add_engine_flags, make_room, start, versions, with_thresholds
@@ -239,7 +239,13 @@ class Told:
 
     model: Model
     longest: int = 90  # words
-    at_once: int = 16  # clips whose questions are under way
+
+    @property
+    def at_once(self) -> int:
+        return at_once(self.model)
+
+    def manifest(self) -> dict:
+        return asking(self.model, "transition")
 
     def __call__(self, page: Page) -> Page | Dropped:
         measured = words_of(motion.motion_of(page.notes["motion"]))
@@ -270,9 +276,6 @@ class Told:
         if found := re.search(r"\b(I|cannot|can't|sorry|unable|as an AI)\b", words):
             return f"speaks of itself: {found[0]}"
         return ""
-
-    def manifest(self) -> dict:
-        return {"prompt": prompt_hashes()["transition"]}
 
 
 def with_words(page: Page, words: str) -> Page:
