@@ -8,11 +8,12 @@ question shows pictures without words there is nothing to hold them against: the
 
 import hashlib
 import inspect
+import json
 import re
 
 from PIL import Image
 
-from evaluate.judges import Question, Reply
+from evaluate.judges import Question, Reply, described
 from evaluate.rubrics import rubric
 from sketchbook import checker
 from sketchbook.scenes import SUBJECTS
@@ -30,6 +31,7 @@ class Oracle:
     def __init__(self):
         source = inspect.getsource(checker) + inspect.getsource(inspect.getmodule(Oracle))
         self.identity = {"rules": hashlib.sha256(source.encode()).hexdigest()[:16]}
+        self.seen: dict[str, float] = {}  # an answer comes in many questions
 
     def ask(self, question: Question) -> Reply:
         said = laid_out(question.parts)
@@ -41,7 +43,7 @@ class Oracle:
         elif question.parts[0] == rubric("howto", "T-Com"):
             share = steps_in_place(asked, said["Answer:"])
         else:
-            share = pictures_right(asked, said["Answer:"])
+            share = self.pictures_right(asked, said["Answer:"])
         value = {key: low + share * (high - low) for key, (low, high) in question.keys.items()}
         return Reply(f"{share:.0%} is right", value=value, model=self.name)
 
@@ -49,10 +51,16 @@ class Oracle:
         """Whether the first answer is better: 1 or 0, 0.5 if they are as good as each other or nothing is known of them."""
         if not {"First answer:", "Second answer:"} <= said.keys():
             return Reply("nothing that can be checked", value={"yes": UNKNOWN}, model=self.name)
-        first = pictures_right(asked, said["First answer:"])
-        second = pictures_right(asked, said["Second answer:"])
+        first = self.pictures_right(asked, said["First answer:"])
+        second = self.pictures_right(asked, said["Second answer:"])
         value = 0.5 + 0.5 * (first > second) - 0.5 * (first < second)
         return Reply(f"{first:.0%} is right of the first, {second:.0%} of the second", value={"yes": value}, model=self.name)
+
+    def pictures_right(self, asked: list, answer: list) -> float:
+        key = json.dumps(described(Question("", [*asked, "Answer:", *answer], {})))
+        if key not in self.seen:
+            self.seen[key] = pictures_right(asked, answer)
+        return self.seen[key]
 
 
 def laid_out(parts: list[str | Image.Image]) -> dict[str, list[str | Image.Image]]:

@@ -24,7 +24,7 @@ SPOILINGS = {
     "shuffled pictures": "the same pictures in another order, the words as they were",
     "swapped step": "two neighbouring steps of a lesson, words and picture, have changed places",
     "wrong colour": "in one picture a thing, or the part just drawn, has another colour",
-    "missing picture": "one picture is left out, the words before it stay",
+    "missing picture": "one picture of several is left out, the words before it stay",
     "strange picture": "one picture is that of another request",
 }
 PADDED = "padded"
@@ -128,7 +128,10 @@ def recoloured(record: dict, clean: Answer, chance: random.Random) -> Answer:
     return with_picture(clean, k, render(scene, clean.pictures[k].width))
 
 
-def missing(record: dict, clean: Answer, chance: random.Random) -> Answer:
+def missing(record: dict, clean: Answer, chance: random.Random) -> Answer | None:
+    """Some are left: without any picture the scores would be a matter of rule, and not of the judge."""
+    if len(clean.pictures) < 2:
+        return None
     k = chance.randrange(len(clean.pictures))
     texts = [*clean.texts[:k], " ".join(clean.texts[k : k + 2]).strip(), *clean.texts[k + 2 :]]
     return Answer(texts, [*clean.pictures[:k], *clean.pictures[k + 1 :]])
