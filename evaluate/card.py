@@ -92,13 +92,16 @@ class People:
         for place in dict.fromkeys(name.rpartition(", ")[0] for name in self.figures["a rater"]):
             cells = [figures.get(f"{place}, {name}") for figures in self.figures.values() for name in COEFFICIENTS]
             rows.append([place, *map(decimals, cells)])
-        notes = [
-            ("a rater", "one of three people against the mean of the other two: about what one can hope for"),
-            ("judge", "against the mean of the three"),
+        notes = [("a rater", "one of three people against the mean of the other two: about what one can hope for")]
+        caption = "How people agree with one another"
+        if "judge" in self.figures:
+            notes.append(("judge", "against the mean of the three"))
+            caption = "Agreement with people"
+        notes += [
             ("within prompts", "over the pictures of one prompt; the mean of all prompts on whose pictures people differ"),
             ("a cell", "rank correlation, 95 % interval by bootstrap over prompts, /of how many pictures, models or prompts"),
         ]
-        return Table("Agreement with people", head, rows, notes)
+        return Table(caption, head, rows, notes)
 
 
 # -------------------------------------------------------------------------------------------------------------------- card

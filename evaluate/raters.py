@@ -58,8 +58,8 @@ def scipy_stats():
 # ----------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_ratings(file: Path) -> tuple[list[Rated], list[str]]:
-    """All prompts of a file, and a line for each picture left out because a rating is off the scale.
+def read_ratings(file: Path, n: int | None = None) -> tuple[list[Rated], list[str]]:
+    """The first n prompts of a file, and a line for each picture left out because a rating is off the scale.
 
     The published file has two such ratings, 41 and 33.
     """
@@ -71,7 +71,7 @@ def read_ratings(file: Path) -> tuple[list[Rated], list[str]]:
         raise InputError(f"{file}: must be {FORM}")
     rated = []
     left_out = []
-    for id, entry in value.items():
+    for id, entry in list(value.items())[:n]:
         if not well_formed(entry) or "/" in id or id.startswith("."):
             raise InputError(f"{file}: {id[:40]!r} is not as it should be, {FORM}")
         ratings = {}

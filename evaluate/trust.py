@@ -93,8 +93,7 @@ def read_human(args: argparse.Namespace) -> tuple[list[Rated], list[str], dict[t
     if not args.human:
         return [], [], {}
     raters.scipy_stats()
-    rated, left_out = raters.read_ratings(Path(args.human))
-    rated = rated[: args.prompts]
+    rated, left_out = raters.read_ratings(Path(args.human), args.prompts)
     files = raters.find_pictures(Path(args.pictures), rated) if args.pictures else {}
     return rated, left_out, files
 
