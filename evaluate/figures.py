@@ -7,23 +7,24 @@ the bootstrap over items: again and again as many items are drawn with repetitio
 the middle 95 percent are the interval. Of every score three counts say how it came about: judged, refused, unparsable; a
 fourth, missing, counts answers that lacked what was to be judged: their score is the scale's lowest. Published figures stand
 beside ours with what differs.
+
+The folder of a comparison (`pairs`, `vote`) has a report of its own, see comparison.py.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import quote
 
 import numpy as np
 
 from checkpoint import InputError, read_json
-from evaluate.answers import Answers, items_of, read_run
+from evaluate import comparison
+from evaluate.answers import Answers, address, items_of, read_run
 from evaluate.benchmark import JUDGED, MISSING, REFUSED, UNPARSABLE, Figure, Request, content_of, find
 from evaluate.judging import prompt_hash
 from evaluate.tables import Table, markdown
@@ -44,6 +45,9 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--draws {args.draws}: must be 1 or more")
     out = Path(args.out)
     run = read_run(out)
+    if "systems" in run:
+        comparison.report(out, args.draws, args.seed)
+        return
     module = find(run["benchmark"])
     requests, items = items_of(module, run.get("items from"), run.get("n"))
     if items != run["items"]:
@@ -79,7 +83,9 @@ def main(argv: list[str]) -> None:
     cards = [card(request, judged, answers, out, ranges) for request in requests]
     cards.sort(key=lambda c: c["goodness"])
     notes.append(("report of", made))
-    write_text(out / "report.html", render("benchmark.html", title=module.TITLE, tables=tables, facts=notes, cards=cards))
+    orders = ("worst first", "best first")
+    page = render("benchmark.html", title=module.TITLE, tables=tables, facts=notes, cards=cards, orders=orders)
+    write_text(out / "report.html", page)
     print(text, end="")
     print(out / "report.html")
 
@@ -228,7 +234,7 @@ def card(request: Request, judged: list["Judged"], answers: Answers, out: Path, 
     if answers.has(request.id):
         texts, files = answers.files(request.id)
         # Addresses, not contents: a page with all pictures of 500 answers in it would be too heavy for a phone.
-        pictures = [quote(Path(os.path.relpath(f.absolute(), out.absolute())).as_posix()) for f in files]
+        pictures = [address(file, out) for file in files]
     scores = []
     for j in judged:
         for name, score in j.by_id.get(request.id, {"scores": {}})["scores"].items():
@@ -236,13 +242,11 @@ def card(request: Request, judged: list["Judged"], answers: Answers, out: Path, 
             shown = ", ".join(f"{k} {v:.2f}".strip() for k, v in parts_of(value)) if value is not None else "-"
             said = {"why": score["why"], "words": score["words"]}
             scores.append({"judge": j.card["judge"], "name": name, "value": shown} | said)
-    given = answers.given(request.id)
     return {
         "id": request.id,
         "asked": " ".join(asked),
-        "given": [quote(Path(os.path.relpath(f.absolute(), out.absolute())).as_posix()) for f in given],
-        "texts": texts,
-        "pictures": pictures,
+        "given": [address(file, out) for file in answers.given(request.id)],
+        "answers": [{"name": "", "texts": texts, "pictures": pictures}],
         "scores": scores,
         "whys": " ".join(sorted({s["why"] for s in scores})) if scores else "unjudged",
         "meta": json.dumps(request.meta, ensure_ascii=False),

@@ -38,13 +38,21 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p = Parser("python -m evaluate judge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("benchmark", help="name of a benchmark, or a .py file that is one")
     p.add_argument("--out", required=True, help="folder of the run")
-    p.add_argument("--judge", required=True, metavar="self|URL", help="self, or the address of an OpenAI-compatible server")
-    p.add_argument("--judge-model", metavar="NAME", help="what the server calls its model")
-    p.add_argument("--at-once", type=int, default=8, help="items judged at the same time by a server (8)")
     p.add_argument("--answers", metavar="PATH", help="answers of another system: see evaluate/answers.py")
     p.add_argument("--items", metavar="PATH", help="with --answers: folder or file of items")
     p.add_argument("--n", type=int, help="with --answers: only the first so many items")
     p.add_argument("--absent", action="store_true", help="answers that are not there are judged as empty ones")
+    add_judge_flags(p)
+    args = p.parse_flags(argv)
+    check_judge_flags(args)
+    return args
+
+
+def add_judge_flags(p: Parser) -> None:
+    """Who judges, and how it is asked."""
+    p.add_argument("--judge", required=True, metavar="self|URL", help="self, or the address of an OpenAI-compatible server")
+    p.add_argument("--judge-model", metavar="NAME", help="what the server calls its model")
+    p.add_argument("--at-once", type=int, default=8, help="items judged at the same time by a server (8)")
     p.add_argument("--shard", metavar="i/n", help="only every n-th item, from item i (default: this rank's under torchrun)")
     p.add_argument("--timeout", type=float, default=120.0, help="seconds until a silent server is asked again (120)")
     p.add_argument("--tries", type=int, default=6, help="how often a question is asked of a failing server (6)")
@@ -54,7 +62,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--mllm", help="of self: the language model alone, from a run, a folder or a Hub name")
     p.add_argument("--dtype", default="auto", help="of self: auto, bf16, fp32, fp16")
     p.add_argument("--device", default="auto", help="of self: auto, cpu, cuda, cuda:N, mps")
-    args = p.parse_flags(argv)
+
+
+def check_judge_flags(args: argparse.Namespace) -> None:
+    """InputError where a number makes no sense; --price becomes two numbers."""
     for name in ("n", "at_once", "tries", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
@@ -65,7 +76,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
                 raise ValueError
         except ValueError:
             raise InputError(f"--price {args.price}: must be two numbers, such as 0.15,0.60") from None
-    return args
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +98,7 @@ def main(argv: list[str]) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         backend = load_judge(args)
-    folder = out / "judged" / re.sub(r"[^\w.-]+", "-", backend.name).strip("-")
+    folder = out / "judged" / folder_name(backend.name)
     judge = Asker(backend, out / "calls")
     card = {"judge": backend.name, "identity": backend.identity, "prompts": prompt_hash(module)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +113,10 @@ def main(argv: list[str]) -> None:
     if judge.tally.models - {backend.name, ""}:
         write_text(folder / "models.json", harmless_json({"answered as": sorted(judge.tally.models)}))
     print(f"{len(there)} answers judged: {folder}; {told(judge, args.price)}")
+
+
+def folder_name(judge: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", judge).strip("-")
 
 
 def prompt_hash(module: ModuleType) -> str:
