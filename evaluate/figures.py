@@ -33,6 +33,8 @@ from pages.answer import harmless_json, write_text
 from pages.template import render
 
 WHYS = (JUDGED, REFUSED, UNPARSABLE, MISSING)
+BINS = 10
+BARS = "·▁▂▃▄▅▆▇█"
 
 
 def main(argv: list[str]) -> None:
@@ -126,9 +128,25 @@ class Judged:
                  (UNPARSABLE, "no score can be read from its answer"),
                  (MISSING, "there was nothing to judge: the scale's lowest score")]  # fmt: skip
         tables.append(Table(f"How the scores of {judge} came about", ["score", *WHYS], counts, notes))
+        tables.append(self.distribution())
         if module.PUBLISHED:
             tables.append(self.beside(module))
         return tables
+
+    def distribution(self) -> Table:
+        """How the values of each score lie between the lowest and the highest of them."""
+        values: dict[str, list[float]] = {}
+        for row in self.rows:
+            for name, score in row["scores"].items():
+                for key, value in parts_of(score["value"]):
+                    values.setdefault(f"{name} {key}".strip(), []).append(value)
+        rows = []
+        for name, found in values.items():
+            quarters = np.percentile(found, [25, 50, 75])
+            rows.append([name, f"{min(found):g}", bars(found), f"{max(found):g}", *(f"{q:.2f}" for q in quarters)])
+        head = ["score", "lowest", "distribution", "highest", "25 %", "median", "75 %"]
+        notes = [("distribution", f"{BINS} equal steps from the lowest to the highest value; the tallest bar is the commonest")]
+        return Table(f"How the scores of {self.card['judge']} are spread", head, rows, notes)
 
     def beside(self, module: ModuleType) -> Table:
         """Published figures, each line with what differs from ours."""
@@ -167,6 +185,13 @@ def bootstrap(module: ModuleType, rows: list[dict], draws: int, seed: int) -> di
 def percentile(values: list[float], percent: float) -> float:
     """NaN of nothing."""
     return float(np.percentile(values, percent)) if values else math.nan
+
+
+def bars(values: list[float]) -> str:
+    """A histogram as text; what has no value at all has no bar."""
+    counts, _ = np.histogram(values, BINS)
+    # Rounded up: one of 500 is to be seen.
+    return "".join(BARS[math.ceil(count / counts.max() * (len(BARS) - 1))] for count in counts)
 
 
 def finite(value: float) -> float | None:

@@ -332,6 +332,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, "text/html; charset=utf-8", self.page, cookie)
         elif path == "/next":
             self.send_json(self.ballot.next(self.known_voter()))
+        elif path == "/favicon.ico":
+            self.send(204, "image/png", b"")  # every browser asks for it
         elif path.startswith("/picture/"):
             self.send(200, "image/png", self.picture(path.split("/")[2:]))
         else:
