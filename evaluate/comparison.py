@@ -121,7 +121,7 @@ def judge_of(folder: Path, contest: Contest) -> Jury | None:
                 if score["why"] == JUDGED:
                     places.append((SECOND - score["value"]) / (SECOND - FIRST))
                 shown = (a, b) if order == IN_ORDER else (b, a)
-                said = {"judge": judge, "name": " or ".join(shown), "value": in_words(score["value"], *shown)}
+                said = {"judge": judge, "name": f"{judge}, {' or '.join(shown)}:", "value": in_words(score["value"], *shown)}
                 jury.words.setdefault(row["id"], []).append(said | {"why": score["why"], "words": score["words"]})
     if places:
         share = percent(sum(places) / len(places))
@@ -159,7 +159,7 @@ def people_of(contest: Contest) -> Jury | None:
         said.setdefault(vote.about, Counter())[words] += 1
     for (item, a, b), count in said.items():
         value = ", ".join(f"{words}: {n}" for words, n in count.items())
-        line = {"judge": PEOPLE, "name": f"{a} or {b}", "value": value, "why": JUDGED, "words": ""}
+        line = {"judge": PEOPLE, "name": f"{PEOPLE}, {a} or {b}:", "value": value, "why": JUDGED, "words": ""}
         jury.words.setdefault(item, []).append(line)
     if lefts:
         share = percent(sum(lefts) / len(lefts))

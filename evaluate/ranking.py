@@ -98,7 +98,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def rank(systems: list[str], outcomes: list[Outcome], draws: int, seed: int) -> list[Ranked]:
-    """The best first."""
+    """The best first; none where nothing was said."""
+    if not outcomes:
+        return []
     wins = by_item(systems, outcomes)
     rated = ratings(wins.sum(0))
     again = np.array([ratings(sums) for sums in drawn_again(wins, draws, seed)])            # (draws, systems)
