@@ -20,6 +20,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -42,6 +43,7 @@ from records.validate import load_image
 
 CHOICES = ("left", "tie", "right")
 LONGEST = 1024  # bytes of what a browser may send: a vote has about a hundred
+DRAINED = 65536  # bytes of what is refused that are read nevertheless
 VOTER = re.compile(r"[\w-]{22}", re.ASCII)  # a cookie of ours
 HEADERS = {
     # Another voter of the same browser has other pictures under the same addresses.
@@ -68,7 +70,9 @@ def main(argv: list[str]) -> None:
             server = serve(ballot, args.host, args.port)
         except (OSError, OverflowError) as e:
             raise InputError(f"--host {args.host} --port {args.port}: cannot listen there ({e}): choose another port") from None
-        where = f"http://{args.host}:{server.server_port}/"
+        # 0.0.0.0 means all addresses of this machine, and is none that a phone could open.
+        host = socket.gethostname() if args.host == "0.0.0.0" else args.host
+        where = f"http://{host}:{server.server_port}/"
         print(f"{len(ballot.tasks)} pairs of answers to vote on: {where} (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()
@@ -255,13 +259,20 @@ def encoded(source: Path | str | Image.Image) -> bytes:
 # ------------------------------------------------------------------------------------------------------------------ server
 
 
-def serve(ballot: Ballot, host: str, port: int) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """A browser that goes away in the midst of something is no error of ours."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+def serve(ballot: Ballot, host: str, port: int) -> Server:
     """A server that listens; serve_forever answers."""
     page = render("vote.html", title=ballot.contest.module.TITLE).encode()
     handler = type("Bound", (Handler,), {"ballot": ballot, "page": page})
-    server = ThreadingHTTPServer((host, port), handler)
-    server.daemon_threads = True
-    return server
+    return Server((host, port), handler)
 
 
 class Refused(Exception):
@@ -275,6 +286,7 @@ class Refused(Exception):
 class Handler(BaseHTTPRequestHandler):
     ballot: Ballot
     page: bytes
+    unread: int | None = None  # bytes of the body, where its length is known
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds until a silent connection is closed
 
@@ -301,6 +313,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, how: Callable[[], None]) -> None:
         """Whatever goes wrong is a status and one line, and the server goes on."""
+        length = self.headers.get("Content-Length", "")
+        self.unread = int(length) if re.fullmatch(r"\d{1,9}", length, re.ASCII) else None
         try:
             how()
         except Refused as e:
@@ -315,7 +329,9 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(507, "the vote could not be saved")
 
     def refuse(self, status: int, reason: str) -> None:
-        # What the browser has sent may not have been read to its end.
+        # Who is cut off while still sending does not hear the reason.
+        if self.unread and self.unread <= DRAINED:
+            self.rfile.read(self.unread)
         self.close_connection = True
         self.send(status, "application/json", json.dumps({"error": reason}).encode())
 
@@ -374,13 +390,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "from another site")
         if self.headers.get_content_type() != "application/json":
             raise Refused(415, "only application/json")
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"\d{1,9}", length, re.ASCII):
+        if self.unread is None:
             raise Refused(411, "its length is missing")
-        if int(length) > LONGEST:
+        if self.unread > LONGEST:
             raise Refused(413, f"longer than {LONGEST} bytes")
+        sent = self.rfile.read(self.unread)
+        self.unread = 0
         try:
-            value = json.loads(self.rfile.read(int(length)))
+            value = json.loads(sent)
         except (ValueError, RecursionError):
             raise Refused(400, "not JSON") from None
         if not isinstance(value, dict):
