@@ -1,7 +1,7 @@
 """The report of a comparison: what every judge and all people found of two or more systems, as tables, JSON and a page.
 
 `python -m evaluate report --out runs/p` comes here when runs/p holds systems side by side (contest.py). Ratings, intervals and
-the like are ranking.py's. Where people have voted, each judge is held against them: how often both said the same.
+the like are bradley_terry.py's. Where people have voted, each judge is held against them: how often both said the same.
 """
 
 import json
@@ -16,8 +16,8 @@ from typing import NamedTuple
 from checkpoint import InputError, read_json
 from evaluate.answers import address
 from evaluate.benchmark import JUDGED, MISSING, REFUSED, UNPARSABLE, Request, content_of
+from evaluate.bradley_terry import MEAN, Met, Outcome, Ranked, meet, rank
 from evaluate.contest import BOTH, FIRST, IN_ORDER, SECOND, TURNED, Contest, pair_name, read_votes, reopen
-from evaluate.ranking import MEAN, Met, Outcome, Ranked, meet, rank
 from evaluate.tables import Table, markdown
 from pages.answer import harmless_json, write_text
 from pages.template import render

@@ -69,6 +69,8 @@ def add_contest_flags(p: Parser) -> None:
 
 def begin(args: argparse.Namespace) -> Contest:
     """The contest of the command line; its folder is made, or held against what stands in it."""
+    if args.n is not None and args.n < 1:
+        raise InputError(f"--n {args.n}: must be 1 or more")
     module = find(args.benchmark)
     paths = named(args)
     # What the runs themselves say of their items decides, unless the command line does.

@@ -5,10 +5,10 @@
         --judge http://localhost:8000/v1 --judge-model Qwen/Qwen3-VL-32B-Instruct
     python -m evaluate report --out runs/p
 
-Every two systems are compared on every request that both have answered, and the judge is asked twice, in both orders: what it
-says of the order alone cancels. It may find both equal. Requests that a system has not answered are left out, or with --absent
-lost. The report has the ratings (ranking.py). As with `judge`, the same command again goes on where it ended and asks nothing
-twice. People compare the same systems with `python -m evaluate vote` into the same folder.
+Every two systems are compared on every request that both have answered, and the judge is asked twice, in both orders: a liking
+for what comes first cancels. It may find both equal. Requests that a system has not answered are left out, or with --absent
+lost. The report has the ratings (bradley_terry.py). As with `judge`, the same command again goes on where it ended and asks
+nothing twice. People compare the same systems with `python -m evaluate vote` into the same folder.
 """
 
 import argparse
@@ -30,10 +30,12 @@ from flags import Parser
 def arguments(argv: list[str]) -> argparse.Namespace:
     p = Parser("python -m evaluate pairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_contest_flags(p)
+    p.add_argument("--judge", required=True, metavar="self|URL", help="self, or the address of an OpenAI-compatible server")
     p.add_argument("--absent", action="store_true", help="an answer that is not there loses (default: the request is left out)")
+    p.add_argument("--shard", metavar="i/n", help="only every n-th item, from item i (default: this rank's under torchrun)")
     add_judge_flags(p)
     args = p.parse_flags(argv)
-    check_judge_flags(args)
+    check_judge_flags(args, [])
     return args
 
 

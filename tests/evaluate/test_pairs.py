@@ -12,9 +12,9 @@ from PIL import Image
 
 from checkpoint import InputError
 from evaluate import figures, pairs
+from evaluate.bradley_terry import MEAN, Outcome, meet, rank, ratings
 from evaluate.comparison import share_of
 from evaluate.contest import IN_ORDER, TURNED
-from evaluate.ranking import MEAN, Outcome, meet, rank, ratings
 from unruly import Unruly
 
 pytest.importorskip("choix", reason="choix is not installed: evaluate/requirements.txt")
@@ -293,6 +293,8 @@ def test_bad_input_is_one_line(two, tmp_path):
     judge = ["--judge", "self"]
     with pytest.raises(InputError, match="two systems at least"):
         pairs.main([TOY, *out, *judge, *two[:2]])
+    with pytest.raises(InputError, match="--n 0: must be 1 or more"):
+        pairs.main([TOY, *out, *judge, *two, "--n", "0"])
     with pytest.raises(InputError, match="there is a system zebra already"):
         pairs.main([TOY, *out, *judge, *two[:2], "--b", f"zebra={tmp_path / 'y'}"])
     with pytest.raises(InputError, match="is no name for a system"):

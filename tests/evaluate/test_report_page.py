@@ -4,7 +4,6 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw
@@ -12,7 +11,6 @@ from PIL import Image, ImageDraw
 from evaluate import figures, judging
 from evaluate.answers import Answers, claim, items_of
 from evaluate.benchmark import JUDGED, REFUSED, UNPARSABLE, Verdict, find
-from evaluate.judges import Tally
 from pages.answer import harmless_json
 
 SECONDS = 5  # until 500 answers are there and can be filtered
@@ -23,7 +21,6 @@ class Moody:
     """A judge by chance, which now and then refuses."""
 
     def __init__(self):
-        self.tally = Tally()
         self.chance = random.Random(0)
 
     def rating(self, rubric, *content, low, high):
@@ -68,8 +65,12 @@ def report(tmp_path_factory) -> Path:
     folder = out / "judged" / "moody"
     folder.mkdir(parents=True)
     judging.introduce(folder, {"judge": "moody", "identity": {}, "prompts": judging.prompt_hash(module)})
-    args = SimpleNamespace(judge="self", at_once=1, price=None)
-    judging.judge_all(module, requests, Answers(out / "answers", requests), Moody(), folder, args)
+    answers = Answers(out / "answers", requests)
+    judge = Moody()
+    for request in requests:
+        scores = {name: v._asdict() for name, v in module.score(request, answers.read(request.id), judge).items()}
+        row = {"id": request.id, "meta": request.meta, "answer": answers.fingerprint(request.id), "scores": scores}
+        (folder / f"{request.id}.json").write_text(harmless_json(row))
     figures.main(["--out", str(out), "--draws", "20"])
     return out / "report.html"
 
