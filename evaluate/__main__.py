@@ -1,4 +1,4 @@
-"""`python -m evaluate sketchbook`: see report.py; for the other commands the module of its name in COMMANDS."""
+"""`python -m evaluate sketchbook`: see report.py; any other first word: see its module in COMMANDS."""
 
 import importlib
 import sys
@@ -10,6 +10,8 @@ COMMANDS = {
     "generate": "evaluate.generate",
     "judge": "evaluate.judging",
     "report": "evaluate.figures",
+    "pairs": "evaluate.pairs",
+    "vote": "evaluate.vote",
     "trust": "evaluate.trust",
 }
 

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         backend = load_judge(args)
-    folder = out / "judged" / re.sub(r"[^\w.-]+", "-", backend.name).strip("-")
+    folder = out / "judged" / folder_name(backend.name)
     judge = Asker(backend, out / "calls")
     card = {"judge": backend.name, "identity": backend.identity, "prompts": prompt_hash(module)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,10 @@ def main(argv: list[str]) -> None:
     if judge.tally.models - {backend.name, ""}:
         write_text(folder / "models.json", harmless_json({"answered as": sorted(judge.tally.models)}))
     print(f"{len(there)} answers judged: {folder}; {told(judge, args.price)}")
+
+
+def folder_name(judge: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", judge).strip("-")
 
 
 def prompt_hash(module: ModuleType) -> str:

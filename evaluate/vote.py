@@ -1,0 +1,432 @@
+"""People compare two systems' answers, without knowing whose they are: a page from a small server on this machine.
+
+    python -m evaluate vote howto500 --out runs/p --a runs/x --b runs/y          then open http://127.0.0.1:8008/
+    python -m evaluate vote howto500 --out runs/p --a runs/x --b runs/y --host 0.0.0.0       for phones in a network one trusts
+    python -m evaluate report --out runs/p
+
+Each voter, known by a cookie, gets the pairs of answers in an order of their own, and for each of them chance says which system
+stands left: both follow from --seed, the voter and the pair. A vote is a line of votes.jsonl, on the disk before the page goes
+on, so a reload, a kill or a full disk loses none. The same folder may hold what judges say of the same systems (`pairs`); the
+report makes the same tables of both.
+
+What a browser gets names no system and no file: a picture is known by its place in the pair, and is encoded anew, since a
+file's form and its remarks could tell whose it is. Nothing but the pictures of these answers is served.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.cookies import CookieError, SimpleCookie
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+from PIL import Image
+
+from checkpoint import InputError
+from evaluate.answers import alone
+from evaluate.benchmark import Request, content_of
+from evaluate.contest import Contest, Vote, add_contest_flags, begin, read_votes
+from flags import Parser
+from pages.template import printable, render
+from records.validate import load_image
+
+CHOICES = ("left", "tie", "right")
+LONGEST = 1024  # bytes of what a browser may send: a vote has about a hundred
+DRAINED = 65536  # bytes of what is refused that are read nevertheless
+VOTER = re.compile(r"[\w-]{22}", re.ASCII)  # a cookie of ours
+HEADERS = {
+    # Another voter of the same browser has other pictures under the same addresses.
+    "Cache-Control": "no-store",
+    # The page has its script and style in it, and asks nobody but this server.
+    "Content-Security-Policy": "default-src 'none'; img-src 'self'; connect-src 'self'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def main(argv: list[str]) -> None:
+    p = Parser("python -m evaluate vote", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_contest_flags(p)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    p.add_argument("--port", type=int, default=8008, help="port to listen at; 0: any that is free (8008)")
+    p.add_argument("--seed", type=int, default=0, help="of order and sides (0)")
+    args = p.parse_flags(argv)
+    contest = begin(args)
+    with alone(contest.out, "vote", (0, 1)):
+        ballot = Ballot(contest, args.seed)
+        try:
+            server = serve(ballot, args.host, args.port)
+        except (OSError, OverflowError) as e:
+            raise InputError(f"--host {args.host} --port {args.port}: cannot listen there ({e}): choose another port") from None
+        # 0.0.0.0 means all addresses of this machine, and is none that a phone could open.
+        host = socket.gethostname() if args.host == "0.0.0.0" else args.host
+        where = f"http://{host}:{server.server_port}/"
+        print(f"{len(ballot.tasks)} pairs of answers to vote on: {where} (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.server_close()
+        print(f"{ballot.count()} votes: {ballot.file}; python -m evaluate report --out {contest.out}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ ballot
+
+
+class Task(NamedTuple):
+    """Two answers to one request. The number of the pair stands for both names where a browser sees it."""
+
+    request: Request
+    pair: int
+    a: str
+    b: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.request.id}/{self.pair}"
+
+    @property
+    def about(self) -> tuple[str, str, str]:
+        return self.request.id, self.a, self.b
+
+
+class Ballot:
+    """Who has voted on what, and what comes next. Any number of threads may ask."""
+
+    def __init__(self, contest: Contest, seed: int):
+        self.contest = contest
+        self.seed = seed
+        self.file = contest.out / "votes.jsonl"
+        self.tasks = {}
+        for number, (a, b) in enumerate(contest.pairs, 1):
+            for request in contest.common(a, b):
+                task = Task(request, number, a, b)
+                self.tasks[task.id] = task
+        if not self.tasks:
+            raise InputError(f"{contest.out}: there is no request that two systems have answered")
+        self.by_about = {task.about: task for task in self.tasks.values()}
+        self.check_pictures()
+        mend_end(self.file)
+        self.lock = threading.Lock()
+        self.given: dict[str, dict[str, Vote]] = {}  # {voter: {id of task: vote}}, in the order in which they were given
+        for vote in read_votes(self.file):
+            if vote.about in self.by_about:
+                self.given.setdefault(vote.voter, {})[self.by_about[vote.about].id] = vote
+
+    def check_pictures(self) -> None:
+        """InputError where a picture is not there: not after an hour of voting."""
+        for name, answers in self.contest.systems.items():
+            for id in {task.request.id for task in self.tasks.values() if name in (task.a, task.b)}:
+                for file in answers.files(id)[1]:
+                    size_of(file)
+
+    def count(self) -> int:
+        with self.lock:
+            return sum(map(len, self.given.values()))
+
+    def chance(self, voter: str, *about: object) -> bytes:
+        """The same bytes for the same voter and the same thing, in every run."""
+        return hashlib.sha256(json.dumps([self.seed, voter, *about]).encode()).digest()
+
+    def sides(self, voter: str, task: Task) -> tuple[str, str]:
+        """Which system stands left, and which right."""
+        turned = self.chance(voter, "side", *task.about)[0] % 2
+        return (task.b, task.a) if turned else (task.a, task.b)
+
+    def order(self, voter: str) -> list[str]:
+        return sorted(self.tasks, key=lambda id: self.chance(voter, "order", *self.tasks[id].about))
+
+    def next(self, voter: str) -> dict:
+        """What the page shows: how far this voter is, and two answers, or none when all is done."""
+        with self.lock:
+            done = dict(self.given.get(voter, {}))
+        state = {"done": len(done), "of": len(self.tasks), "task": None}
+        id = next((id for id in self.order(voter) if id not in done), None)
+        if id is None:
+            return state
+        task = self.tasks[id]
+        parts = []
+        for message in task.request.messages:
+            if message["role"] != "system":
+                parts += content_of(message)
+        texts = [printable(part["text"]) for part in parts if part["type"] == "text"]
+        given = [size_of(part["image"]) for part in parts if part["type"] == "image"]
+        shown = {"id": id, "asked": texts, "given": [picture(id, "given", k, size) for k, size in enumerate(given)]}
+        for side, name in zip(("left", "right"), self.sides(voter, task), strict=True):
+            texts, files = self.contest.systems[name].files(task.request.id)
+            pictures = [picture(id, side, k, size_of(file)) for k, file in enumerate(files)]
+            shown[side] = {"texts": [printable(text) for text in texts], "pictures": pictures}
+        return state | {"task": shown}
+
+    def vote(self, voter: str, id: str, choice: str) -> None:
+        """The vote is on the disk when this returns. KeyError where there is no such pair."""
+        task = self.tasks[id]
+        left, right = self.sides(voter, task)
+        better = {"left": left, "right": right, "tie": None}[choice]
+        vote = Vote(voter, *task.about, left, better)
+        with self.lock:
+            self.append(vote, undone=False)
+            votes = self.given.setdefault(voter, {})
+            votes.pop(id, None)
+            votes[id] = vote
+
+    def undo(self, voter: str) -> None:
+        """Take this voter's last vote back; KeyError where there is none."""
+        with self.lock:
+            id, vote = next(reversed(self.given.get(voter, {}).items()), (None, None))
+            if vote is None:
+                raise KeyError("nothing to undo")
+            self.append(vote, undone=True)
+            del self.given[voter][id]
+
+    def append(self, vote: Vote, undone: bool) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = json.dumps(vote._asdict() | {"undone": undone, "date": now}) + "\n"
+        with open(self.file, "ab") as file:
+            before = file.tell()
+            try:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                # A full disk may have taken half of it.
+                os.truncate(self.file, before)
+                raise
+
+    def image(self, voter: str, id: str, side: str, number: int) -> Path | Image.Image:
+        """A picture of the pair; LookupError where there is none."""
+        task = self.tasks[id]
+        if side == "given":
+            parts = [part for message in task.request.messages for part in content_of(message)]
+            return [part["image"] for part in parts if part["type"] == "image"][number]
+        name = dict(zip(("left", "right"), self.sides(voter, task), strict=True))[side]
+        return self.contest.systems[name].files(task.request.id)[1][number]
+
+
+def mend_end(file: Path) -> None:
+    """A last line that a kill has cut off goes: nobody was told that it was kept."""
+    if not file.is_file():
+        return
+    data = file.read_bytes()
+    end = data.rfind(b"\n") + 1
+    try:
+        json.loads(data[end:])
+        with open(file, "ab") as f:
+            f.write(b"\n")
+    except ValueError:
+        if end < len(data):
+            os.truncate(file, end)
+
+
+def picture(id: str, side: str, number: int, size: tuple[int, int]) -> dict:
+    return {"url": f"/picture/{quote(id)}/{side}/{number}", "width": size[0], "height": size[1]}
+
+
+def size_of(source: Path | str | Image.Image) -> tuple[int, int]:
+    """(width, height) from its header, or InputError."""
+    if isinstance(source, Image.Image):
+        return source.size
+    try:
+        with Image.open(source) as image:
+            return image.size
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{source}: no picture ({e})") from None
+
+
+def encoded(source: Path | str | Image.Image) -> bytes:
+    """The pixels alone as PNG."""
+    data = io.BytesIO()
+    pixels = load_image(source)
+    pixels.info.clear()
+    # Quickly rather than small: it goes to this machine or its neighbour.
+    pixels.save(data, "PNG", compress_level=1)
+    return data.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------------ server
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """A browser that goes away in the midst of something is no error of ours."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+def serve(ballot: Ballot, host: str, port: int) -> Server:
+    """A server that listens; serve_forever answers."""
+    page = render("vote.html", title=ballot.contest.module.TITLE).encode()
+    handler = type("Bound", (Handler,), {"ballot": ballot, "page": page})
+    return Server((host, port), handler)
+
+
+class Refused(Exception):
+    """A request that gets no other answer than a status and a word."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class Handler(BaseHTTPRequestHandler):
+    ballot: Ballot
+    page: bytes
+    unread: int | None = None  # bytes of the body, where its length is known
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds until a silent connection is closed
+
+    def version_string(self) -> str:
+        return "vote"
+
+    def log_message(self, *_) -> None:
+        """Nothing for each request: votes are in the file."""
+
+    def do_GET(self) -> None:
+        self.answer(self.get)
+
+    def do_POST(self) -> None:
+        self.answer(self.post)
+
+    def refuse_method(self) -> None:
+        self.answer(self.no_method)
+
+    do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = refuse_method
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class finds wrong by itself: a request that is none, or a method of another's invention."""
+        self.refuse(405 if code == 501 else code, "not understood")
+
+    def answer(self, how: Callable[[], None]) -> None:
+        """Whatever goes wrong is a status and one line, and the server goes on."""
+        length = self.headers.get("Content-Length", "")
+        self.unread = int(length) if re.fullmatch(r"\d{1,9}", length, re.ASCII) else None
+        try:
+            how()
+        except Refused as e:
+            self.refuse(e.status, str(e))
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+            self.refuse(404, "a picture cannot be read")
+        except OSError as e:
+            print(f"error: {self.ballot.file}: cannot be written ({e.strerror})", file=sys.stderr, flush=True)
+            self.refuse(507, "the vote could not be saved")
+
+    def refuse(self, status: int, reason: str) -> None:
+        # Who is cut off while still sending does not hear the reason.
+        if self.unread and self.unread <= DRAINED:
+            self.rfile.read(self.unread)
+        self.close_connection = True
+        self.send(status, "application/json", json.dumps({"error": reason}).encode())
+
+    def no_method(self) -> None:
+        raise Refused(405, "only GET and POST")
+
+    def get(self) -> None:
+        path = urlsplit(self.path).path
+        if path == "/":
+            cookie = {}
+            if self.voter() is None:
+                name = secrets.token_urlsafe(16)
+                cookie = {"Set-Cookie": f"voter={name}; Path=/; Max-Age=31536000; HttpOnly; SameSite=Strict"}
+            self.send(200, "text/html; charset=utf-8", self.page, cookie)
+        elif path == "/next":
+            self.send_json(self.ballot.next(self.known_voter()))
+        elif path == "/favicon.ico":
+            self.send(204, "image/png", b"")  # every browser asks for it
+        elif path.startswith("/picture/"):
+            self.send(200, "image/png", self.picture(path.split("/")[2:]))
+        else:
+            raise Refused(404, "nothing there")
+
+    def picture(self, words: list[str]) -> bytes:
+        """words: request, pair, side, number. They are looked up, and never become a path."""
+        voter = self.known_voter()
+        if len(words) != 4 or not re.fullmatch(r"\d{1,4}", words[3], re.ASCII):
+            raise Refused(404, "nothing there")
+        try:
+            source = self.ballot.image(voter, f"{unquote(words[0])}/{words[1]}", words[2], int(words[3]))
+        except LookupError:
+            raise Refused(404, "nothing there") from None
+        return encoded(source)
+
+    def post(self) -> None:
+        path = urlsplit(self.path).path
+        if path not in ("/vote", "/undo"):
+            raise Refused(404, "nothing there")
+        body = self.body()
+        voter = self.known_voter()
+        try:
+            if path == "/undo":
+                self.ballot.undo(voter)
+            elif body.get("choice") not in CHOICES:
+                raise Refused(400, f"choice must be one of {', '.join(CHOICES)}")
+            else:
+                self.ballot.vote(voter, body.get("task"), body["choice"])
+        except (KeyError, TypeError):
+            raise Refused(409, "there is no such vote: reload the page") from None
+        self.send_json(self.ballot.next(voter))
+
+    def body(self) -> dict:
+        """JSON of a page of ours: another site's script can send neither this type nor from this origin."""
+        origin = self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+            raise Refused(403, "from another site")
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(415, "only application/json")
+        if self.unread is None:
+            raise Refused(411, "its length is missing")
+        if self.unread > LONGEST:
+            raise Refused(413, f"longer than {LONGEST} bytes")
+        sent = self.rfile.read(self.unread)
+        self.unread = 0
+        try:
+            value = json.loads(sent)
+        except (ValueError, RecursionError):
+            raise Refused(400, "not JSON") from None
+        if not isinstance(value, dict):
+            raise Refused(400, "no object")
+        return value
+
+    def voter(self) -> str | None:
+        try:
+            cookie = SimpleCookie(self.headers.get("Cookie", "")).get("voter")
+        except CookieError:
+            return None
+        return cookie.value if cookie is not None and VOTER.fullmatch(cookie.value) else None
+
+    def known_voter(self) -> str:
+        voter = self.voter()
+        if voter is None:
+            raise Refused(403, "no voter: open the page first, with cookies allowed")
+        return voter
+
+    def send_json(self, value: dict) -> None:
+        self.send(200, "application/json", json.dumps(value).encode())
+
+    def send(self, status: int, kind: str, body: bytes, more: dict | None = None) -> None:
+        self.send_response(status)
+        about = {"Content-Type": kind, "Content-Length": str(len(body))}
+        for name, value in (about | HEADERS | (more or {})).items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
