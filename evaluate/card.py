@@ -160,7 +160,7 @@ class Card:
             *SPOILINGS.items(),
             ("right", "the clean answer stands above the spoiled one; a tie counts half: who knows nothing has 50 %"),
             ("by scores", "the mean of the five criteria of howto500, asked about each answer alone"),
-            ("by pairs", "which of two answers is better, asked in both orders"),
+            ("by pairs", "which of two answers is better, asked in both orders as `python -m evaluate pairs` asks"),
             ("a cell", "percent, 95 % interval by bootstrap over items, /of how many; without width it says only that all were "
              "alike: of n, up to 3 / n may still be otherwise"),
         ]  # fmt: skip
@@ -255,7 +255,7 @@ def wrong(rows: list[dict], items: list[Item]) -> list[dict]:
 
 
 def shown(row: dict, name: str, item: Item) -> dict:
-    """gap: how much higher the spoiled answer stands, in shares of the scale, and how much surer the judge is of it."""
+    """gap: how much higher the spoiled answer stands, in shares of the scales."""
     gap = 0.0
     scores = mean_scores(row, name)
     if scores:
@@ -263,7 +263,7 @@ def shown(row: dict, name: str, item: Item) -> dict:
     pair = row["pairs"][name]
     if None not in pair:
         gap += (pair[1] - pair[0]) / 2
-    sure = ["-" if p is None else f"{p:.2f}" for p in pair]
+    first = ["-" if value is None else f"{value:.2f}" for value in pair]
     request = asked(item.request)
     answers = {CLEAN: item.clean, name: item.copies[name]}
     means = dict(zip(answers, [f"{score:.2f}" for score in scores or ()] or ["-", "-"], strict=True))
@@ -273,7 +273,7 @@ def shown(row: dict, name: str, item: Item) -> dict:
         "asked": " ".join(part for part in request if isinstance(part, str)),
         "given": [part for part in request if not isinstance(part, str)],
         "answers": [laid_out(label, means[label], answer) for label, answer in answers.items()],
-        "sure": f"sure that the first is better: {sure[0]} if that is the clean one, {sure[1]} if it is the spoiled one",
+        "pair": f"the first is better, 0 to 1: {first[0]} if that is the clean one, {first[1]} if it is the spoiled one",
     }
 
 

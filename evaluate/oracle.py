@@ -37,24 +37,26 @@ class Oracle:
         said = laid_out(question.parts)
         asked = said.get("Request:", [])
         if question.kind == "yes":
-            return self.compare(asked, said)
-        if "Answer:" not in said:
-            share = UNKNOWN
-        elif question.parts[0] == rubric("howto", "T-Com"):
-            share = steps_in_place(asked, said["Answer:"])
-        else:
-            share = self.pictures_right(asked, said["Answer:"])
-        value = {key: low + share * (high - low) for key, (low, high) in question.keys.items()}
-        return Reply(f"{share:.0%} is right", value=value, model=self.name)
-
-    def compare(self, asked: list, said: dict[str, list]) -> Reply:
-        """Whether the first answer is better: 1 or 0, 0.5 if they are as good as each other or nothing is known of them."""
-        if not {"First answer:", "Second answer:"} <= said.keys():
             return Reply("nothing that can be checked", value={"yes": UNKNOWN}, model=self.name)
-        first = self.pictures_right(asked, said["First answer:"])
-        second = self.pictures_right(asked, said["Second answer:"])
-        value = 0.5 + 0.5 * (first > second) - 0.5 * (first < second)
-        return Reply(f"{first:.0%} is right of the first, {second:.0%} of the second", value={"yes": value}, model=self.name)
+        if "Second answer:" in said:
+            first = self.pictures_right(asked, said["First answer:"])
+            second = self.pictures_right(asked, said["Second answer:"])
+            # The scale goes from the first to the second (prompts/pairs.md).
+            share = 0.5 + 0.5 * (first < second) - 0.5 * (first > second)
+            words = f"{first:.0%} is right of the first, {second:.0%} of the second"
+        else:
+            share = self.share(question.parts[0], asked, said.get("Answer:"))
+            words = f"{share:.0%} is right"
+        value = {key: low + share * (high - low) for key, (low, high) in question.keys.items()}
+        return Reply(words, value=value, model=self.name)
+
+    def share(self, asking: str, asked: list, answer: list | None) -> float:
+        """What of an answer is right."""
+        if answer is None:
+            return UNKNOWN
+        if asking == rubric("howto", "T-Com"):
+            return steps_in_place(asked, answer)
+        return self.pictures_right(asked, answer)
 
     def pictures_right(self, asked: list, answer: list) -> float:
         key = json.dumps(described(Question("", [*asked, "Answer:", *answer], {})))

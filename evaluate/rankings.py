@@ -3,9 +3,9 @@
     rows = [ask(item, judge, again) for item in items(100)]
     aggregate(rows)                   {"wrong colour, by scores": Figure, ..., "goes by the place": Figure, ...}
 
-By scores: the mean of the five criteria of howto500, each asked about one answer alone. By pairs: whether the first of two
-answers is better, asked in both orders, of which the mean counts. A ranking is 1 if it is right, 0 if it is wrong,
-a half if it is a tie.
+By scores: the mean of the five criteria of howto500, each asked about one answer alone. By pairs: which of two answers is the
+better one, asked in both orders as `python -m evaluate pairs` asks; the mean of both counts. A ranking is 1 if it is right, 0
+if it is wrong, a half if it is a tie.
 """
 
 import statistics
@@ -14,8 +14,9 @@ from collections.abc import Iterable
 
 from evaluate.benchmark import Answer, Figure, average
 from evaluate.benchmarks import howto500
+from evaluate.contest import FIRST, SECOND
 from evaluate.judges import Asker
-from evaluate.rubrics import asked, document, rubric
+from evaluate.pairs import compare
 from evaluate.spoiled import BARE, BLANK, PADDED, SPOILINGS, STRANGE, Item
 
 CLEAN = "clean"
@@ -23,7 +24,7 @@ CLEAN = "clean"
 AGAINST = {**dict.fromkeys((*SPOILINGS, PADDED), CLEAN), BLANK: BARE, STRANGE: BARE}
 AGAIN = "wrong colour"  # the pair that is asked a second time; every item has it
 EQUAL = 1e-9  # scores that are as near as this are the same
-EVEN = 0.5  # what a judge says that finds both as good, and how many one ranks right that knows nothing
+EVEN = 0.5  # of a pair: both are as good; of all rankings: what one has right that knows nothing
 
 
 # ------------------------------------------------------------------------------------------------------------------ asking
@@ -32,7 +33,7 @@ EVEN = 0.5  # what a judge says that finds both as good, and how many one ranks 
 def ask(item: Item, judge: Asker, again: Asker) -> dict:
     """All that is asked about one item; again: the same judge without the answers that are kept.
 
-    -> {"scores": {copy: {criterion: value}}, "pairs": {copy: [how sure it is of the first, in (reference, copy) and in (copy,
+    -> {"scores": {copy: {criterion: value}}, "pairs": {copy: [whether the first is better, of (reference, copy) and of (copy,
     reference)]}, "again": the same of the clean answer and of one pair, "whys": {"scores" or "pairs": {why: how many}}}
     """
     answers = {CLEAN: item.clean, **item.copies}
@@ -44,10 +45,10 @@ def ask(item: Item, judge: Asker, again: Asker) -> dict:
         return {name: verdict.value for name, verdict in verdicts.items()}
 
     def preferred(first: str, second: str, judge: Asker) -> float | None:
-        content = ["First answer:", *document(answers[first]), "Second answer:", *document(answers[second])]
-        verdict = judge.yes(rubric("trust", "Better"), "Request:", *asked(item.request), *content)
+        """From 1, the first is better, to 0, the second is."""
+        verdict = compare(item.request, answers[first], answers[second], judge)
         whys["pairs"][verdict.why] += 1
-        return verdict.value
+        return None if verdict.value is None else (SECOND - verdict.value) / (SECOND - FIRST)
 
     scores = {name: scored(answers[name], judge) for name in (CLEAN, *SPOILINGS, PADDED) if name in answers}
     pairs = {}
@@ -115,7 +116,7 @@ def habits(rows: list[dict]) -> dict[str, Figure]:
     """What a judge may go by that it should not."""
     both = [said for row in rows for said in row["pairs"].values() if None not in said]
     figures = {
-        "takes the first": average([rank(sure, EVEN) for said in both for sure in said]),
+        "takes the first": average([rank(first, EVEN) for said in both for first in said]),
         "goes by the place": average([goes_by_place(*said) for said in both]),
     }
     longer = known(by_scores(row, PADDED) for row in rows)
@@ -145,7 +146,7 @@ def repeats(rows: list[dict]) -> dict[str, Figure]:
                 differs.append(abs(value - row["scores"][CLEAN][name]))
         pair = [row["pairs"][AGAIN][0], row["again"]["pair"]]
         if None not in pair:
-            choices = {rank(sure, EVEN) for sure in pair}
+            choices = {rank(first, EVEN) for first in pair}
             same.append(float(len(choices) == 1))
     return {
         "same score": average([float(value <= EQUAL) for value in differs]),

@@ -41,9 +41,10 @@ class Fake:
     def ask(self, question: Question) -> Reply:
         self.asked.append(question)
         said = laid_out(question.parts)
-        if question.kind == "yes":
-            return Reply("", value={"yes": self.first(said["First answer:"], said["Second answer:"])}, model=self.name)
-        share = self.score(said.get("Answer:", question.parts[1:-1]))
+        if "Second answer:" in said:
+            share = 1 - self.first(said["First answer:"], said["Second answer:"])
+        else:
+            share = self.score(said.get("Answer:", question.parts[1:-1]))
         return Reply("", value={key: low + share * (high - low) for key, (low, high) in question.keys.items()}, model=self.name)
 
 
@@ -138,6 +139,8 @@ def test_the_oracle_says_nothing_of_pictures_without_words():
     rating = Question("fields", ["How sharp?", picture, "JSON"], {"score": (1, 5)})
     assert Oracle().ask(rating).value == {"score": 3}
     assert Oracle().ask(Question("yes", [picture, "Is it red?"], {})).value == {"yes": 0.5}
+    pair = ["Which?", "First answer:", picture, "Second answer:", picture, "JSON"]
+    assert Oracle().ask(Question("fields", pair, {"score": (1, 3)})).value == {"score": 2}
 
 
 def test_the_oracle_knows_the_order_of_steps():
@@ -191,7 +194,9 @@ class Fickle(Fake):
     def ask(self, question: Question) -> Reply:
         reply = super().ask(question)
         share = (len(self.asked) % 7) / 7
-        return Reply("", value={key: 1 + 4 * share for key in question.keys} or {"yes": share}, model=reply.model)
+        return Reply(
+            "", value={key: low + (high - low) * share for key, (low, high) in question.keys.items()}, model=reply.model
+        )
 
 
 def test_a_fickle_judge_is_not_repeatable(tmp_path, monkeypatch):
@@ -295,14 +300,14 @@ def server_card(out: Path, answer, *more: str) -> dict:
 
 
 def test_a_server_has_a_card_with_its_temperature(tmp_path):
-    card = server_card(tmp_path, lambda body, n: "yes" if "JSON" not in json.dumps(body) else '{"score": 4}')
+    card = server_card(tmp_path, lambda body, n: '{"score": 1}')
     assert card["figures"]["goes by the place"]["value"] == 1 and card["settings"]["size"] == 256
     assert "temperature 0, seed 0" in (tmp_path / "trust.md").read_text()
 
 
 def test_what_a_server_refuses_or_garbles_is_counted(tmp_path):
     def answer(body, n):
-        if "JSON" not in json.dumps(body):
+        if "Second answer" in json.dumps(body):
             return "Perhaps."
         return "I'm sorry, I can't." if "Are they of one world" in json.dumps(body) else '{"score": 4}'
 
@@ -317,7 +322,7 @@ def test_what_a_server_refuses_or_garbles_is_counted(tmp_path):
 def test_a_server_that_fails_on_one_item_costs_that_one(tmp_path):
     texts = items(2)[1].clean.texts[0]
     with pytest.raises(InputError, match="not judged: .*same command again"):
-        server_card(tmp_path, lambda body, n: 400 if texts in json.dumps(body) else '{"score": 4}')
+        server_card(tmp_path, lambda body, n: 400 if texts in json.dumps(body) else '{"score": 3}')
     assert json.loads((tmp_path / "trust.json").read_text())["items"] == 1
 
 
@@ -463,21 +468,12 @@ def test_a_folder_belongs_to_one_judge(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------------------- page
 
 
-def test_the_page_fits_a_phone_and_a_desk(tmp_path, monkeypatch):
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
-    chromium = Path("/usr/bin/chromium")
-    if not chromium.is_file():
-        pytest.skip(f"no browser: {chromium} does not exist")
+def test_the_page_fits_a_phone_and_a_desk(tmp_path, monkeypatch, visit):
     make(monkeypatch, tmp_path, Fake("lots", lot, lot), n=8)
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
-        for width in (360, 1280):
-            page = browser.new_page(viewport={"width": width, "height": 800})
-            asked = []
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
-            page.goto((tmp_path / "trust.html").as_uri())
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
-            assert broken == 0 and page.evaluate("document.images.length") > 20
-            assert all(url.startswith(("file:", "data:")) for url in asked)
-        browser.close()
+    for width in (360, 1280):
+        page = visit(width)
+        page.goto((tmp_path / "trust.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+        assert page.evaluate(broken) == 0 and page.evaluate("document.images.length") > 20
+        assert not page.errors and all(url.startswith(("file:", "data:")) for url in page.requests)
