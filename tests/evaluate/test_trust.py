@@ -204,6 +204,15 @@ def test_a_fickle_judge_is_not_repeatable(tmp_path, monkeypatch):
     assert found["same score"] < 0.5 and found["score differs by"] > 0.5
 
 
+def test_the_bundled_miniature_has_a_card_of_its_own(tmp_path):
+    """Its scores are probabilities, so they differ from answer to answer; and it draws no lots."""
+    trust.main(["--judge", "self", "--device", "cpu", "--out", str(tmp_path), "--n", "2", "--draws", "50"])
+    card = json.loads((tmp_path / "trust.json").read_text())
+    assert card["judge"].startswith("self") and card["counts"]["pairs"]["judged"] == card["figures"]["takes the first"]["n"] + 2
+    assert card["figures"]["same score"]["value"] == 1 and card["figures"]["all, by scores, ties"]["value"] < 1
+    assert "deterministic" in (tmp_path / "trust.md").read_text()
+
+
 # ----------------------------------------------------------------------------------------------------------------- figures
 
 
