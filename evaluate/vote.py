@@ -14,6 +14,7 @@ file's form and its remarks could tell whose it is. Nothing but the pictures of 
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -102,6 +103,20 @@ class Task(NamedTuple):
     def about(self) -> tuple[str, str, str]:
         return self.request.id, self.a, self.b
 
+    @property
+    def texts(self) -> list[str]:
+        """What was asked."""
+        return [part["text"] for part in self.parts if part["type"] == "text"]
+
+    @property
+    def pictures(self) -> list[str | Image.Image]:
+        """What was shown with it."""
+        return [part["image"] for part in self.parts if part["type"] == "image"]
+
+    @property
+    def parts(self) -> list[dict]:
+        return [part for m in self.request.messages if m["role"] != "system" for part in content_of(m)]
+
 
 class Ballot:
     """Who has voted on what, and what comes next. Any number of threads may ask."""
@@ -127,10 +142,12 @@ class Ballot:
                 self.given.setdefault(vote.voter, {})[self.by_about[vote.about].id] = vote
 
     def check_pictures(self) -> None:
-        """InputError where a picture is not there: not after an hour of voting."""
-        for name, answers in self.contest.systems.items():
-            for id in {task.request.id for task in self.tasks.values() if name in (task.a, task.b)}:
-                for file in answers.files(id)[1]:
+        """InputError where a picture is not there: now, and not after an hour of voting."""
+        for task in self.tasks.values():
+            for source in task.pictures:
+                size_of(source)
+            for name in (task.a, task.b):
+                for file in self.contest.systems[name].files(task.request.id)[1]:
                     size_of(file)
 
     def count(self) -> int:
@@ -158,13 +175,8 @@ class Ballot:
         if id is None:
             return state
         task = self.tasks[id]
-        parts = []
-        for message in task.request.messages:
-            if message["role"] != "system":
-                parts += content_of(message)
-        texts = [printable(part["text"]) for part in parts if part["type"] == "text"]
-        given = [size_of(part["image"]) for part in parts if part["type"] == "image"]
-        shown = {"id": id, "asked": texts, "given": [picture(id, "given", k, size) for k, size in enumerate(given)]}
+        given = [picture(id, "given", k, size_of(source)) for k, source in enumerate(task.pictures)]
+        shown = {"id": id, "asked": [printable(text) for text in task.texts], "given": given}
         for side, name in zip(("left", "right"), self.sides(voter, task), strict=True):
             texts, files = self.contest.systems[name].files(task.request.id)
             pictures = [picture(id, side, k, size_of(file)) for k, file in enumerate(files)]
@@ -194,24 +206,24 @@ class Ballot:
 
     def append(self, vote: Vote, undone: bool) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = json.dumps(vote._asdict() | {"undone": undone, "date": now}) + "\n"
-        with open(self.file, "ab") as file:
+        line = json.dumps(vote._asdict() | {"undone": undone, "date": now}).encode() + b"\n"
+        # Without a buffer, which would try again when the file is closed.
+        with open(self.file, "ab", buffering=0) as file:
             before = file.tell()
             try:
-                file.write(line.encode())
-                file.flush()
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError:
                 # A full disk may have taken half of it.
-                os.truncate(self.file, before)
+                file.truncate(before)
                 raise
 
     def image(self, voter: str, id: str, side: str, number: int) -> Path | Image.Image:
         """A picture of the pair; LookupError where there is none."""
         task = self.tasks[id]
         if side == "given":
-            parts = [part for message in task.request.messages for part in content_of(message)]
-            return [part["image"] for part in parts if part["type"] == "image"][number]
+            return task.pictures[number]
         name = dict(zip(("left", "right"), self.sides(voter, task), strict=True))[side]
         return self.contest.systems[name].files(task.request.id)[1][number]
 

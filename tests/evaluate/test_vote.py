@@ -278,6 +278,48 @@ def test_many_vote_at_once(open_ballot, two, tmp_path):
     assert len(votes) == len(lines(tmp_path / "p")) == 32 == ballot.count() and len({v.voter for v in votes}) == 8
 
 
+def test_pictures_of_the_request_are_shown_with_it(two, tmp_path):
+    """A benchmark of edits: one request has its picture as a file, the other one in memory."""
+    file = tmp_path / "edits.py"
+    Image.new("RGB", (20, 10), (7, 7, 7)).save(tmp_path / "given_by_zebra.png")
+    file.write_text(f'''
+from PIL import Image
+from evaluate.benchmark import Request
+NAME = TITLE = "edits"
+SOURCE, PUBLISHED = {{}}, []
+score = aggregate = None
+
+
+def requests(items):
+    for id, picture in (("red", {str(tmp_path / "given_by_zebra.png")!r}), ("blue", Image.new("RGB", (20, 10), (9, 9, 9)))):
+        parts = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "Make it darker."}}]
+        yield Request(id, [{{"role": "user", "content": parts}}], {{}})
+''')
+    given = dict.fromkeys(LETTERS) | {"a": str(two[0]), "b": str(two[1])}
+    ballot = vote.Ballot(begin(Namespace(benchmark=str(file), out=str(tmp_path / "p"), items=None, n=None, **given)), 0)
+    greys = {}
+    for id in ballot.order("v"):
+        state = ballot.next("v")
+        assert state["task"]["id"] == id and state["task"]["asked"] == ["Make it darker."]
+        (shown,) = state["task"]["given"]
+        assert (shown["url"], shown["width"], shown["height"]) == (f"/picture/{id}/given/0", 20, 10)
+        (tmp_path / "seen.png").write_bytes(vote.encoded(ballot.image("v", id, "given", 0)))
+        with Image.open(tmp_path / "seen.png") as image:
+            greys[id] = image.getpixel((0, 0))[0]
+        ballot.vote("v", id, "tie")
+    assert greys == {"red/1": 7, "blue/1": 9}
+
+
+def test_three_systems_make_three_pairs(open_ballot, two, tmp_path):
+    _, address, _ = open_ballot([*two, system(tmp_path / "tapir", "snouts")])
+    voter = Voter(address)
+    while voter.next()["task"]:
+        voter.vote("left")
+    votes = read_votes(tmp_path / "p/votes.jsonl")
+    assert Counter((v.a, v.b) for v in votes) == {("zebra", "okapi"): 4, ("zebra", "tapir"): 4, ("okapi", "tapir"): 4}
+    assert all(v.better == v.left for v in votes)
+
+
 # ----------------------------------------------------------------------------------------------------------------- security
 
 
