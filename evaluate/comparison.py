@@ -216,9 +216,9 @@ def tables_of(jury: Jury, ranked: list[Ranked], met: list[Met]) -> list[Table]:
         counts = [str(m.wins), str(m.ties), str(m.losses)]
         rows.append([pair_name(m.a, m.b), *counts, percent(m.share), span(m.low, m.high, percent), likely(m.p)])
     notes = [("share", "of the first system, ties being half"),
-             ("sign test", "how likely wins and losses are at least so uneven among equals; that several people's votes on one "
-                           "request go together it does not know")]  # fmt: skip
-    head = ["pair", "wins", "ties", "losses", "share", "95 %", "sign test"]
+             ("p", "how likely wins and losses are at least so uneven among equals (sign test, ties left out); that several "
+                   "people's votes on one request go together it does not know")]  # fmt: skip
+    head = ["pair", "wins", "ties", "losses", "share", "95 %", "p"]
     tables.append(Table(f"Pair by pair, by {jury.name}", head, rows, notes))
 
     if jury.counts:
