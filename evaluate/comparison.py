@@ -18,6 +18,7 @@ from evaluate.answers import address
 from evaluate.benchmark import JUDGED, MISSING, REFUSED, UNPARSABLE, Request, content_of
 from evaluate.bradley_terry import MEAN, Met, Outcome, Ranked, meet, rank
 from evaluate.contest import BOTH, FIRST, IN_ORDER, SECOND, TURNED, Contest, pair_name, read_votes, reopen
+from evaluate.pairs import prompt_hash
 from evaluate.tables import Table, markdown
 from pages.answer import harmless_json, write_text
 from pages.template import render
@@ -106,27 +107,36 @@ def share_of(row: dict) -> float | None:
 def judge_of(folder: Path, contest: Contest) -> Jury | None:
     """What a judge has found; None where it has found nothing yet."""
     about = read_json(folder / "judge.json")
-    judge = about["judge"]
-    jury = Jury(judge, notes=[("judge", f"{judge}, {about['date']}, prompts {about['prompts']}")])
-    places = []  # from 0, the second was better, to 1, the first
+    jury = Jury(about["judge"], notes=[("judge", f"{about['judge']}, {about['date']}, prompts {about['prompts']}")])
+    if about["prompts"] != prompt_hash():
+        jury.notes.append(("note", "the prompts have changed since"))
+    places = []
     for a, b in contest.pairs:
-        pair = pair_name(a, b)
-        files = [folder / pair / f"{request.id}.json" for request in contest.requests]
-        for row in (read_json(file) for file in files if file.is_file()):
-            share = share_of(row)
-            if share is not None:
-                jury.outcomes.append(Outcome(row["id"], a, b, share))
-            for order, score in row["scores"].items():
-                jury.counts.setdefault(pair, Counter())[score["why"]] += 1
-                if score["why"] == JUDGED:
-                    places.append((SECOND - score["value"]) / (SECOND - FIRST))
-                shown = (a, b) if order == IN_ORDER else (b, a)
-                said = {"judge": judge, "name": f"{judge}, {' or '.join(shown)}:", "value": in_words(score["value"], *shown)}
-                jury.words.setdefault(row["id"], []).append(said | {"why": score["why"], "words": score["words"]})
+        for request in contest.requests:
+            file = folder / pair_name(a, b) / f"{request.id}.json"
+            if file.is_file():
+                places += hear(jury, read_json(file), a, b)
     if places:
         share = percent(sum(places) / len(places))
         jury.notes.append(("order", f"{share} of its liking went to the answer that it saw first; without a bias it is 50%"))
     return jury if jury.counts else None
+
+
+def hear(jury: Jury, row: dict, a: str, b: str) -> list[float]:
+    """Take in what was said of one pair of answers. -> for each question how far the first was preferred, from 0 to 1."""
+    share = share_of(row)
+    if share is not None:
+        jury.outcomes.append(Outcome(row["id"], a, b, share))
+    places = []
+    for order, score in row["scores"].items():
+        jury.counts.setdefault(pair_name(a, b), Counter())[score["why"]] += 1
+        if score["why"] == JUDGED:
+            places.append((SECOND - score["value"]) / (SECOND - FIRST))
+        shown = (a, b) if order == IN_ORDER else (b, a)
+        title = f"{jury.name}, {' or '.join(shown)}:"
+        said = {"judge": jury.name, "name": title, "value": in_words(score["value"], *shown)}
+        jury.words.setdefault(row["id"], []).append(said | {"why": score["why"], "words": score["words"]})
+    return places
 
 
 def in_words(value: float | None, first: str, second: str) -> str:
@@ -216,9 +226,9 @@ def tables_of(jury: Jury, ranked: list[Ranked], met: list[Met]) -> list[Table]:
         counts = [str(m.wins), str(m.ties), str(m.losses)]
         rows.append([pair_name(m.a, m.b), *counts, percent(m.share), span(m.low, m.high, percent), likely(m.p)])
     notes = [("share", "of the first system, ties being half"),
-             ("sign test", "how likely wins and losses are at least so uneven among equals; that several people's votes on one "
-                           "request go together it does not know")]  # fmt: skip
-    head = ["pair", "wins", "ties", "losses", "share", "95 %", "sign test"]
+             ("p", "how likely wins and losses are at least so uneven among equals (sign test, ties left out); that several "
+                   "people's votes on one request go together it does not know")]  # fmt: skip
+    head = ["pair", "wins", "ties", "losses", "share", "95 %", "p"]
     tables.append(Table(f"Pair by pair, by {jury.name}", head, rows, notes))
 
     if jury.counts:

@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import sys
 
+from checkpoint import read_text
 from evaluate import judges
 from evaluate.answers import alone, parse_shard
 from evaluate.benchmark import MISSING, Answer, Judge, Request, Verdict
@@ -67,9 +68,9 @@ def main(argv: list[str]) -> None:
 
 
 def prompt_hash() -> str:
-    """Of the rubric, and of the sentences around it."""
-    sources = [(PROMPTS / "pairs.md").read_bytes(), inspect.getsource(judges.Asker).encode(), inspect.getsource(Duel).encode()]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    """Of the rubric, and of the words around it and around the answers."""
+    sources = [read_text(PROMPTS / "pairs.md"), inspect.getsource(judges.Asker), inspect.getsource(compare)]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
 
 
 class Both:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,12 @@ def test_ten_who_say_the_same_are_not_ten_times_as_many_requests():
 def test_systems_that_have_not_met_stand_at_the_mean():
     found = {r.system: r.rating for r in rank(["a", "b", "c"], outcomes(5, 0, 5), 50, 0)}
     assert found == pytest.approx({"a": MEAN, "b": MEAN, "c": MEAN})
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "choix", None)
+    with pytest.raises(InputError, match="choix is missing: .*evaluate/requirements.txt"):
+        ratings(np.zeros((2, 2)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- verdicts

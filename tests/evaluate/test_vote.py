@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from checkpoint import InputError
 from evaluate import figures, pairs, vote
+from evaluate.ballot import Ballot, encoded
 from evaluate.contest import LETTERS, begin, read_votes
 from unruly import Unruly
 
@@ -61,7 +62,7 @@ def open_ballot(tmp_path):
     servers = []
 
     def start(systems: list[Path], seed: int = 0, port: int = 0):
-        ballot = vote.Ballot(contest(tmp_path / "p", systems), seed)
+        ballot = Ballot(contest(tmp_path / "p", systems), seed)
         server = vote.serve(ballot, "127.0.0.1", port)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
@@ -147,8 +148,8 @@ def test_sides_and_order_are_drawn_for_each_voter_and_each_pair(open_ballot, two
     # 400 throws of a coin: three standard deviations are 30.
     assert abs(sides["zebra"] - 200) <= 30 and len(orders) > 15
     # The same seed draws the same again, another one something else.
-    again = vote.Ballot(ballot.contest, 0)
-    other = vote.Ballot(ballot.contest, 1)
+    again = Ballot(ballot.contest, 0)
+    other = Ballot(ballot.contest, 1)
     everybody = [(f"{n:022d}", task) for n in range(20) for task in ballot.tasks.values()]
     drawn = [ballot.sides(*one) for one in everybody]
     assert drawn == [again.sides(*one) for one in everybody] != [other.sides(*one) for one in everybody]
@@ -276,6 +277,48 @@ def test_many_vote_at_once(open_ballot, two, tmp_path):
         thread.join()
     votes = read_votes(tmp_path / "p/votes.jsonl")
     assert len(votes) == len(lines(tmp_path / "p")) == 32 == ballot.count() and len({v.voter for v in votes}) == 8
+
+
+def test_pictures_of_the_request_are_shown_with_it(two, tmp_path):
+    """A benchmark of edits: one request has its picture as a file, the other one in memory."""
+    file = tmp_path / "edits.py"
+    Image.new("RGB", (20, 10), (7, 7, 7)).save(tmp_path / "given_by_zebra.png")
+    file.write_text(f'''
+from PIL import Image
+from evaluate.benchmark import Request
+NAME = TITLE = "edits"
+SOURCE, PUBLISHED = {{}}, []
+score = aggregate = None
+
+
+def requests(items):
+    for id, picture in (("red", {str(tmp_path / "given_by_zebra.png")!r}), ("blue", Image.new("RGB", (20, 10), (9, 9, 9)))):
+        parts = [{{"type": "image", "image": picture}}, {{"type": "text", "text": "Make it darker."}}]
+        yield Request(id, [{{"role": "user", "content": parts}}], {{}})
+''')
+    given = dict.fromkeys(LETTERS) | {"a": str(two[0]), "b": str(two[1])}
+    ballot = Ballot(begin(Namespace(benchmark=str(file), out=str(tmp_path / "p"), items=None, n=None, **given)), 0)
+    greys = {}
+    for id in ballot.order("v"):
+        state = ballot.next("v")
+        assert state["task"]["id"] == id and state["task"]["asked"] == ["Make it darker."]
+        (shown,) = state["task"]["given"]
+        assert (shown["url"], shown["width"], shown["height"]) == (f"/picture/{id}/given/0", 20, 10)
+        (tmp_path / "seen.png").write_bytes(encoded(ballot.image("v", id, "given", 0)))
+        with Image.open(tmp_path / "seen.png") as image:
+            greys[id] = image.getpixel((0, 0))[0]
+        ballot.vote("v", id, "tie")
+    assert greys == {"red/1": 7, "blue/1": 9}
+
+
+def test_three_systems_make_three_pairs(open_ballot, two, tmp_path):
+    _, address, _ = open_ballot([*two, system(tmp_path / "tapir", "snouts")])
+    voter = Voter(address)
+    while voter.next()["task"]:
+        voter.vote("left")
+    votes = read_votes(tmp_path / "p/votes.jsonl")
+    assert Counter((v.a, v.b) for v in votes) == {("zebra", "okapi"): 4, ("zebra", "tapir"): 4, ("okapi", "tapir"): 4}
+    assert all(v.better == v.left for v in votes)
 
 
 # ----------------------------------------------------------------------------------------------------------------- security
