@@ -33,7 +33,7 @@ class Fake:
 
     def __init__(self, name: str, first=lambda a, b: 0.5, score=lambda answer: 0.5):
         self.name = name
-        self.identity = {"fake": name}
+        self.identity = {"fake": name, "weights": hashlib.sha256(name.encode()).hexdigest()}
         self.first = first
         self.score = score
         self.asked: list[Question] = []
