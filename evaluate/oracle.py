@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaluate.judges import Question, Reply, described
 from evaluate.rubrics import rubric
-from sketchbook import checker
+from sketchbook import checker, scenes, words
 from sketchbook.scenes import SUBJECTS
 
 HEADINGS = ("Request:", "Answer:", "First answer:", "Second answer:")
@@ -29,8 +29,8 @@ class Oracle:
     name = "oracle"
 
     def __init__(self):
-        source = inspect.getsource(checker) + inspect.getsource(inspect.getmodule(Oracle))
-        self.identity = {"rules": hashlib.sha256(source.encode()).hexdigest()[:16]}
+        rules = "".join(map(inspect.getsource, (checker, scenes, words, inspect.getmodule(Oracle))))
+        self.identity = {"rules": hashlib.sha256(rules.encode()).hexdigest()[:16]}
         self.seen: dict[str, float] = {}  # an answer comes in many questions
 
     def ask(self, question: Question) -> Reply:
@@ -43,12 +43,12 @@ class Oracle:
             second = self.pictures_right(asked, said["Second answer:"])
             # The scale goes from the first to the second (prompts/pairs.md).
             share = 0.5 + 0.5 * (first < second) - 0.5 * (first > second)
-            words = f"{first:.0%} is right of the first, {second:.0%} of the second"
+            found = f"{first:.0%} is right of the first, {second:.0%} of the second"
         else:
             share = self.share(question.parts[0], asked, said.get("Answer:"))
-            words = f"{share:.0%} is right"
+            found = f"{share:.0%} is right"
         value = {key: low + share * (high - low) for key, (low, high) in question.keys.items()}
-        return Reply(words, value=value, model=self.name)
+        return Reply(found, value=value, model=self.name)
 
     def share(self, asking: str, asked: list, answer: list | None) -> float:
         """What of an answer is right."""
