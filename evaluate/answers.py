@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote
 
 from checkpoint import InputError, make_out, read_json, read_text
 from distributed import take_lock
@@ -147,6 +148,11 @@ class Answers:
         for file in files:
             digest.update(file.read_bytes() if file.is_file() else b"")
         return digest.hexdigest()[:16]
+
+
+def address(file: Path, out: Path) -> str:
+    """Of a picture, for a page that lies in `out`."""
+    return quote(Path(os.path.relpath(file.absolute(), out.absolute())).as_posix())
 
 
 def split_parts(parts: object, folder: Path, where: Path) -> tuple[list[str], list[Path]]:

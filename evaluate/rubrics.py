@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from checkpoint import InputError, read_text
-from evaluate.benchmark import Answer, Judge, Request, Verdict
+from evaluate.benchmark import Answer, Judge, Request, Verdict, content_of
 from records.validate import load_image
 
 PROMPTS = Path(__file__).parent / "benchmarks" / "prompts"
@@ -35,7 +35,7 @@ def rubric(name: str, section: str, **words: str) -> str:
 
 def asked(request: Request) -> list[str | Image.Image]:
     """All that the user said and showed, in order."""
-    parts = [part for message in request.messages if message["role"] == "user" for part in message["content"]]
+    parts = [part for message in request.messages if message["role"] == "user" for part in content_of(message)]
     return [part["text"] if part["type"] == "text" else load_image(part["image"]) for part in parts]
 
 

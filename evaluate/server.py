@@ -77,7 +77,7 @@ class Server:
                     raise InputError(f"{self.url}: {reason(e)}: correct the address, the model or JUDGE_API_KEY") from None
                 if status is not None and status not in LATER:
                     if self.without(question, e):
-                        continue
+                        return self.ask(question)
                     raise Unanswered(f"{self.url}: {reason(e)}") from None
                 problem = e
             except Exception as e:  # of the HTTP library, which is the Hub's own choice
