@@ -16,11 +16,13 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import quote
 
 import numpy as np
+from tqdm import tqdm
 
 from checkpoint import InputError, read_json
 from evaluate.answers import Answers, items_of, read_run
@@ -96,7 +98,7 @@ class Judged:
             self.card |= read_json(folder / "models.json")
         if self.card["prompts"] != prompt_hash(module):
             self.card["note"] = "the prompts have changed since"
-        self.figures = bootstrap(module, rows, draws, seed)
+        self.figures = bootstrap(module.aggregate, rows, draws, seed)
         self.counts = {}
         for row in rows:
             for name, score in row["scores"].items():
@@ -143,13 +145,13 @@ class Judged:
         return Table("Beside published figures", ["system", *names, "judge", "differs"], rows, notes)
 
 
-def bootstrap(module: ModuleType, rows: list[dict], draws: int, seed: int) -> dict[str, Figure]:
-    """The figures, each with the middle 95 percent of what it is for items drawn anew."""
-    figures = module.aggregate(rows)
+def bootstrap(aggregate: Callable, rows: list[dict], draws: int, seed: int) -> dict[str, Figure]:
+    """The figures that aggregate(rows) gives, each with the middle 95 percent of what it is for items drawn anew."""
+    figures = aggregate(rows)
     chance = random.Random(seed)
     drawn = {name: [] for name in figures}
-    for _ in range(draws):
-        again = module.aggregate(chance.choices(rows, k=len(rows)))
+    for _ in tqdm(range(draws), desc="intervals", unit="draw", leave=False, disable=None):
+        again = aggregate(chance.choices(rows, k=len(rows)))
         for name in figures:
             # A small group may be missing from a draw.
             if name in again and math.isfinite(again[name].value):
