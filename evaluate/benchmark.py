@@ -107,6 +107,11 @@ def mean(rows: Iterable[dict], name: str, unjudged: float | None = None) -> Figu
     return average(known(rows, name, unjudged))
 
 
+def valued(rows: Iterable[dict]) -> int:
+    """How many items have a value in any score: what a mean over several scores is made of."""
+    return sum(any(score["value"] is not None for score in row["scores"].values()) for row in rows)
+
+
 def average(values: list[float]) -> Figure:
     return Figure(sum(values) / len(values) if values else math.nan, len(values))
 

@@ -10,7 +10,7 @@ Items: interleaved_bench.json of the Hub, its zipped pictures unpacked beside it
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluate.benchmark import Answer, Figure, Judge, Request, Verdict, average, floor, mean
+from evaluate.benchmark import Answer, Figure, Judge, Request, Verdict, average, floor, mean, valued
 from evaluate.rubrics import MARK, asked, at_hand, document, has_text, message, read, rubric, words_of, woven
 
 NAME = "interleavedbench"
@@ -70,4 +70,4 @@ def score(request: Request, answer: Answer, judge: Judge) -> dict[str, Verdict]:
 def aggregate(rows: list[dict]) -> dict[str, Figure]:
     found = {name: mean(rows, name) for name in ASPECTS}
     overall = average([figure.value for figure in found.values() if figure.n])
-    return {"mean": overall._replace(n=len(rows)), **found}
+    return {"mean": overall._replace(n=valued(rows)), **found}
