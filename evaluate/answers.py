@@ -98,6 +98,12 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(number), int(of)
 
 
+def first_of(problems: list[str]) -> str:
+    """The first of many problems, and how many more there are: one line."""
+    rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0]}{rest}"
+
+
 # ----------------------------------------------------------------------------------------------------------------- reading
 
 

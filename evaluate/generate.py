@@ -3,7 +3,8 @@
     python -m evaluate generate geneval --out runs/e                             by the bundled miniature
     python -m evaluate generate geneval --out runs/e --ckpt DIR --n 20 --batch 16 --steps 20
     python -m evaluate generate imgedit --out runs/e --items shared/imgedit      items from a folder or file at hand
-    torchrun --nproc-per-node 8 -m evaluate generate geneval --out runs/e        or --shard 0/8 by hand
+    torchrun --nproc-per-node 8 -m -- evaluate generate geneval --out runs/e     or --shard 0/8 by hand; without the --,
+                                                                                 torchrun would take our --n for its own
 
 The same command again goes on where it ended. Every item has a noise of its own by its number, so it does not matter how many
 are written together or by how many processes. --lmms-eval also writes answers/lmms_eval.jsonl, a line {"id", "doc_id",
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import interrupt
 from checkpoint import InputError, parse_dtype, read_json
 from distributed import flush_denormals, local_device
-from evaluate.answers import Answers, alone, claim, items_of, lmms_line, parse_shard
+from evaluate.answers import Answers, alone, claim, first_of, items_of, lmms_line, parse_shard
 from evaluate.benchmark import find
 from flags import Parser, add_flags
 from ops import set_backend
@@ -83,10 +84,15 @@ def main(argv: list[str]) -> None:
         folder = out / "answers"
         folder.mkdir(exist_ok=True)
         waiting = {}
+        problems = []
         for number, request in enumerate(requests):
             if number % shard[1] != shard[0]:
                 continue
-            answer = duo.answer(request.messages, settings, number)
+            try:
+                answer = duo.answer(request.messages, settings, number)
+            except InputError as e:  # a broken picture or too long a prompt: it costs no other item its answer
+                problems.append(f"{request.id}: {e}")
+                continue
             asked = asked_for(answer, request.id, dtype)
             file = folder / request.id / "answer.json"
             if not file.is_file():
@@ -94,7 +100,8 @@ def main(argv: list[str]) -> None:
                 waiting[answer] = request.id, asked
             elif read_json(file).get("asked") != asked:
                 raise InputError(f"{file}: of another run (its weights or pictures were others): choose another --out")
-        fill(duo, waiting, folder, facts, args.batch, sum(n % shard[1] == shard[0] for n in range(len(requests))))
+        mine = sum(n % shard[1] == shard[0] for n in range(len(requests)))
+        fill(duo, waiting, folder, facts, args.batch, mine - len(problems))
 
     if args.lmms_eval:
         answers = Answers(folder, requests)
@@ -103,6 +110,8 @@ def main(argv: list[str]) -> None:
         write_text(folder / "lmms_eval.jsonl", "\n".join(lines) + "\n")
     done = sum((folder / r.id / "answer.json").is_file() for r in requests)
     print(f"{done} of {len(requests)} answers: {folder}")
+    if problems:
+        raise InputError(f"not answered: {first_of(problems)}; what is answered is kept, give the same command again")
 
 
 def fill(duo: DuoGen, waiting: dict[Answer, tuple[str, str]], folder: Path, facts: dict, batch: int, total: int) -> None:
