@@ -1,7 +1,7 @@
 """Items of every benchmark in the form in which its authors publish them, written to a folder.
 
-What is real is taken where it is at hand (prompts of GenEval, ImgEdit and GEdit in ../shared/data); pictures, which are not, are
-pages of the sketchbook. The rest is this project's own: not a word of a benchmark that has no licence is here.
+What is real is taken where it is at hand (prompts of GenEval, ImgEdit and GEdit in ../shared/data). Pictures, which are not at
+hand, are pages of the sketchbook. The rest is this project's own: not a word of a benchmark without a licence is here.
 """
 
 import csv

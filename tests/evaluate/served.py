@@ -45,7 +45,8 @@ def served(folder: Path) -> Iterator[tuple[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [Path(sys.executable).parent / "transformers", "serve", model, "--port", port, "--device", "cpu", "--dtype", "float32"]
+    program = Path(sys.executable).parent / "transformers"
+    words = [program, "serve", model, "--port", port, "--device", "cpu", "--dtype", "float32"]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(folder / "server.log", "w") as log:
         process = subprocess.Popen([*map(str, words)], stdout=log, stderr=log, env=env)

@@ -13,6 +13,7 @@ class Unruly:
         self.answer = answer
         self.model = model
         self.asked: list[dict] = []
+        self.times: list[list[float]] = []  # of each: when it came, and when its answer had gone out
         self.keys: set[str | None] = set()
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"unruly": self}))
@@ -41,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.unruly.lock:
             self.unruly.asked.append(body)
+            times = [time.monotonic()]
+            self.unruly.times.append(times)
             self.unruly.keys.add(self.headers["Authorization"])
             n = len(self.unruly.asked)
         words = self.unruly.answer(body, n)
@@ -58,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             choice["message"] = {"role": "assistant"} | message
             usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
             self.send(200, json.dumps({"model": self.unruly.model, "choices": [choice], "usage": usage}).encode())
+            times.append(time.monotonic())
 
     def send(self, status: int, body: bytes, headers: dict | None = None):
         try:
