@@ -1,4 +1,4 @@
-"""Killed at random with two ranks and eight calls at a time: see kills.py, whose command does it with 20 kills under torchrun."""
+"""Killed at random with two ranks and eight calls at a time; the command in kills.py does it 20 times under torchrun."""
 
 from pathlib import Path
 
