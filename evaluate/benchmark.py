@@ -172,12 +172,13 @@ def requests_of(module: ModuleType, items: Path | None = None, n: int | None = N
 
 def whole_items(module: ModuleType, items: Path | None) -> Iterator[Request]:
     """What the benchmark makes of its items; InputError where one lacks what it reads."""
-    number = 0
+    number = 1
     try:
-        for number, request in enumerate(module.requests(items), 1):
+        for request in module.requests(items):
             yield request
+            number += 1
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        where = f"item {number + 1} of {items or 'its own file'}"
+        where = f"item {number} of {items or 'its own file'}"
         raise InputError(f"{module.NAME}: {where} is not in the form that it reads ({type(e).__name__}: {e})") from None
