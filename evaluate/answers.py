@@ -20,6 +20,7 @@ from types import ModuleType
 
 from checkpoint import InputError, make_out, read_json, read_text
 from distributed import take_lock
+from evaluate import hub
 from evaluate.benchmark import Answer, Request, content_of, requests_of
 from pages.answer import harmless_json, write_text
 from records.validate import load_image
@@ -31,8 +32,14 @@ MARK = "<image>"
 
 
 def items_of(module: ModuleType, items: str | None, n: int | None) -> tuple[list[Request], str]:
-    """The requests, and a hash of what they are: ids, words, what score needs; pictures in memory by their pixels."""
-    requests = list(requests_of(module, None if items is None else Path(items), n))
+    """The requests, and a hash of what they are: ids, words, what score needs; pictures in memory by their pixels.
+
+    items: a folder or file at hand, a repository of the Hub as hub.py names it, or None for the benchmark's own.
+    """
+    place = None
+    if items is not None:
+        place = hub.folder(items) if items.startswith(hub.MARK) else Path(items)
+    requests = list(requests_of(module, place, n))
     if not requests:
         raise InputError(f"{module.NAME}: no item in {items or 'it'}")
     digest = hashlib.sha256()

@@ -3,6 +3,7 @@
     NAME = "toy"                                     its name on the command line
     TITLE = "Four questions about colours"           its name on the report
     SOURCE = {"id": "owner/name", "revision": "...", "file": "items.json", "licence": "Apache-2.0"}
+                                                     and "hub": "" or "datasets/" if that is a repository of the Hub
     PUBLISHED = [{"system": "X", "figures": {"overall": 0.8}, "judge": "GPT-4o", "source": "arXiv ..."}]
                                                      and what makes them incomparable: "items", "n" or "rule"
 

@@ -3,6 +3,7 @@
     python -m evaluate generate geneval --out runs/e                             by the bundled miniature
     python -m evaluate generate geneval --out runs/e --ckpt DIR --n 20 --batch 16 --steps 20
     python -m evaluate generate imgedit --out runs/e --items shared/imgedit      items from a folder or file at hand
+    python -m evaluate generate imgedit --out runs/e --items hub:OWNER/NAME@REVISION     or from the Hub (hub.py)
     torchrun --nproc-per-node 8 -m -- evaluate generate geneval --out runs/e     or --shard 0/8 by hand; without the --,
                                                                                  torchrun would take our --n for its own
 
@@ -36,7 +37,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     p = Parser("python -m evaluate generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("benchmark", help="name of a benchmark, or a .py file that is one")
     p.add_argument("--out", required=True, help="folder of the run")
-    p.add_argument("--items", metavar="PATH", help="folder or file of items (default: the benchmark's own)")
+    p.add_argument("--items", metavar="PATH", help="folder, file or hub:OWNER/NAME@REVISION (default: the benchmark's own)")
     p.add_argument("--n", type=int, help="only the first so many items")
     p.add_argument("--batch", type=int, default=16, help="answers written together (16)")
     p.add_argument("--shard", metavar="i/n", help="only every n-th item, from item i (default: this rank's under torchrun)")

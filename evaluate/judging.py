@@ -41,7 +41,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--out", required=True, help="folder of the run")
     p.add_argument("--judge", required=True, metavar="self|URL", help="self, or the address of an OpenAI-compatible server")
     p.add_argument("--answers", metavar="PATH", help="answers of another system: see evaluate/answers.py")
-    p.add_argument("--items", metavar="PATH", help="with --answers: folder or file of items")
+    p.add_argument("--items", metavar="PATH", help="with --answers: folder or file of items, or hub:OWNER/NAME@REVISION")
     p.add_argument("--n", type=int, help="with --answers: only the first so many items")
     p.add_argument("--absent", action="store_true", help="answers that are not there are judged as empty ones")
     p.add_argument("--shard", metavar="i/n", help="only every n-th item, from item i (default: this rank's under torchrun)")
