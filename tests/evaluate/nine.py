@@ -23,7 +23,8 @@ from evaluate import figures, generate, judging
 from evaluate.benchmark import names
 from evaluate.tables import Table, markdown
 
-HEAD = ["benchmark", "items", "pictures", "judge", "calls", "seconds", "judged", "refused", "unparsable", "missing", "figure"]
+WHYS = ["judged", "refused", "unparsable", "missing"]
+HEAD = ["benchmark", "items", "pictures", "judge", "calls", "seconds", *WHYS, "figure"]
 
 
 def run(out: Path, name: str, n: int, shared: Path | None, url: str, model: str, *sampling: str) -> list[list[str]]:
