@@ -179,6 +179,17 @@ def test_probabilities_of_numbers_are_those_of_a_full_pass(own):
     assert found["1"] == pytest.approx(likely["1"] - likely["10"] * longer, rel=1e-3)
 
 
+def test_numbers_asked_for_together_are_those_asked_for_one_by_one(own):
+    """What is to be judged is read once for all of them."""
+    keys = {"style": (0, 10), "sharpness": (1, 5), "x": (0, 3)}
+    parts = ["Rate it.", PICTURE, "It is", PICTURE, "Answer with JSON alone."]
+    together = own.ask(Question("fields", parts, keys))
+    for key, scale in keys.items():
+        alone = own.ask(Question("fields", parts, {key: scale}))
+        assert together.value[key] == pytest.approx(alone.value[key], rel=1e-4)
+    assert together.tokens[0] < 2 * alone.tokens[0]
+
+
 def test_a_question_longer_than_the_context_is_refused(own):
     own_reply = own.ask(Question("yes", ["word " * own.mllm.config.max_position_embeddings, "?"], {}))
     assert own_reply.refused and "tokens" in own_reply.words
