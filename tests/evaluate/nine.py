@@ -24,11 +24,11 @@ from evaluate.benchmark import names
 from evaluate.tables import Table, markdown
 
 WHYS = ["judged", "refused", "unparsable", "missing"]
-HEAD = ["benchmark", "items", "pictures", "judge", "calls", "seconds", *WHYS, "figure"]
+HEAD = ["benchmark", "items", "pictures", "judge", "calls", "calls/s", *WHYS, "figure"]
 
 
 def run(out: Path, name: str, n: int, shared: Path | None, url: str, model: str, *sampling: str) -> list[list[str]]:
-    """One benchmark through the three commands -> a row of the table for each judge."""
+    """One benchmark through the three commands -> a row of the table for each judge; its rate counts the loading of it."""
     items = out.parent / "items" / name
     if name not in published.OWN and not items.is_dir():
         published.write_items(items.parent, name, n, shared)
@@ -52,8 +52,8 @@ def run(out: Path, name: str, n: int, shared: Path | None, url: str, model: str,
         value = "-" if figure["value"] is None else f"{figure['value']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
         own = judged["judge"].startswith("self")
         asked = calls(out, judged["identity"])
-        took = seconds["self" if own else url]
-        cells = [name, judged["items"], pictures, "self" if own else "server", asked, f"{took:.0f}", *counts.values()]
+        rate = asked / seconds["self" if own else url]
+        cells = [name, judged["items"], pictures, "self" if own else "server", asked, f"{rate:.1f}", *counts.values()]
         rows.append([*map(str, cells), f"{key} {value}"])
     return rows
 
