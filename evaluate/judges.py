@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from checkpoint import read_json
+from checkpoint import InputError, read_json
 from distributed import take_lock
 from evaluate.benchmark import JUDGED, REFUSED, UNPARSABLE, Verdict
 from model import to_rgb
@@ -146,11 +146,11 @@ class Asker:
         return reply
 
     def kept_or_new(self, question: Question, asked: dict, file: Path) -> Reply:
-        if file.is_file():
-            kept = read_json(file)["reply"]
+        kept = kept_reply(file)
+        if kept is not None:
             with self.lock:
                 self.tally.kept += 1
-            return Reply(**kept | {"tokens": tuple(kept["tokens"])})
+            return kept
         reply = self.backend.ask(question)
         reply.words = reply.words[:LONGEST]
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -162,10 +162,21 @@ class Asker:
         return reply
 
 
+def kept_reply(file: Path) -> Reply | None:
+    """What a judge said, from the disk; None if it was never asked, or if a file is not what was written (a full disk)."""
+    if not file.is_file():
+        return None
+    try:
+        kept = read_json(file)["reply"]
+        return Reply(**kept | {"tokens": tuple(kept["tokens"])})
+    except (InputError, LookupError, TypeError):
+        return None
+
+
 @contextmanager
 def one_asks(file: Path) -> Iterator[None]:
     """Of several ranks with the same question one asks, and the others find its answer."""
-    if file.is_file():
+    if kept_reply(file) is not None:
         yield
         return
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import InputError, parse_dtype, part_folder, pick_device
+from distributed import local_device
 from evaluate.judges import Question, Reply
 from model import MLLM, ImageProcessor, KVCache, mrope_positions
 from ops import Segments
@@ -45,6 +46,8 @@ class Own:
             source = read_manifest(base / "duogen.json")["parts"]["mllm"]
         folder = part_folder(source, "mllm", base=base)
         device = pick_device(device)
+        if device.type == "cuda":
+            device = local_device(str(device))  # several ranks judge on a GPU each
         # A folder keeps its name when its weights are trained on, so they are part of what was asked.
         weights = hashlib.sha256()
         for file in sorted(folder.glob("*.safetensors")):
