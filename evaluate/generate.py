@@ -119,9 +119,10 @@ def fill(duo: DuoGen, waiting: dict[Answer, tuple[str, str]], folder: Path, fact
     """Write the answers that wait, and save each as soon as it is finished."""
     began = time.perf_counter()
     # An answer that this process saves has its place to itself; what a killed one left is hidden and of no use.
-    for id, _ in waiting.values():
-        for left in folder.glob(f".{id}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+    mine = {id for id, _ in waiting.values()}
+    for left in unfinished(folder, mine):
+        shutil.rmtree(left, ignore_errors=True)
+    for id in mine:
         shutil.rmtree(folder / id, ignore_errors=True)
     with tqdm(total=total, initial=total - len(waiting), unit="answer", disable=None) as bar, interrupt.heard():
 
@@ -132,3 +133,13 @@ def fill(duo: DuoGen, waiting: dict[Answer, tuple[str, str]], folder: Path, fact
             bar.update()
 
         duo.write_many(list(waiting), batch=batch, done=done)
+
+
+def unfinished(folder: Path, ids: set[str]) -> list[Path]:
+    """Hidden folders, .ID-PROCESS, of answers with these ids; another rank may be at ID-2 while this one is at ID."""
+    found = []
+    for left in folder.glob(".*"):
+        id, _, process = left.name[1:].rpartition("-")
+        if id in ids and process.isdecimal():
+            found.append(left)
+    return found

@@ -196,6 +196,12 @@ def test_a_broken_picture_in_an_item_costs_that_item_alone(tmp_path):
     assert len(list((tmp_path / "e/answers").glob("*/answer.json"))) == 2
 
 
+def test_what_a_killed_process_left_is_found_and_nobody_elses(tmp_path):
+    for name in (".a-17", ".a-2-18", ".a[1]-19", ".a", "a", ".b-20", ".a-x"):
+        (tmp_path / name).mkdir()
+    assert {left.name for left in generate.unfinished(tmp_path, {"a", "a[1]"})} == {".a-17", ".a[1]-19"}
+
+
 def test_a_missing_benchmark_file_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"mine\.py: no such benchmark; there are sketchbook, comm"):
         find(str(tmp_path / "mine.py"))
