@@ -23,6 +23,7 @@ from evaluate import figures, generate, judging
 from evaluate.benchmark import names
 from evaluate.tables import Table, markdown
 
+WRITTEN = 64  # tokens of the server's judge: the miniature comes to no end of its own
 WHYS = ["judged", "refused", "unparsable", "missing"]
 HEAD = ["benchmark", "items", "pictures", "judge", "calls", "calls/s", *WHYS, "figure"]
 
@@ -36,7 +37,7 @@ def run(out: Path, name: str, n: int, shared: Path | None, url: str, model: str,
     place = ["--out", str(out)]
     generate.main([name, *place, *given, "--n", str(n), *sampling])
     seconds = {}
-    for judge in (["self", "--device", "cpu"], [url, "--judge-model", model, "--max-tokens", "64"]):
+    for judge in (["self", "--device", "cpu"], [url, "--judge-model", model, "--max-tokens", str(WRITTEN)]):
         began = time.perf_counter()
         judging.main([name, *place, "--judge", *judge])
         seconds[judge[0]] = time.perf_counter() - began

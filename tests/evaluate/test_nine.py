@@ -23,8 +23,9 @@ def server(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", names())
-def test_a_benchmark_runs_from_items_to_report(name, server, tmp_path):
-    sampling = ["--steps", "1", "--max_images", "1", "--device", "cpu"]
+def test_a_benchmark_runs_from_items_to_report(name, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(nine, "WRITTEN", 8)
+    sampling = ["--steps", "1", "--max_images", "1", "--max_tokens", "40", "--device", "cpu"]
     rows = nine.run(tmp_path / name, name, 2, None, *server, *sampling)
     assert [row[3] for row in rows] == ["self", "server"] and {row[1] for row in rows} == {"2"}
     own, other = (dict(zip(nine.HEAD, row, strict=True)) for row in rows)
