@@ -1,0 +1,1 @@
+"""The data engine: web pages, seed requests, videos and public sets become the records of data.py."""
