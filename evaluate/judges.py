@@ -183,8 +183,10 @@ def one_asks(file: Path) -> Iterator[None]:
     lock = file.with_suffix(".lock")
     with open(lock, "w") as held:
         take_lock(held, math.inf)
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def described(question: Question) -> dict:
