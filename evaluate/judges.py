@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -92,6 +92,7 @@ class Tally:
     kept: int = 0  # answered from the disk
     read: int = 0  # tokens
     written: int = 0
+    models: set[str] = field(default_factory=set)  # what the server says that it is
 
 
 class Asker:
@@ -103,7 +104,7 @@ class Asker:
         self.tally = Tally()
         self.lock = threading.Lock()
         self.asking = defaultdict(threading.Lock)  # by question: who asks the same at the same time waits for the answer
-        self.names: set[str] = set()  # how the judge called itself
+        self.names: set[str] = set()  # of `tally.models` those that answered about one item
 
     def for_item(self) -> "Asker":
         """The same one, with `names` of its own."""
@@ -143,6 +144,8 @@ class Asker:
         with own, one_asks(file):
             reply = self.kept_or_new(question, asked, file)
         self.names.add(reply.model)
+        with self.lock:
+            self.tally.models.add(reply.model)
         return reply
 
     def kept_or_new(self, question: Question, asked: dict, file: Path) -> Reply:
