@@ -87,13 +87,14 @@ class Server:
         """Raises Unanswered when all tries are used up."""
         pause = FIRST
         for left in reversed(range(self.tries)):
+            options = self.options(question)
             try:
-                return self.once(question, self.options(question))
+                return self.once(question, options)
             except Failed as e:
                 problem = e
             if problem.status in (401, 403, 404):
                 raise InputError(f"{self.url}: {problem}: correct the address, the model or JUDGE_API_KEY")
-            if problem.status in (400, 415, 422, 501) and (reply := self.without(question)):
+            if problem.status in (400, 415, 422, 501) and options and (reply := self.without(question)):
                 return reply
             if problem.status and problem.status not in LATER:
                 break
@@ -119,8 +120,6 @@ class Server:
         Only then is it the options that the server lacks. A single question may be refused for itself, for its length or its
         picture, and must not change how the others are asked.
         """
-        if not self.options(question):
-            return None
         try:
             reply = self.once(question, {})
         except Failed:

@@ -131,6 +131,18 @@ def test_one_refused_question_does_not_change_how_the_others_are_asked(run):
     assert len(yes) == 3 and all("logprobs" in body for body in yes)
 
 
+def test_a_server_without_options_may_be_asked_by_many_at_once(run):
+    """All eight have sent their options before the first has learnt that there are none."""
+
+    def answer(body, n):
+        time.sleep(0.1)
+        return (400, "unknown field") if "logprobs" in body or "response_format" in body else fine(body, n)
+
+    with Unruly(answer) as unruly:
+        judge(run, unruly.url, "--at-once", "8", "--tries", "1")
+    assert len(rows(run)) == 4
+
+
 def test_another_models_name_stands_in_the_report(run):
     with Unruly(fine, model="judge-1-mini") as unruly:
         judge(run, unruly.url)
