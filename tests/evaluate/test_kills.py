@@ -1,8 +1,11 @@
 """Killed at random with two ranks and eight calls at a time; the command in kills.py does it 20 times under torchrun."""
 
+import time
 from pathlib import Path
 
 import kills
+
+from unruly import Unruly
 
 TOY = str(Path(__file__).parent / "toy.py")
 
@@ -24,3 +27,25 @@ def test_a_question_asked_twice_without_a_kill_is_found():
     assert log.again([], slack=1.0)["unexplained"] == 1
     assert log.again([(3.0, 3.1)], slack=1.0)["unexplained"] == 1
     assert log.again([(1.2, 1.3)], slack=1.0)["unexplained"] == 0
+
+
+def ask(url: str, folder: Path) -> None:
+    from evaluate.judges import Asker
+    from evaluate.server import Server
+
+    assert Asker(Server(url, "judge-1"), folder).yes("Is it red?").value == 1.0
+
+
+def test_two_ranks_with_one_question_ask_it_once(tmp_path):
+    def slowly(body, n):
+        time.sleep(0.5)
+        return "yes"
+
+    with Unruly(slowly) as unruly:
+        ranks = [kills.context.Process(target=ask, args=(unruly.url, tmp_path)) for _ in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0] and len(unruly.asked) == 1
+    assert [file.suffix for file in tmp_path.rglob("*.*")] == [".json"]
