@@ -61,7 +61,9 @@ class Torchrun:
         ranks = self.ranks()
         if all_of_them or not ranks:
             self.process.kill()
-        for rank in ranks if all_of_them else ranks[which % len(ranks) :][:1]:
+        elif len(ranks) > 1:
+            ranks = [ranks[which]]
+        for rank in ranks:
             os.kill(rank, signal.SIGKILL)
 
     def wait(self) -> int:
