@@ -13,6 +13,7 @@ COMMANDS = {
     "pairs": "evaluate.pairs",
     "vote": "evaluate.vote",
     "trust": "evaluate.trust",
+    "cost": "evaluate.cost",
 }
 
 

@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from checkpoint import InputError, make_out, read_json, read_text
 from distributed import take_lock
+from evaluate import hub
 from evaluate.benchmark import Answer, Request, content_of, requests_of
 from pages.answer import harmless_json, write_text
 from records.validate import load_image
@@ -32,8 +33,14 @@ MARK = "<image>"
 
 
 def items_of(module: ModuleType, items: str | None, n: int | None) -> tuple[list[Request], str]:
-    """The requests, and a hash of what they are: ids, words, what score needs; pictures in memory by their pixels."""
-    requests = list(requests_of(module, None if items is None else Path(items), n))
+    """The requests, and a hash of what they are: ids, words, what score needs; pictures in memory by their pixels.
+
+    items: a folder or file at hand, a repository of the Hub as hub.py names it, or None for the benchmark's own.
+    """
+    place = None
+    if items is not None:
+        place = hub.folder(items) if items.startswith(hub.MARK) else Path(items)
+    requests = list(requests_of(module, place, n))
     if not requests:
         raise InputError(f"{module.NAME}: no item in {items or 'it'}")
     digest = hashlib.sha256()
@@ -97,6 +104,12 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
         raise InputError(f"--shard {text}: must be i/n with i from 0 to n - 1")
     return int(number), int(of)
+
+
+def first_of(problems: list[str]) -> str:
+    """The first of many problems, and how many more there are: one line."""
+    rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0]}{rest}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- reading

@@ -102,8 +102,10 @@ class Judged:
         self.by_id = {row["id"]: row for row in rows}
         self.of = of
         self.card = read_json(folder / "judge.json")
-        if (folder / "models.json").is_file():
-            self.card |= read_json(folder / "models.json")
+        # What the server called its model, item by item: it may have been another one by and by.
+        called = {name for row in rows for name in row.get("answered as", [])}
+        if called - {self.card["judge"], ""}:
+            self.card["answered as"] = sorted(called)
         if self.card["prompts"] != prompt_hash(module):
             self.card["note"] = "the prompts have changed since"
         self.figures = bootstrap(module.aggregate, rows, draws, seed)
@@ -119,11 +121,14 @@ class Judged:
 
     def tables(self, module: ModuleType) -> list[Table]:
         judge = self.card["judge"]
-        rows = [[name, number(f.value), f"{number(f.low)} to {number(f.high)}", str(f.n)] for name, f in self.figures.items()]
+        rows = [[name, number(f.value), interval(f), str(f.n)] for name, f in self.figures.items()]
         notes = [("judge", f"{judge}, {self.card['date']}, prompts {self.card['prompts']}"),
                  ("items", f"{len(self.rows)} of {self.of} judged"),
                  ("95 %", "interval by bootstrap over items")]  # fmt: skip
-        notes += [(key, str(self.card[key])) for key in ("answered as", "note") if key in self.card]
+        if "answered as" in self.card:
+            notes.append(("answered as", ", ".join(self.card["answered as"])))
+        if "note" in self.card:
+            notes.append(("note", self.card["note"]))
         tables = [Table(f"By {judge}", ["figure", "value", "95 %", "items"], rows, notes)]
         counts = [[name, *(str(count[why]) for why in WHYS)] for name, count in self.counts.items()]
         notes = [(REFUSED, "the judge would not answer, or its filter stood before it"),
@@ -204,6 +209,10 @@ def number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
+def interval(figure: Figure) -> str:
+    return "-" if math.isnan(figure.low) else f"{number(figure.low)} to {number(figure.high)}"
+
+
 def facts(about: dict) -> list[tuple[str, str]]:
     """What stands under the tables: where the items and the answers come from."""
     items = about["items"]
@@ -247,7 +256,9 @@ def goodness(id: str, judged: list["Judged"], ranges: dict) -> float:
         for name, score in j.by_id.get(id, {"scores": {}})["scores"].items():
             for key, value in parts_of(score["value"]):
                 low, high = ranges[n, name, key]
-                places.append((value - low) / (high - low) if high > low else 1.0)
+                # Where nobody did better than to give nothing, that is still the worst.
+                alike = 0.0 if score["why"] == MISSING else 1.0
+                places.append((value - low) / (high - low) if high > low else alike)
     return sum(places) / len(places) if places else -1.0
 
 
@@ -268,7 +279,8 @@ def card(request: Request, judged: list["Judged"], answers: Answers, out: Path, 
             value = score["value"]
             shown = ", ".join(f"{k} {v:.2f}".strip() for k, v in parts_of(value)) if value is not None else "-"
             said = {"why": score["why"], "words": score["words"]}
-            scores.append({"judge": j.card["judge"], "name": name, "value": shown} | said)
+            title = name if len(judged) == 1 else f"{name}, {j.card['judge']}"
+            scores.append({"judge": j.card["judge"], "name": title, "value": shown} | said)
     return {
         "id": request.id,
         "asked": " ".join(asked),

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import InputError, read_json
 from evaluate import judges
-from evaluate.answers import Answers, alone, claim, items_of, parse_shard
+from evaluate.answers import Answers, alone, claim, first_of, items_of, parse_shard
 from evaluate.benchmark import FOLDER, Answer, Request, find
 from evaluate.judges import Asker, Backend
 from flags import Parser
@@ -41,7 +41,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--out", required=True, help="folder of the run")
     p.add_argument("--judge", required=True, metavar="self|URL", help="self, or the address of an OpenAI-compatible server")
     p.add_argument("--answers", metavar="PATH", help="answers of another system: see evaluate/answers.py")
-    p.add_argument("--items", metavar="PATH", help="with --answers: folder or file of items")
+    p.add_argument("--items", metavar="PATH", help="with --answers: folder or file of items, or hub:OWNER/NAME@REVISION")
     p.add_argument("--n", type=int, help="with --answers: only the first so many items")
     p.add_argument("--absent", action="store_true", help="answers that are not there are judged as empty ones")
     p.add_argument("--shard", metavar="i/n", help="only every n-th item, from item i (default: this rank's under torchrun)")
@@ -111,8 +111,6 @@ def main(argv: list[str]) -> None:
             lacking = len(mine) - len(there)
             print(f"{lacking} of {len(mine)} answers are not there: they are not judged, see --absent", file=sys.stderr)
         judge_all(module, there, answers, judge, folder, args)
-    if judge.tally.models - {backend.name, ""}:
-        write_text(folder / "models.json", harmless_json({"answered as": sorted(judge.tally.models)}))
     print(f"{len(there)} answers judged: {folder}; {told(judge, args.price)}")
 
 
@@ -148,12 +146,14 @@ def judge_all(module: ModuleType, requests: list[Request], answers: Answers, jud
         # An answer that is not there is judged as an empty one, if that was asked for.
         absent = not answers.has(request.id)
         answer = Answer([""], []) if absent else answers.read(request.id)
-        scores = module.score(request, answer, judge)
+        heard = judge.for_item()
+        scores = module.score(request, answer, heard)
         row = {
             "id": request.id,
             "meta": request.meta,
             "answer": "" if absent else answers.fingerprint(request.id),
             "scores": {name: verdict._asdict() for name, verdict in scores.items()},
+            "answered as": sorted(heard.names),
         }
         write_text(folder / f"{request.id}.json", harmless_json(row))
 
@@ -194,8 +194,7 @@ def each(one: Callable, waiting: list, judge: Asker, args: argparse.Namespace, t
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if problems:
-        rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"not judged: {problems[0]}{rest}; what is judged is kept, give the same command again")
+        raise InputError(f"not judged: {first_of(problems)}; what is judged is kept, give the same command again")
 
 
 def current(file: Path, answers: Answers, id: str) -> bool:
