@@ -9,21 +9,26 @@ The sets, their fields and where their forms were read: sets.py. FILES are as pu
 (with pyarrow), CoMM's .pth. Pictures are looked for in --images, folders and tar archives, img2dataset's among them; without
 it in the folder of each file and in its images/. Nothing is fetched from the network.
 
-A row that cannot be used costs nothing but itself: it is named with file and number, and counted by what is wrong. A page of
-the web (obelics, mmc4, comm) goes on without a picture that is missing or broken, as long as one is left; of every other set a
-row without its picture is refused, since an edit or a proof has lost its sense.
+A row that cannot be used costs nothing but itself, and is counted by what is wrong. A page of the web (obelics, mmc4, comm)
+goes on without a picture that is missing or broken, as long as one is left; of every other set a row without its picture is
+dropped, since an edit or a proof has lost its sense. One file is one task: a run that was ended goes on with the next file.
 """
 
+import argparse
 import pickle
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint import InputError
-from curate.page import Dropped, Page, Part, Picture, Refused
+from curate.engine import Job, run
+from curate.page import Dropped, Page, Part, Picture
 from curate.places import Places
-from curate.sets import Row, Set, page_address
+from curate.sets import SETS, Row, page_address
+from flags import Parser
 from records.formats import elements
-from records.validate import Problem, load_image, one_line, validate
+from records.validate import Problem, load_image, one_line
 
 ROWS = 64  # of a parquet file that are in memory at a time: those with pictures are large
 
@@ -75,86 +80,157 @@ def torch_rows(path: str) -> Iterator[tuple[int, Row | Problem]]:
 # -------------------------------------------------------------------------------------------------------------------- pages
 
 
-def imported(name: str, which: Set, files: list[str], images: list[str]) -> Iterator[tuple[str, Page | Dropped]]:
-    """(FILE:NUMBER, its page or why there is none) of every row; of a file that cannot be read (FILE, why)."""
-    for file in files:
-        folder = Path(file).parent
-        places = Places(images or [folder, *(each for each in [folder / "images"] if each.is_dir())])
+@dataclass(frozen=True)
+class Published:
+    """A source of the engine: the rows of a set's files as pages with a dialogue."""
+
+    name: str  # of the set
+    images: tuple[str, ...] = ()  # where its pictures are; none: beside each file
+    n: int | None = None  # rows of each file at most
+
+    def read(self, item: str) -> Iterator[Page | Dropped]:
+        """item: a file. What goes wrong with all of it is the reason of one page that does not exist."""
+        folder = Path(item).parent
+        beside = [folder, *(each for each in [folder / "images"] if each.is_dir())]
         try:
-            for number, row in rows(file):
-                where = f"{Path(file).name}:{number}"
-                if isinstance(row, Problem):
-                    yield where, Dropped(row.message)
-                else:
-                    yield where, page_of_row(f"{name}:{where}", which, row, places)
+            places = Places(list(self.images) or beside)
+            for number, row in rows(item):
+                if self.n is not None and number > self.n:
+                    return
+                yield self.page(f"{self.name}:{Path(item).name}:{number}", row, places)
         except InputError as e:
-            yield file, Dropped(f"file that cannot be read: {e}")
+            yield Dropped(f"file that cannot be read: {e}")
 
-
-def page_of_row(id: str, which: Set, row: Row, places: Places) -> Page | Dropped:
-    """The dialogue of a row, and its pictures with their bytes."""
-    parts: list[Part] = []
-    refused: list[Refused] = []
-    messages = []
-    number = 0
-    try:
-        record = which.record(row)
+    def page(self, id: str, row: Row | Problem, places: Places) -> Page | Dropped:
+        """Its pictures have their bytes; of those that cannot be had, notes["missing"] says why, for `Complete`."""
+        if isinstance(row, Problem):
+            return Dropped(row.message)
+        try:
+            record = SETS[self.name].record(row)
+        except InputError as e:
+            return Dropped(reason_of(e))
+        parts: list[Part] = []
+        missing = {}
+        messages = []
+        pictures = 0
         for message in record["messages"]:
-            content = []
-            for part in content_of(message):
+            content = message["content"]
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            for k, part in enumerate(content):
                 if part["type"] == "text":
                     parts.append(part["text"])
-                    # Where a picture is gone, the texts around it are one.
-                    if content and content[-1]["type"] == "text":
-                        content[-1] = {"type": "text", "text": f"{content[-1]['text']}\n\n{part['text']}"}
-                    else:
-                        content.append(part)
                     continue
-                picture = found(part["image"], f"{id}#{number}", places)
-                if isinstance(picture, Refused):
-                    if not which.partial:
-                        raise InputError(picture.reason)
-                    refused.append(picture)
-                    continue
+                picture = found(part["image"], f"{id}#{pictures}", places)
+                if isinstance(picture, str):
+                    missing[str(pictures)] = picture
+                    picture = Picture(part["image"] if isinstance(part["image"], str) else f"{id}#{pictures}")
                 parts.append(picture)
-                content.append({"type": "image", "image": number})
-                number += 1
+                content[k] = {"type": "image", "image": pictures}
+                pictures += 1
             messages.append({"role": message["role"], "content": content})
-        if refused and not number:
-            raise InputError(f"no picture left: {refused[0].reason}")
-        for problem in validate({"messages": with_pictures(messages, parts)}, pictures=False):
-            if not problem.warning:
-                raise InputError(problem.message)
-    except InputError as e:
-        return Dropped(str(e))
-    notes = record.get("notes", {})
-    return Page(id, page_address(row), parts=tuple(parts), refused=tuple(refused), messages=tuple(messages), notes=notes)
+        notes = record.get("notes", {}) | ({"missing": missing} if missing else {})
+        return Page(id, page_address(row), parts=tuple(parts), messages=tuple(messages), notes=notes)
 
 
-def content_of(message: dict) -> list[dict]:
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def reason_of(e: InputError) -> str:
+    """An error as a reason whose kind is the same for all rows: numbers in it go behind the colon."""
+    kind = str(e).partition(":")[0]
+    same = re.sub(r"\d+", "#", kind)
+    return str(e) if kind == same else f"{same}: {e}"
 
 
-def found(picture: str | bytes, own: str, places: Places) -> Picture | Refused:
-    """A picture with its bytes, once it has been decoded. own: what it is called if the row has its bytes."""
-    address = own if isinstance(picture, bytes) else picture
+def found(picture: str | bytes, own: str, places: Places) -> Picture | str:
+    """A picture with its bytes, once it has been decoded, or why there is none. own: its name if the row has its bytes."""
     try:
         data = picture if isinstance(picture, bytes) else places.read(picture)
+    except InputError as e:
+        return str(e)
+    try:
         image = load_image(data)
     except InputError as e:
-        return Refused(address, str(e).removeprefix("picture: "))
+        return f"picture that cannot be used: {str(e).removeprefix('picture: ')}"
+    address = own if isinstance(picture, bytes) else picture
     return Picture(address, width=image.width, height=image.height).filled(data)
 
 
-def with_pictures(messages: list[dict], parts: list[Part]) -> list[dict]:
-    """The messages of a page with bytes in place of numbers."""
-    pictures = [part.data for part in parts if isinstance(part, Picture)]
+@dataclass(frozen=True)
+class Complete:
+    """Nobody learns to paint a picture that is not there: it is refused, or with it the page."""
+
+    partial: bool  # whether a page goes on without it
+
+    def __call__(self, page: Page) -> Page | Dropped:
+        missing = {int(number): reason for number, reason in page.notes.get("missing", {}).items()}
+        if not missing:
+            return page
+        first = missing[min(missing)]
+        if not self.partial:
+            return Dropped(first)
+        if len(missing) == len(page.pictures):
+            return Dropped(f"no picture left: {first}")
+        notes = {key: value for key, value in page.notes.items() if key != "missing"}
+        return replace(page.without(missing), messages=without_pictures(page.messages, missing), notes=notes)
+
+
+def without_pictures(messages: tuple[dict, ...], gone: dict[int, str]) -> tuple[dict, ...]:
+    """Messages whose pictures are numbers, without some of them: the others are counted anew, texts that meet are one."""
     out = []
+    number = 0
     for message in messages:
-        content = [
-            part if part["type"] == "text" else {"type": "image", "image": pictures[part["image"]]}
-            for part in message["content"]
-        ]  # fmt: skip
-        out.append({"role": message["role"], "content": content})
-    return out
+        content = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                if part["image"] not in gone:
+                    content.append({"type": "image", "image": number})
+                    number += 1
+            elif content and content[-1]["type"] == "text":
+                content[-1] = {"type": "text", "text": f"{content[-1]['text']}\n\n{part['text']}"}
+            else:
+                content.append(part)
+        out.append(message | {"content": content})
+    return tuple(out)
+
+
+# ------------------------------------------------------------------------------------------------------------------ command
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    p = Parser("python -m curate import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", choices=sorted(SETS), metavar="NAME", help=", ".join(SETS))
+    p.add_argument("files", nargs="+", metavar="FILE")
+    p.add_argument("--out", required=True, help="folder of the records")
+    p.add_argument("--images", nargs="+", default=[], metavar="PLACE", help="folders and .tar files with the pictures")
+    p.add_argument("--n", type=int, help="only the first so many rows of each file")
+    p.add_argument("--workers", type=int, default=1, help="files read at the same time (1)")
+    p.add_argument("--megabytes", type=float, default=1000, help="size of a shard (1000)")
+    args = p.parse_flags(argv)
+    for name in ("n", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    Places(args.images)  # what is no place is told now
+    inputs = []
+    for file in args.files:
+        if not Path(file).is_file():
+            raise InputError(f"{file}: no such file")
+        inputs.append((file, Path(file).stat().st_size))
+    which = SETS[args.name]
+    about = {"set": which.title, "fields": which.fields, "licence": which.licence, "source": which.source}
+    run(
+        Job(
+            "import",
+            Published(args.name, tuple(args.images), args.n),
+            (Complete(which.partial),),
+            tuple(inputs),
+            Path(args.out),
+            workers=args.workers,
+            tasks=len(inputs),
+            megabytes=args.megabytes,
+            settings={"import": about | {"images": args.images, "n": args.n}},
+        )
+    )

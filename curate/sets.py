@@ -133,6 +133,8 @@ def uniworld(row: Row) -> dict:
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
         raise InputError("conversations: no list of turns with a value")
+    if any(turn.get("from") == "gpt" and not turn["value"].strip() for turn in turns):
+        raise InputError("empty answer: the value of a turn of gpt's")
     turns = [turn | {"value": turn["value"].replace(GENERATED, IMAGE)} for turn in turns]
     return from_chat({"image": row.get("image"), "conversations": turns})
 
@@ -249,9 +251,9 @@ def intersyn(row: Row) -> dict:
     else:
         exchanges = in_columns(row)
     messages = []
-    for k, (question, answer, picture) in enumerate(exchanges, 1):
+    for question, answer, picture in exchanges:
         said = {"human": question, "gpt": answer}
-        content = [*text_part(words(said, "gpt")), image_part(picture, f"image of turn {k}")]
+        content = [*text_part(words(said, "gpt")), image_part(picture, "image")]
         messages.append({"role": "user", "content": text_part(words(said, "human"))})
         messages.append({"role": "assistant", "content": content})
     if not messages:

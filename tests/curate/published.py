@@ -87,7 +87,7 @@ def sharegpt(folder: Path, n: int):
     (folder / "text_and_image_to_image.json").write_text(json.dumps(rows))
     tar = write_tar(folder / "text_and_image_to_image_part_0.tar", members)
     refused = {"input_prompt": 1, "output_image": 1, "no such picture": 2}
-    refused["no picture of a known format, or its header is broken"] = 1
+    refused["picture that cannot be used"] = 1
     return [folder / "text_and_image_to_image.json"], [tar], refused
 
 
@@ -147,7 +147,7 @@ def uniworld(folder: Path, n: int):
     ]
     file = folder / "edit.json"
     file.write_text(json.dumps(rows))
-    refused = {"# <image> in the text, but # pictures": 1, "no such picture": 1, "empty message": 1, "turn #": 1}
+    refused = {"# <image> in the text, but # pictures": 1, "no such picture": 1, "empty answer": 1, "turn #": 1}
     refused["conversations"] = 1
     return [file], [], refused
 
@@ -288,7 +288,7 @@ def intersyn(folder: Path, n: int):
         {"id": "nothing"},
     ]
     file = write_lines(folder / "single_turn_00000.jsonl", rows)
-    refused = {"gpt": 1, "image of turn #": 1, "no such picture": 1, "conversations": 1, "empty answer": 1}
+    refused = {"gpt": 1, "image": 1, "no such picture": 1, "conversations": 1, "empty answer": 1}
     return [file], [], refused
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +11,14 @@ pytest.importorskip("datatrove", reason="curate/requirements.txt is not installe
 
 import published
 
+import data
 from checkpoint import InputError
-from curate.importing import imported, page_of_row, rows, with_pictures
-from curate.page import Dropped, Page, Picture
+from curate.engine import Valid, kind_of
+from curate.importing import Complete, Published, main, rows
+from curate.page import Dropped, Page
 from curate.places import Places
 from curate.sets import SETS
-from records.validate import load_image, validate
+from records.validate import load_image
 
 GOOD = 4  # rows of a fixture with nothing wrong
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "sets.md"
@@ -29,17 +30,22 @@ def outcome(name: str, folder: Path) -> tuple[list[Page], Counter, dict]:
     files, places, refused = published.WRITERS[name](folder, GOOD)
     pages = []
     dropped = Counter()
-    for where, result in imported(name, SETS[name], list(map(str, files)), list(map(str, places))):
-        if isinstance(result, Page):
-            pages.append(result)
-        else:
-            assert where and "\n" not in result.reason
-            dropped[kind(result.reason)] += 1
+    for file in files:
+        for page in Published(name, tuple(map(str, places))).read(str(file)):
+            result = completed(name, page)
+            if isinstance(result, Page):
+                pages.append(result)
+            else:
+                assert "\n" not in result.reason
+                dropped[kind_of(result.reason)] += 1
     return pages, dropped, refused
 
 
-def kind(reason: str) -> str:
-    return re.sub(r"\d+", "#", reason.split(":")[0])
+def completed(name: str, page: Page | Dropped) -> Page | Dropped:
+    """What the steps of the command make of it."""
+    for step in (Complete(SETS[name].partial), Valid()):
+        page = page if isinstance(page, Dropped) else step(page)
+    return page
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -48,9 +54,7 @@ def test_good_rows_become_records_and_broken_ones_are_counted(name, tmp_path):
     assert len(pages) == GOOD + published.MORE.get(name, 0)
     assert dropped == Counter(refused)
     for page in pages:
-        messages = with_pictures(list(page.messages), list(page.parts))
-        assert [p for p in validate({"messages": messages}) if not p.warning] == []
-        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert [m["role"] for m in page.messages] == ["user", "assistant"] * (len(page.messages) // 2)
         shown = [part["image"] for m in page.messages for part in m["content"] if part["type"] == "image"]
         assert shown == list(range(len(page.pictures))) != []
         assert all(load_image(picture.data).size == (picture.width, picture.height) for picture in page.pictures)
@@ -103,7 +107,7 @@ def test_a_page_goes_on_without_a_missing_picture(tmp_path):
 def test_texts_around_a_missing_picture_are_one():
     row = {"texts": ["One.", None, "Two.", None], "images": [None, "gone", None, b""]}
     row["images"][3] = published.png(published.dialogues("one", 1).__next__()[1][1][-1])
-    page = page_of_row("a", SETS["obelics"], row, Places([]))
+    page = completed("obelics", Published("obelics").page("a", row, Places([])))
     assert [p.get("text") for p in page.messages[1]["content"]] == ["One.\n\nTwo.", None]
 
 
@@ -154,7 +158,7 @@ def test_garbage_in_any_field_is_survived(name, tmp_path):
                 continue
             at[key] = rng.choice(junk)
             break
-        result = page_of_row("a", SETS[name], row, found)
+        result = completed(name, Published(name).page("a", row, found))
         assert isinstance(result, Page) or (isinstance(result, Dropped) and result.reason)
 
 
@@ -163,12 +167,15 @@ def test_a_file_that_cannot_be_read_costs_no_other(tmp_path):
     (tmp_path / "cut.json").write_text('[{"instruction": "a"}, {"instr')
     (tmp_path / "packed.jsonl").write_bytes(b"PK\x03\x04 and so on")
     (tmp_path / "bad.pth").write_bytes(b"no checkpoint")
-    names = ["cut.json", "packed.jsonl", "bad.pth", "none.jsonl"]
-    found = list(imported("x2i", SETS["x2i"], [*(str(tmp_path / name) for name in names), str(files[0])], []))
-    lost = [result.reason for _, result in found[:4]]
-    assert all(reason.startswith("file that cannot be read: ") for reason in lost)
-    assert "zip" in lost[1]
-    assert sum(isinstance(result, Page) for _, result in found) == 2
+    names = ["cut.json", "packed.jsonl", "bad.pth"]
+    for name in [*names, "none.jsonl"]:
+        [lost] = Published("x2i").read(str(tmp_path / name))
+        assert kind_of(lost.reason) == "file that cannot be read"
+    everything = [*(str(tmp_path / name) for name in names), str(files[0])]
+    main(["x2i", *everything, "--out", str(tmp_path / "out")])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["records"] == 2
+    assert manifest["import"]["licence"] == "Apache-2.0"
 
 
 def test_parquet_is_read_with_its_pictures(tmp_path):
@@ -180,17 +187,17 @@ def test_parquet_is_read_with_its_pictures(tmp_path):
     row = {"id": "a", "human": asked, "gpt": "Here it is.", "image": {"bytes": data, "path": "a.png"}}
     file = tmp_path / "train.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([row] * 70 + [row | {"image": None}]), file)
-    found = [result for _, result in imported("intersyn", SETS["intersyn"], [str(file)], [])]
+    found = list(Published("intersyn").read(str(file)))
     assert [page.pictures[0].data for page in found[:70]] == [data] * 70
-    assert found[70] == Dropped("image of turn 1: no picture")
+    assert found[70] == Dropped("image: no picture")
     file.write_bytes(file.read_bytes()[:-20])
-    [(_, lost)] = imported("intersyn", SETS["intersyn"], [str(file)], [])
+    [lost] = Published("intersyn").read(str(file))
     assert "no parquet file" in lost.reason
 
 
 def test_parquet_without_pyarrow_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    [(_, lost)] = imported("zebra-cot", SETS["zebra-cot"], [str(tmp_path / "a.parquet")], [])
+    [lost] = Published("zebra-cot").read(str(tmp_path / "a.parquet"))
     assert "pip install pyarrow" in lost.reason
 
 
@@ -208,8 +215,20 @@ def test_the_table_of_the_sets_is_what_the_fixtures_give(tmp_path):
     assert table in DOCUMENT.read_text(encoding="utf-8"), f"\n{table}\n"
 
 
-def test_pictures_are_never_in_memory_twice(tmp_path):
-    """Rows are worked one at a time: the first page is there before the last row has been read."""
-    files, _, _ = published.zebra(tmp_path, 3)
-    first = next(imported("zebra-cot", SETS["zebra-cot"], [str(files[0])], []))[1]
-    assert isinstance(first.pictures[0], Picture)
+@pytest.mark.parametrize("name", ["obelics", "comm"])
+def test_what_the_command_writes_can_be_trained_on(name, tmp_path, capsys):
+    files, places, _ = published.WRITERS[name](tmp_path, GOOD)
+    out = tmp_path / "out"
+    images = ["--images", *map(str, places)] if places else []
+    main([name, *map(str, files), "--out", str(out), *images])
+    assert data.main(["check", str(out / "records.jsonl")]) == 0
+    assert data.main(["check", str(out / "shards" / "import-000000.tar")]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["records"] == GOOD + published.MORE.get(name, 0)
+    assert "no picture left" in json.dumps(manifest["counts"])
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for wrong in (["none.jsonl"], [__file__, "--images", "nowhere"], [__file__, "--n", "0"]):
+        with pytest.raises(InputError):
+            main(["x2i", *wrong, "--out", str(tmp_path / "out")])
