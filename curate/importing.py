@@ -121,7 +121,8 @@ class Published:
                 if part["type"] == "text":
                     parts.append(part["text"])
                     continue
-                picture = found(part["image"], f"{id}#{pictures}", places)
+                unwanted = record.get("refused", {}).get(part["image"])
+                picture = unwanted or found(part["image"], f"{id}#{pictures}", places)
                 if isinstance(picture, str):
                     missing[str(pictures)] = picture
                     picture = Picture(part["image"] if isinstance(part["image"], str) else f"{id}#{pictures}")

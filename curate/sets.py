@@ -1,7 +1,8 @@
 """Public sets, a function each: from a row as it is published to a record (data.py), or an InputError "kind: details".
 
 A picture of such a record is what the row has: the name of a file, an address, or the bytes of a file. `importing.py` finds
-them. Under "notes" a record may have what else is worth keeping. Where each form was read stands beside the set (SETS); the
+them. Under "refused" a record may say of some that they are not wanted, {name: why}, and under "notes" what else is worth
+keeping. Where each form was read stands beside the set (SETS); the
 sets themselves were not at hand, so the tests build rows in these forms with words and pictures of their own.
 
     sharegpt-4o-image  {"input_prompt", "input_image": [name, ..] (edits alone), "output_image": name}
@@ -156,16 +157,18 @@ def mmc4(row: Row) -> dict:
         raise InputError("image_info: no list of pictures")
     behind = {}  # {number of a sentence: its pictures}
     similarity = {}
+    refused = {}
     for picture in pictures:
         k = picture.get("matched_text_index")
         if not isinstance(k, int) or not 0 <= k < len(sentences):
             raise InputError(f"matched_text_index: {k!r:.20} of {len(sentences)} sentences")
-        if similar(picture):
-            name = picture.get("image_name") or picture.get("raw_url")
-            behind.setdefault(k, []).append(name)
-            similarity[str(name)] = picture.get("matched_sim")
-    if not behind:
-        raise InputError(f"no picture is like its sentence: none reaches {SIMILARITY:g}")
+        name = picture.get("image_name") or picture.get("raw_url")
+        behind.setdefault(k, []).append(name)
+        # One whose similarity nobody has measured is kept.
+        measured = picture.get("matched_sim")
+        similarity[str(name)] = measured
+        if isinstance(measured, int | float) and measured < SIMILARITY:
+            refused[str(name)] = f"unlike its sentence: similarity {measured:.2f}, least {SIMILARITY:g}"
     texts = []
     images = []
     said = []
@@ -185,13 +188,7 @@ def mmc4(row: Row) -> dict:
     record = web_page(texts, images)
     # Its words come without line breaks, so the first line would be a paragraph; the first sentence is nearer to a title.
     record["messages"][0]["content"] = request_for(next(sentence for sentence in sentences if sentence.strip()))
-    return record | {"notes": {"similarity": similarity}}
-
-
-def similar(picture: dict) -> bool:
-    """Whether a picture of MMC4's belongs to its sentence; one whose similarity nobody has measured does."""
-    similarity = picture.get("matched_sim")
-    return not isinstance(similarity, int | float) or similarity >= SIMILARITY
+    return record | {"refused": refused, "notes": {"similarity": similarity}}
 
 
 def comm(row: Row) -> dict:

@@ -204,15 +204,16 @@ def mmc4(folder: Path, n: int):
         rows.append(row | {"similarity_matrix": [[0.3] * len(sentences) for _ in info]})
     first = rows[0]
     one = first["image_info"][0]
+    unlike = {"matched_sim": 0.1}
     rows += [
-        first | {"image_info": [*first["image_info"], one | {"image_name": "gone.png"}]},
+        first | {"image_info": [*first["image_info"], one | {"image_name": "gone.png"}, one | {"image_name": "a"} | unlike]},
         first | {"image_info": [one | {"matched_text_index": 99}]},
         first | {"image_info": [one | {"matched_sim": 0.05}]},
         first | {"image_info": [one | {"image_name": "gone.png"}]},
         first | {"text_list": []},
     ]
     file = write_lines(folder / "docs_shard_0_v3.jsonl", rows)
-    return [file], [], {"matched_text_index": 2, "no picture is like its sentence": 1, "no picture left": 1}
+    return [file], [], {"matched_text_index": 2, "no picture left": 2}
 
 
 def comm(folder: Path, n: int):

@@ -91,6 +91,7 @@ def test_marks_say_where_pictures_stand(tmp_path):
 def test_mmc4_places_pictures_behind_their_sentences(tmp_path):
     pages = outcome("mmc4", tmp_path / "set")[0]
     written = list(published.web(GOOD))
+    assert [r.reason.partition(":")[0] for r in pages[-1].refused] == ["no such picture", "unlike its sentence"]
     for page, (_, parts) in zip(pages, written, strict=False):
         numbers = [int(p.address[4:8], 16) for p in page.pictures]
         assert numbers == sorted(numbers) and len(numbers) == len(published.pictures_in(parts))
@@ -208,7 +209,7 @@ def test_the_table_of_the_sets_is_what_the_fixtures_give(tmp_path):
         pages, dropped, _ = outcome(name, tmp_path / name)
         refused = ", ".join(f"{n} x {reason}" for reason, n in sorted(dropped.items()))
         pictures = sum(len(page.pictures) for page in pages)
-        refused += "".join(f"; {n} picture left out" for n in [sum(len(page.refused) for page in pages)] if n)
+        refused += "".join(f"; pictures left out: {n}" for n in [sum(len(page.refused) for page in pages)] if n)
         row = [f"{each.title} `{name}`", each.fields, len(pages) + dropped.total(), len(pages), pictures, refused, each.licence]
         lines.append(f"| {' | '.join(map(str, row))} |")
     table = "\n".join(lines)
