@@ -1,0 +1,331 @@
+"""Synthetic dialogues: python -m curate synth --out data/synth
+
+    python -m curate synth --out data/synth                                             no model at hand: the miniature's world
+    python -m curate synth --out data/synth --painter renderer --n 1000                 the same, painted by the sketchbook
+    python -m curate synth --out data/synth --n 15000 --model http://localhost:8000/v1 --model-name Qwen/Qwen3-32B \\
+        --painter http://localhost:8001/v1 --painter-name black-forest-labs/FLUX.1-dev \\
+        --judge http://localhost:8002/v1 --judge-model Qwen/Qwen3-VL-32B-Instruct
+
+With a model: the 453 requests of seeds.json are grown to --n (requests.py), each is answered in steps with a picture prompt for
+every step, a painter paints them (painter.py: `self` is this project's sampler, which sees the pictures before), and a judge of
+evaluate/ keeps the dialogue if each picture shows its step and all are of one world. Prompts lie in prompts/.
+
+Without one (`--model none`): the sketchbook's grammar makes the requests, the bundled miniature answers and paints, and the
+sketchbook's checker keeps what is right throughout (world.py). So the whole path runs on a laptop, with real pictures.
+
+Whatever was asked, painted or judged is kept in OUT/kept, a file by the hash of its content: the same command goes on where it
+was ended, and another filter over the same answers costs nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from checkpoint import InputError
+from curate.engine import Job, run
+from curate.models import PROMPTS, Model, parsed, prompt, spent
+from curate.page import Dropped, Page, Part, Picture
+from curate.painter import Painter, tally
+from curate.requests import SEEDS, grow, read_wishes, seeds, write_wishes
+from curate.world import Checked, Drawn, Requested, choose_seeds, image_of
+from evaluate.judges import Asker, Unanswered
+from evaluate.judging import load_judge, told
+from evaluate.rubrics import rubric
+from flags import Parser
+
+CHUNK = 16  # requests of an input of the engine
+STEPS = 2, 8  # of an answer, least and most
+LONGEST = 1500  # characters of a step, or of what a painter is told
+SHOWS = "Does this picture show what these words describe?"
+
+
+# ------------------------------------------------------------------------------------------------------------------- source
+
+
+@dataclass(frozen=True)
+class Wished:
+    """A source of the engine: requests of a file, by their numbers from the first to before the last."""
+
+    path: str
+
+    def read(self, item: str) -> Iterator[Page]:
+        first, last = map(int, item.split("-"))
+        for number, wish in enumerate(wishes_of(self.path)[first:last], first):
+            notes = {"domain": wish.domain, "subcategory": wish.subcategory}
+            message = {"role": "user", "content": [{"type": "text", "text": wish.text}]}
+            yield Page(f"synth:{number}", title=wish.text, parts=(wish.text,), messages=(message,), notes=notes)
+
+
+@cache
+def wishes_of(path: str) -> list:
+    return read_wishes(Path(path))
+
+
+# -------------------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model writes the steps, and what a painter must know of each."""
+
+    model: Model
+
+    @property
+    def at_once(self) -> int:
+        return 1 if self.model.where == "self" else self.model.at_once
+
+    def __call__(self, page: Page) -> Page | Dropped:
+        try:
+            words = self.model.write([prompt("answer", request=page.title)], max_tokens=2048)
+        except Unanswered as e:
+            return Dropped(f"model without an answer: {e}")
+        try:
+            steps, end = read_answer(words)
+        except InputError as e:
+            return Dropped(str(e))
+        return replace(page, notes=page.notes | {"steps": steps, "end": end})
+
+
+def read_answer(words: str) -> tuple[list[dict], str]:
+    """([{"text", "picture"}], the closing sentence) of a model's JSON. Strict: nothing is guessed."""
+    answer = parsed(words)
+    steps = answer.get("steps") if isinstance(answer, dict) else None
+    if not isinstance(steps, list):
+        raise InputError("answer without steps")
+    least, most = STEPS
+    if not least <= len(steps) <= most:
+        raise InputError(f"answer with too few or too many steps: {len(steps)}")
+    read = []
+    for step in steps:
+        texts = [step.get(key) if isinstance(step, dict) else None for key in ("text", "picture")]
+        if not all(isinstance(text, str) and text.strip() and len(text) <= LONGEST for text in texts):
+            raise InputError("answer with a step without words or picture")
+        read.append(dict(zip(("text", "picture"), (text.strip() for text in texts), strict=True)))
+    end = answer.get("end") or ""
+    return read, end.strip() if isinstance(end, str) and len(end) <= LONGEST else ""
+
+
+@dataclass(frozen=True)
+class Painted:
+    """The dialogue: the request, then each step with its picture."""
+
+    painter: Painter
+
+    @property
+    def at_once(self) -> int:
+        return 1 if self.painter.where == "self" else self.painter.at_once
+
+    def __call__(self, page: Page) -> Page | Dropped:
+        steps = page.notes["steps"]
+        try:
+            files = self.painter.paint(page.title, [step["picture"] for step in steps])
+        except Unanswered as e:
+            return Dropped(f"painter without a picture: {e}")
+        except InputError as e:
+            return Dropped(f"script that cannot be painted: {e}")
+        parts: list[Part] = [page.title]
+        content = []
+        for k, (step, data) in enumerate(zip(steps, files, strict=True)):
+            picture = Picture(f"{page.id}#{k}", caption=step["picture"]).filled(data)
+            image = image_of(picture)
+            parts += [step["text"], replace(picture, width=image.width, height=image.height)]
+            content += [{"type": "text", "text": step["text"]}, {"type": "image", "image": k}]
+        if page.notes["end"]:
+            parts.append(page.notes["end"])
+            content.append({"type": "text", "text": page.notes["end"]})
+        notes = {key: value for key, value in page.notes.items() if key not in ("steps", "end")}
+        messages = (*page.messages, {"role": "assistant", "content": content})
+        return replace(page, parts=tuple(parts), messages=messages, notes=notes)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judge of evaluate/ looks: each picture must show its step, and all of them one world."""
+
+    judge: str  # self, or the address of a server
+    judge_model: str | None = None
+    calls: str = ""  # folder in which its answers are kept
+    shows: float = 0.5  # least probability that a picture shows its step, of each
+    same: float = 3.0  # least rating from 1 to 5 that they are of one world
+    timeout: float = 120.0
+    tries: int = 6
+    max_tokens: int = 1024
+    ckpt: str | None = None
+    mllm: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 8
+
+    @property
+    def at_once(self) -> int:
+        return 1 if self.judge == "self" else self.threads
+
+    def manifest(self) -> dict:
+        questions = [SHOWS, rubric("howto", "I-Co")]
+        return {"questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()}
+
+    def __call__(self, page: Page) -> Page | Dropped:
+        judge = asker(self, os.getpid())
+        pictures = page.pictures
+        images = [image_of(picture) for picture in pictures]
+        marks = []
+        try:
+            for picture, image in zip(pictures, images, strict=True):
+                marks.append(judge.yes(SHOWS, image, f"Words: {picture.caption}"))
+            same = judge.rating(rubric("howto", "I-Co"), *images, low=1, high=5) if len(images) > 1 else None
+        except Unanswered as e:
+            return Dropped(f"judge without an answer: {e}")
+        values = [mark.value for mark in marks]
+        if None in values or (same and same.value is None):
+            return Dropped("judge without an answer: refused, or no number could be read")
+        low = [value for value in values if value < self.shows]
+        if low:
+            return Dropped(f"picture that does not show its step: {len(low)} of {len(values)}")
+        if same and same.value < self.same:
+            return Dropped(f"pictures of different worlds: {same.value:.1f} of 5")
+        judged = {"shows": [round(value, 3) for value in values], "same": round(same.value, 2) if same else None}
+        return replace(page, notes=page.notes | {"judged": judged})
+
+
+@cache
+def asker(judge: Judged, process: int) -> Asker:
+    return Asker(load_judge(judge), Path(judge.calls))
+
+
+# ------------------------------------------------------------------------------------------------------------------ command
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    p = Parser("python -m curate synth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", required=True, help="folder of the records")
+    p.add_argument("--n", type=int, default=100, help="requests (100)")
+    p.add_argument("--model", default="none", metavar="none|self|URL", help="who grows requests and answers (none)")
+    p.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
+    p.add_argument("--painter", default="self", metavar="self|renderer|URL", help="who paints (self)")
+    p.add_argument("--painter-name", default="", metavar="NAME", help="what the painting server calls its model")
+    p.add_argument("--judge", default="none", metavar="none|self|URL", help="who filters, with --model (none: nobody)")
+    p.add_argument("--judge-model", metavar="NAME", help="what the judging server calls its model")
+    p.add_argument("--price", metavar="IN,OUT", help="of a million tokens read and written, to show the cost")
+    p.add_argument("--seed", type=int, default=0, help="of the pictures, and without a model of the requests (0)")
+    p.add_argument("--height", type=int, help="of a picture in pixels (the checkpoint's; of a server 1024)")
+    p.add_argument("--width", type=int, help="likewise")
+    p.add_argument("--steps", type=int, help="of self: calls of the DiT for a picture (the checkpoint's)")
+    p.add_argument("--guidance", type=float, help="of self (the checkpoint's)")
+    for part in ("ckpt", "mllm", "dit", "vae"):
+        p.add_argument(f"--{part}", help=f"of self: {'checkpoint' if part == 'ckpt' else 'this part'}, a folder or a Hub name")
+    p.add_argument("--device", default="auto", help="of self: auto, cpu, cuda, cuda:N, mps")
+    p.add_argument("--dtype", default="auto", help="of self: auto, bf16, fp32, fp16")
+    p.add_argument("--workers", type=int, default=1, help="processes (1)")
+    p.add_argument("--at-once", type=int, default=16, help="questions under way at the same time (16)")
+    p.add_argument("--megabytes", type=float, default=1000, help="size of a shard (1000)")
+    args = p.parse_flags(argv)
+    for name in ("n", "workers", "at_once"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.model == "none" and args.judge != "none":
+        raise InputError("--judge: without a model the sketchbook's own checker judges; give --model")
+    if args.model != "none" and args.painter == "renderer":
+        raise InputError("--painter renderer: draws the sketchbook alone, without a model")
+    if args.price is not None:
+        try:
+            args.price = tuple(map(float, args.price.split(",")))
+            if len(args.price) != 2:
+                raise ValueError
+        except ValueError:
+            raise InputError(f"--price {args.price}: must be two numbers, such as 0.15,0.60") from None
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    kept = Path(args.out) / "kept"
+    own = {name: getattr(args, name) for name in ("ckpt", "mllm", "device", "dtype")}
+    sizes = {name: getattr(args, name) for name in ("height", "width", "steps", "guidance", "seed")}
+    where = "self" if args.painter == "renderer" else args.painter
+    painter = Painter(where, args.painter_name, str(kept / "painted"), dit=args.dit, vae=args.vae, **own, **sizes)
+    painter.check()
+    model = Model(args.model, args.model_name, str(kept / "calls"), args.at_once, **own)
+    model.check()
+    if model:
+        steps = [Answered(model), Painted(painter)]
+        if args.judge != "none":
+            judge = Judged(args.judge, args.judge_model, str(kept / "judged"), **own)
+            asker(judge, os.getpid())  # a judge that is not there is told now
+            steps.append(judge)
+        source, inputs, about = wished(args, model)
+    else:
+        steps = [Drawn(painter, args.painter == "renderer"), Checked()]
+        source, inputs, about = requested(args)
+    job = Job(
+        "synth",
+        source,
+        tuple(steps),
+        tuple(inputs),
+        Path(args.out),
+        workers=args.workers,
+        tasks=len(inputs),
+        megabytes=args.megabytes,
+        settings={"synth": about},
+    )
+    run(job)
+    print(f"{args.out}: {summary(Path(args.out))}; {cost(args, model, painter, steps)}")
+
+
+def wished(args: argparse.Namespace, model: Model) -> tuple[Wished, list, dict]:
+    """Requests grown by the model, in a file beside the engine's own."""
+    path = Path(args.out) / "work" / "requests.jsonl"
+    wishes, refused = grow(seeds(), args.n, model)
+    write_wishes(path, wishes)
+    if len(wishes) < args.n:
+        print(f"{len(wishes)} of {args.n} requests: the model has nothing new to say")
+    inputs = [(f"{k}-{min(k + CHUNK, len(wishes))}", min(CHUNK, len(wishes) - k)) for k in range(0, len(wishes), CHUNK)]
+    about = {
+        "requests": len(wishes),
+        "refused": dict(refused),
+        "seeds": hashlib.sha256(SEEDS.read_bytes()).hexdigest(),
+        "prompts": {name: hashlib.sha256((PROMPTS / f"{name}.txt").read_bytes()).hexdigest() for name in ("grow", "answer")},
+        "model": {key: value for key, value in asdict(model).items() if key not in ("calls", "at_once")},
+    }
+    return Wished(str(path)), inputs, about
+
+
+def requested(args: argparse.Namespace) -> tuple[Requested, list, dict]:
+    """Requests of the sketchbook."""
+    chosen, refused = choose_seeds(args.n, args.seed)
+    chunks = [chosen[k : k + CHUNK] for k in range(0, len(chosen), CHUNK)]
+    inputs = [(",".join(map(str, chunk)), len(chunk)) for chunk in chunks]
+    return Requested(), inputs, {"requests": len(chosen), "refused": dict(refused), "painter": args.painter}
+
+
+def summary(out: Path) -> str:
+    """What came of it, from the manifest."""
+    if not (out / "manifest.json").is_file():
+        return "not finished yet"
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    dropped = Counter()
+    for counts in manifest["counts"].values():
+        dropped += Counter({name.removeprefix("dropped: "): n for name, n in counts.items() if name.startswith("dropped: ")})
+    reasons = "".join(f", {n} x {reason}" for reason, n in dropped.most_common())
+    return f"{manifest['records']} of {manifest['synth']['requests']} requests became records{reasons}"
+
+
+def cost(args: argparse.Namespace, model: Model, painter: Painter, steps: list) -> str:
+    """What it took in this process, and of a model in all of them."""
+    pictures = tally(painter, os.getpid())
+    parts = [f"{pictures['painted']} pictures painted, {pictures['kept']} from disk"]
+    if args.workers > 1:
+        parts = []
+    if model:
+        total = spent(model.calls)
+        text = f"model: {total.asked} calls, {total.kept} from disk, {total.read:,} + {total.written:,} tokens"
+        if args.price:
+            text += f", cost {(total.read * args.price[0] + total.written * args.price[1]) / 1e6:.2f}"
+        parts.append(text)
+    parts += [f"judge: {told(asker(step, os.getpid()), args.price)}" for step in steps if isinstance(step, Judged)]
+    return "; ".join(parts) or "see manifest.json"
