@@ -154,19 +154,24 @@ def weights_of(painter: Painter) -> dict:
 @torch.no_grad()
 def scripted(duo: DuoGen, request: str, words: list[str], settings: dict) -> list[Image.Image]:
     """One answer whose every token is given: the words of each picture, then BOV. The pictures alone are the system's own."""
-    encoded = [duo.tokenizer.encode(text) for text in words]
-    script = [token for tokens in encoded for token in [*tokens, duo.tokenizer.vision_start]]
+    bov = duo.tokenizer.vision_start
+    script = [token for text in words for token in [*duo.tokenizer.encode(text), bov]]
     limits = {"max_images": len(words), "max_tokens": len(script) + 1}
-    answer = duo.answer(request, duo.settings(**settings, **limits))
+    answer = duo.answer(request, duo.settings(**settings | limits))
     writer = answer.write()
     tokens = iter([*script, duo.tokenizer.im_end])
     event = next(writer)
+    unread = Read(answer, [], None, [])
     while not isinstance(event, Stop):
         reply = None
         if isinstance(event, Read):
-            # It is read all the same: the painter's condition is what the language model makes of the words.
-            duo.read([event])
+            # No token has to be waited for, so all up to a picture are read at once.
+            pixels = event.pixels if unread.pixels is None else unread.pixels
+            unread = Read(answer, unread.ids + event.ids, pixels, unread.grids + event.grids)
             reply = next(tokens)
+            if reply == bov:
+                duo.read([unread])
+                unread = Read(answer, [], None, [])
         elif isinstance(event, Paint):
             [reply] = duo.paint([event])
         event = writer.send(reply)

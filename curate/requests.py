@@ -29,10 +29,10 @@ LENGTH = 12, 300  # characters of a request, least and most
 DRY = 2  # rounds in a row that bring next to nothing, until growing ends
 
 SMALL_WORDS = frozenset(
-    """a about after all an and any are as at be by can do does each for from get go goes has have how i if in into is it its
-    keep let make me my of off on one or our out over please put should show so step than that the their them then there they
-    this through to two up use walk want was what when where which while who why will with without would you your picture
-    explain teach tell help set give""".split()
+    """a about after all an and any are as at be by can do does each every for from get go goes has have how i if in into is
+    it its keep know let like make me my need of off on one or our out over please put should show so step than that the
+    their them then there they this through to two up use walk want was what when where which while who why will with
+    without would you your picture explain teach tell help set give""".split()
 )
 
 
