@@ -5,7 +5,7 @@
 
 The subcategories are those of evaluate/benchmarks/howto500.json, the requests are others: whoever trains on what comes of them
 and is then examined by howto500 or cooking200 must not have seen its questions. So a request that is near to one of theirs is
-refused, by the same measure that finds repetitions: the share of common words, small words and plurals left out.
+refused, by the same measure that finds repetitions: the share of common words, small words and endings left out.
 """
 
 import json
@@ -45,10 +45,20 @@ class Wish(NamedTuple):
 
 
 def words_of(text: str) -> frozenset[str]:
-    """The words that say what a request is about, in the singular."""
+    """The words that say what a request is about, each without its ending."""
     found = re.findall(r"[^\W_]+", text.lower())
-    singular = (word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in found)
-    return frozenset(singular) - SMALL_WORDS
+    return frozenset(stem(word) for word in found if word not in SMALL_WORDS)
+
+
+def stem(word: str) -> str:
+    """fold, folds, folded and folding are one word; that now and then two others become one does no harm here."""
+    for ending in ("ing", "ed", "es", "s", "e"):
+        if word.endswith(ending) and len(word) >= len(ending) + 3:
+            word = word[: -len(ending)]
+            break
+    if len(word) > 3 and word[-1] == word[-2]:
+        return word[:-1]
+    return word
 
 
 class Known:
