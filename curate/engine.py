@@ -24,19 +24,21 @@ Any exception of a step drops the page, under the name of the step; an InputErro
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -48,6 +50,7 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 from tqdm import tqdm
 
+import interrupt
 from checkpoint import InputError, sha256
 from curate import report
 from curate.page import Dropped, Page, Picture, Step, document_of, page_of
@@ -453,6 +456,9 @@ def finish(job: Job) -> None:
         file.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     for path in [*job.work.glob("stage-*/pages"), *job.work.glob("stage-*/seen-*"), job.work / "fetched"]:
         shutil.rmtree(path, ignore_errors=True)
+    # Of processes that were killed.
+    for path in [*job.out.glob("*.part"), *job.out.glob("pictures/*/*.part"), *job.out.glob("shards/*.part")]:
+        path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- stages
@@ -496,6 +502,14 @@ def stages(job: Job) -> list[Stage]:
             conclusion = Conclusion(n, survey, folder / f"seen-{n:02d}", job.work / f"found-{n:02d}.json")
             out.append(Stage(f"found-{n:02d}", [conclusion], 1))
     return [*out, Stage("finish", [Finish(job)], 1)]
+
+
+@cache
+def leave_no_orphans() -> None:
+    """What this process forks ends with it, even if it is killed: datatrove's manager of queues would else stay for ever."""
+    if sys.platform == "linux":
+        die = 1  # PR_SET_PDEATHSIG
+        os.register_at_fork(after_in_child=partial(ctypes.CDLL(None).prctl, die, signal.SIGKILL))
 
 
 class Local(LocalPipelineExecutor):
@@ -552,6 +566,14 @@ def settings(job: Job) -> dict:
     }
 
 
+def claim(out: Path) -> None:
+    """An InputError where a folder holds something else. Whoever writes into job.work before `run` asks first."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is no folder; choose another --out")
+    if out.exists() and any(out.iterdir()) and not (out / "work").is_dir():
+        raise InputError(f"{out}: is no folder of this command; choose another --out")
+
+
 def prepare(job: Job) -> None:
     """The work folder: what each task reads, and the settings, which must be those that the folder was begun with."""
     wanted = json.loads(to_json(settings(job)))
@@ -562,8 +584,6 @@ def prepare(job: Job) -> None:
         if different:
             raise InputError(f"{job.out}: was begun with other {', '.join(different)}; choose another --out, or give --fresh")
         return
-    if job.out.exists() and any(job.out.iterdir()) and not job.work.is_dir():
-        raise InputError(f"{job.out}: is no folder of this command; choose another --out")
     for k, names in enumerate(job.slices()):
         with whole(job.work / "inputs" / f"{k:05d}.json") as file:
             file.write(to_json(names))
@@ -606,12 +626,14 @@ def progress(stage: Stage, folder: Path) -> Iterator[None]:
 
 def run(job: Job) -> None:
     """Do what is left of a job. Errors: InputError for what the user can put right, OSError for a full disk."""
-    with alone(job.work):
+    claim(job.out)
+    with alone(job.work), interrupt.heard():
         prepare(job)
         if (job.out / "manifest.json").exists():
             print(f"{job.out}: is complete; --fresh makes it anew")
             return
         logger.remove()
+        leave_no_orphans()
         # The processes of all stages are forked from one that has imported what they need.
         multiprocess.set_forkserver_preload(["curate.report", *{type(step).__module__ for step in job.steps}])
         before = None
