@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint import InputError
-from curate.engine import Job, run
 from curate.page import Dropped, Page, Part, Picture
 from curate.places import Places
 from curate.sets import SETS, Row, page_address
+from curate.web import add_engine_flags, make_room, start, with_thresholds
 from flags import Parser
 from records.formats import elements
 from records.validate import Problem, load_image, one_line
@@ -196,42 +196,30 @@ def without_pictures(messages: tuple[dict, ...], gone: dict[int, str]) -> tuple[
 # ------------------------------------------------------------------------------------------------------------------ command
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    p = Parser("python -m curate import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    p = Parser(
+        "python -m curate import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("name", choices=sorted(SETS), metavar="NAME", help=", ".join(SETS))
     p.add_argument("files", nargs="+", metavar="FILE")
-    p.add_argument("--out", required=True, help="folder of the records")
     p.add_argument("--images", nargs="+", default=[], metavar="PLACE", help="folders and .tar files with the pictures")
     p.add_argument("--n", type=int, help="only the first so many rows of each file")
-    p.add_argument("--workers", type=int, default=1, help="files read at the same time (1)")
-    p.add_argument("--megabytes", type=float, default=1000, help="size of a shard (1000)")
+    add_engine_flags(p)
     args = p.parse_flags(argv)
-    for name in ("n", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be 1 or more")
-    return args
-
-
-def main(argv: list[str]) -> None:
-    args = arguments(argv)
+    if args.n is not None and args.n < 1:
+        raise InputError(f"--n {args.n}: must be 1 or more")
     Places(args.images)  # what is no place is told now
     inputs = []
     for file in args.files:
         if not Path(file).is_file():
             raise InputError(f"{file}: no such file")
         inputs.append((file, Path(file).stat().st_size))
+    make_room(args)
+    # A file is a task of its own: rows of one are not to wait for those of another.
+    args.tasks = args.tasks or len(inputs)
     which = SETS[args.name]
     about = {"set": which.title, "fields": which.fields, "licence": which.licence, "source": which.source}
-    run(
-        Job(
-            "import",
-            Published(args.name, tuple(args.images), args.n),
-            (Complete(which.partial),),
-            tuple(inputs),
-            Path(args.out),
-            workers=args.workers,
-            tasks=len(inputs),
-            megabytes=args.megabytes,
-            settings={"import": about | {"images": args.images, "n": args.n}},
-        )
-    )
+    about |= {"images": args.images, "n": args.n}
+    source = Published(args.name, tuple(args.images), args.n)
+    steps = with_thresholds([Complete(which.partial)], args.set)
+    start(args, name="import", source=source, steps=tuple(steps), inputs=tuple(inputs), settings={"import": about})

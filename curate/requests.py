@@ -8,7 +8,6 @@ and is then examined by howto500 or cooking200 must not have seen its questions.
 refused, by the same measure that finds repetitions: the share of common words, small words and endings left out.
 """
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -166,15 +165,6 @@ def refusal(text: str, known: Known, forbidden: Known) -> str:
     if forbidden.like(text):
         return "near to a benchmark's"
     return "repeated" if known.like(text) else ""
-
-
-def read_wishes(path: Path) -> list[Wish]:
-    return [Wish(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_wishes(path: Path, wishes: list[Wish]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(wish, ensure_ascii=False) + "\n" for wish in wishes), encoding="utf-8")
 
 
 def check_seeds(wishes: list[Wish]) -> None:

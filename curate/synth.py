@@ -27,17 +27,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from checkpoint import InputError
-from curate.engine import Job, run
-from curate.models import PROMPTS, Model, parsed, prompt, spent
+from checkpoint import InputError, read_json
+from curate.engine import MOST_TASKS, claim
+from curate.models import Model, parsed, prompt, prompt_hashes, spent
 from curate.page import Dropped, Page, Part, Picture
 from curate.painter import Painter, tally
-from curate.requests import SEEDS, grow, read_wishes, seeds, write_wishes
+from curate.requests import SEEDS, Wish, grow, seeds
+from curate.store import whole
+from curate.web import add_engine_flags, make_room, start, with_thresholds
 from curate.world import Checked, Drawn, Requested, choose_seeds, image_of
 from evaluate.judges import Asker, Unanswered
 from evaluate.judging import load_judge, told
 from evaluate.rubrics import rubric
 from flags import Parser
+from pipeline import PARTS
 
 CHUNK = 16  # requests of an input of the engine
 STEPS = 2, 8  # of an answer, least and most
@@ -63,8 +66,8 @@ class Wished:
 
 
 @cache
-def wishes_of(path: str) -> list:
-    return read_wishes(Path(path))
+def wishes_of(path: str) -> list[Wish]:
+    return [Wish(*each) for each in read_json(path)["requests"]]
 
 
 # -------------------------------------------------------------------------------------------------------------------- steps
@@ -79,6 +82,9 @@ class Answered:
     @property
     def at_once(self) -> int:
         return 1 if self.model.where == "self" else self.model.at_once
+
+    def manifest(self) -> dict:
+        return {"model": lasting(self.model)}
 
     def __call__(self, page: Page) -> Page | Dropped:
         try:
@@ -121,6 +127,9 @@ class Painted:
     def at_once(self) -> int:
         return 1 if self.painter.where == "self" else self.painter.at_once
 
+    def manifest(self) -> dict:
+        return {"painter": lasting(self.painter)}
+
     def __call__(self, page: Page) -> Page | Dropped:
         steps = page.notes["steps"]
         try:
@@ -145,14 +154,12 @@ class Painted:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A judge of evaluate/ looks: each picture must show its step, and all of them one world."""
+class Judge:
+    """Who is asked; the names are those of `python -m evaluate judge`."""
 
     judge: str  # self, or the address of a server
     judge_model: str | None = None
     calls: str = ""  # folder in which its answers are kept
-    shows: float = 0.5  # least probability that a picture shows its step, of each
-    same: float = 3.0  # least rating from 1 to 5 that they are of one world
     timeout: float = 120.0
     tries: int = 6
     max_tokens: int = 1024
@@ -160,18 +167,32 @@ class Judged:
     mllm: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    threads: int = 8
+    at_once: int = 8
+
+
+@cache
+def asker(judge: Judge, process: int) -> Asker:
+    return Asker(load_judge(judge), Path(judge.calls))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judge of evaluate/ looks: each picture must show its step, and all of them one world."""
+
+    judge: Judge
+    shows: float = 0.5  # least probability that a picture shows its step, of each
+    same: float = 3.0  # least rating from 1 to 5 that they are of one world
 
     @property
     def at_once(self) -> int:
-        return 1 if self.judge == "self" else self.threads
+        return 1 if self.judge.judge == "self" else self.judge.at_once
 
     def manifest(self) -> dict:
         questions = [SHOWS, rubric("howto", "I-Co")]
-        return {"questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()}
+        return {"judge": lasting(self.judge), "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()}
 
     def __call__(self, page: Page) -> Page | Dropped:
-        judge = asker(self, os.getpid())
+        judge = asker(self.judge, os.getpid())
         pictures = page.pictures
         images = [image_of(picture) for picture in pictures]
         marks = []
@@ -193,17 +214,18 @@ class Judged:
         return replace(page, notes=page.notes | {"judged": judged})
 
 
-@cache
-def asker(judge: Judged, process: int) -> Asker:
-    return Asker(load_judge(judge), Path(judge.calls))
+def lasting(who: Model | Painter | Judge) -> dict:
+    """What decides its answers: not where they are kept, nor how many are asked for at a time."""
+    return {key: value for key, value in asdict(who).items() if key not in ("calls", "kept", "at_once")}
 
 
 # ------------------------------------------------------------------------------------------------------------------ command
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    p = Parser("python -m curate synth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", required=True, help="folder of the records")
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(
+        "python -m curate synth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--n", type=int, default=100, help="requests (100)")
     p.add_argument("--model", default="none", metavar="none|self|URL", help="who grows requests and answers (none)")
     p.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
@@ -211,21 +233,21 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--painter-name", default="", metavar="NAME", help="what the painting server calls its model")
     p.add_argument("--judge", default="none", metavar="none|self|URL", help="who filters, with --model (none: nobody)")
     p.add_argument("--judge-model", metavar="NAME", help="what the judging server calls its model")
+    p.add_argument("--at-once", type=int, default=16, help="questions to a model under way at the same time (16)")
     p.add_argument("--price", metavar="IN,OUT", help="of a million tokens read and written, to show the cost")
     p.add_argument("--seed", type=int, default=0, help="of the pictures, and without a model of the requests (0)")
     p.add_argument("--height", type=int, help="of a picture in pixels (the checkpoint's; of a server 1024)")
     p.add_argument("--width", type=int, help="likewise")
     p.add_argument("--steps", type=int, help="of self: calls of the DiT for a picture (the checkpoint's)")
     p.add_argument("--guidance", type=float, help="of self (the checkpoint's)")
-    for part in ("ckpt", "mllm", "dit", "vae"):
-        p.add_argument(f"--{part}", help=f"of self: {'checkpoint' if part == 'ckpt' else 'this part'}, a folder or a Hub name")
+    p.add_argument("--ckpt", help="of self: checkpoint, a folder or a Hub name (the bundled miniature)")
+    for part in PARTS:
+        p.add_argument(f"--{part}", help="of self: this part from a run, a folder or a Hub name")
     p.add_argument("--device", default="auto", help="of self: auto, cpu, cuda, cuda:N, mps")
     p.add_argument("--dtype", default="auto", help="of self: auto, bf16, fp32, fp16")
-    p.add_argument("--workers", type=int, default=1, help="processes (1)")
-    p.add_argument("--at-once", type=int, default=16, help="questions under way at the same time (16)")
-    p.add_argument("--megabytes", type=float, default=1000, help="size of a shard (1000)")
+    add_engine_flags(p)
     args = p.parse_flags(argv)
-    for name in ("n", "workers", "at_once"):
+    for name in ("n", "at_once"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.model == "none" and args.judge != "none":
@@ -242,57 +264,55 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    kept = Path(args.out) / "kept"
+    out = Path(args.out)
+    kept = out / "kept"
     own = {name: getattr(args, name) for name in ("ckpt", "mllm", "device", "dtype")}
-    sizes = {name: getattr(args, name) for name in ("height", "width", "steps", "guidance", "seed")}
+    named = {name: getattr(args, name) for name in ("seed", "height", "width", "steps", "guidance", "dit", "vae")}
     where = "self" if args.painter == "renderer" else args.painter
-    painter = Painter(where, args.painter_name, str(kept / "painted"), dit=args.dit, vae=args.vae, **own, **sizes)
+    painter = Painter(where, args.painter_name, str(kept / "painted"), **own, **named)
     painter.check()
     model = Model(args.model, args.model_name, str(kept / "calls"), args.at_once, **own)
     model.check()
+    judge = None
+    if args.judge != "none":
+        judge = Judge(args.judge, args.judge_model, str(kept / "judged"), **own)
+        asker(judge, os.getpid())  # one that is not there is told now
+    make_room(args)
+    claim(out)
     if model:
-        steps = [Answered(model), Painted(painter)]
-        if args.judge != "none":
-            judge = Judged(args.judge, args.judge_model, str(kept / "judged"), **own)
-            asker(judge, os.getpid())  # a judge that is not there is told now
-            steps.append(judge)
         source, inputs, about = wished(args, model)
+        steps = [Answered(model), Painted(painter), *([Judged(judge)] if judge else [])]
     else:
-        steps = [Drawn(painter, args.painter == "renderer"), Checked()]
         source, inputs, about = requested(args)
-    job = Job(
-        "synth",
-        source,
-        tuple(steps),
-        tuple(inputs),
-        Path(args.out),
-        workers=args.workers,
-        tasks=len(inputs),
-        megabytes=args.megabytes,
-        settings={"synth": about},
-    )
-    run(job)
-    print(f"{args.out}: {summary(Path(args.out))}; {cost(args, model, painter, steps)}")
+        steps = [Drawn(painter, args.painter == "renderer"), Checked()]
+    # What is painted takes long: each input is a task, so that several processes have work.
+    args.tasks = args.tasks or min(MOST_TASKS, len(inputs))
+    steps = tuple(with_thresholds(steps, args.set))
+    start(args, name="synth", source=source, steps=steps, inputs=tuple(inputs), settings={"synth": about})
+    print(f"{out}: {summary(out)}; {cost(args, model, painter, judge)}")
 
 
 def wished(args: argparse.Namespace, model: Model) -> tuple[Wished, list, dict]:
-    """Requests grown by the model, in a file beside the engine's own."""
-    path = Path(args.out) / "work" / "requests.jsonl"
-    wishes, refused = grow(seeds(), args.n, model)
-    write_wishes(path, wishes)
-    if len(wishes) < args.n:
-        print(f"{len(wishes)} of {args.n} requests: the model has nothing new to say")
-    inputs = [(f"{k}-{min(k + CHUNK, len(wishes))}", min(CHUNK, len(wishes) - k)) for k in range(0, len(wishes), CHUNK)]
-    about = {
-        "requests": len(wishes),
-        "refused": dict(refused),
+    """Requests grown by the model. They are written down, so that a run goes on with those that it was begun with."""
+    path = Path(args.out) / "work" / "requests.json"
+    asked = {
+        "n": args.n,
         "seeds": hashlib.sha256(SEEDS.read_bytes()).hexdigest(),
-        "prompts": {name: hashlib.sha256((PROMPTS / f"{name}.txt").read_bytes()).hexdigest() for name in ("grow", "answer")},
-        "model": {key: value for key, value in asdict(model).items() if key not in ("calls", "at_once")},
+        "prompts": {name: hash_ for name, hash_ in prompt_hashes().items() if name in ("grow", "answer")},
+        "model": lasting(model),
     }
-    return Wished(str(path)), inputs, about
+    if not path.is_file() or read_json(path)["asked"] != asked:
+        wishes, refused = grow(seeds(), args.n, model)
+        with whole(path) as file:
+            file.write(json.dumps({"asked": asked, "refused": refused, "requests": wishes}, ensure_ascii=False).encode())
+    grown = read_json(path)
+    n = len(grown["requests"])
+    if n < args.n:
+        print(f"{n} of {args.n} requests: the model has nothing new to say")
+    inputs = [(f"{k}-{min(k + CHUNK, n)}", min(CHUNK, n - k)) for k in range(0, n, CHUNK)]
+    return Wished(str(path)), inputs, asked | {"requests": n, "refused": grown["refused"]}
 
 
 def requested(args: argparse.Namespace) -> tuple[Requested, list, dict]:
@@ -300,7 +320,7 @@ def requested(args: argparse.Namespace) -> tuple[Requested, list, dict]:
     chosen, refused = choose_seeds(args.n, args.seed)
     chunks = [chosen[k : k + CHUNK] for k in range(0, len(chosen), CHUNK)]
     inputs = [(",".join(map(str, chunk)), len(chunk)) for chunk in chunks]
-    return Requested(), inputs, {"requests": len(chosen), "refused": dict(refused), "painter": args.painter}
+    return Requested(), inputs, {"requests": len(chosen), "refused": dict(refused)}
 
 
 def summary(out: Path) -> str:
@@ -315,17 +335,18 @@ def summary(out: Path) -> str:
     return f"{manifest['records']} of {manifest['synth']['requests']} requests became records{reasons}"
 
 
-def cost(args: argparse.Namespace, model: Model, painter: Painter, steps: list) -> str:
-    """What it took in this process, and of a model in all of them."""
-    pictures = tally(painter, os.getpid())
-    parts = [f"{pictures['painted']} pictures painted, {pictures['kept']} from disk"]
-    if args.workers > 1:
-        parts = []
+def cost(args: argparse.Namespace, model: Model, painter: Painter, judge: Judge | None) -> str:
+    """What it took: of the model in all processes, of painter and judge in this one."""
+    parts = []
+    if args.workers == 1:
+        pictures = tally(painter, os.getpid())
+        parts.append(f"{pictures['painted']} pictures painted, {pictures['kept']} from disk")
     if model:
         total = spent(model.calls)
         text = f"model: {total.asked} calls, {total.kept} from disk, {total.read:,} + {total.written:,} tokens"
         if args.price:
             text += f", cost {(total.read * args.price[0] + total.written * args.price[1]) / 1e6:.2f}"
         parts.append(text)
-    parts += [f"judge: {told(asker(step, os.getpid()), args.price)}" for step in steps if isinstance(step, Judged)]
+    if judge and args.workers == 1:
+        parts.append(f"judge: {told(asker(judge, os.getpid()), args.price)}")
     return "; ".join(parts) or "see manifest.json"

@@ -14,7 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
 from PIL import Image
@@ -111,6 +111,9 @@ class Drawn:
 
     painter: Painter
     renderer: bool = False  # the sketchbook's own answers, exact in every pixel
+
+    def manifest(self) -> dict:
+        return {"painter": {key: value for key, value in asdict(self.painter).items() if key != "kept"}}
 
     def __call__(self, page: Page) -> Page:
         seed = page.notes["seed"]

@@ -312,14 +312,15 @@ def test_the_whole_path_with_servers(server, tmp_path, capsys, monkeypatch):
     assert "pictures painted" in said and "cost" in said and f"{manifest['records']} of 30 requests" in said
     record = json.loads((out / "records.jsonl").read_text().splitlines()[0])
     assert [part["type"] for part in record["messages"][1]["content"]][-3:] == ["text", "image", "text"]
-    # All of it again from what is kept, with the engine's own work gone: nobody is asked, the bytes are the same.
+    # All of it again from what is kept: only those pictures are asked for that were never painted, the bytes are the same.
     asked = Counter(Everything.calls)
-    (tmp_path / "again").mkdir()
-    (out / "kept").rename(tmp_path / "again" / "kept")
-    main(["--out", str(tmp_path / "again"), "--n", "30", *everything])
-    failed = asked.keys() & {"images/generations"}
-    assert {kind: n for kind, n in (Everything.calls - asked).items() if kind not in failed} == {}
-    assert json.loads((tmp_path / "again" / "manifest.json").read_text())["files"] == manifest["files"]
+    main(["--out", str(out), "--n", "30", "--fresh", *everything])
+    assert (Everything.calls - asked).keys() <= {"images/generations"}
+    assert json.loads((out / "manifest.json").read_text())["files"] == manifest["files"]
+    # And the same command once more has nothing to do.
+    asked = Counter(Everything.calls)
+    main(["--out", str(out), "--n", "30", *everything])
+    assert Everything.calls == asked
 
 
 def test_mistakes_are_one_line(tmp_path):
