@@ -279,8 +279,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.judge != "none":
         judge = Judge(args.judge, args.judge_model, str(kept / "judged"), **own)
         asker(judge, os.getpid())  # one that is not there is told now
-    make_room(args)
     claim(out)
+    make_room(args)
+    (out / "work").mkdir(parents=True, exist_ok=True)  # with it the folder is this command's, whatever is kept there
     if model:
         source, inputs, about = wished(args, model)
         steps = [Answered(model), Painted(painter), *([Judged(judge)] if judge else [])]
