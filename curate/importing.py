@@ -5,8 +5,8 @@
     python -m curate import zebra-cot train-00000-of-00005.parquet --out data/zebra
     python -m curate import comm train.pth --images comm/images --out data/comm
 
-The sets, their fields and where their forms were read: sets.py. FILES are as published: JSON lines, one JSON array, parquet
-(with pyarrow), CoMM's .pth. Pictures are looked for in --images, folders and tar archives, img2dataset's among them; without
+The sets, their fields and where their forms were read: sets.py. FILES are as published: JSON lines, parquet (with pyarrow), or,
+read as a whole, one JSON array and CoMM's .pth. Pictures are looked for in --images, folders and tar archives, img2dataset's among them; without
 it in the folder of each file and in its images/. Nothing is fetched from the network.
 
 A row that cannot be used costs nothing but itself, and is counted by what is wrong. A page of the web (obelics, mmc4, comm)
@@ -15,6 +15,7 @@ dropped, since an edit or a proof has lost its sense. One file is one task: a ru
 """
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pathlib import Path
 from checkpoint import InputError
 from curate.page import Dropped, Page, Part, Picture
 from curate.places import Places
+from curate.report import in_words
 from curate.sets import SETS, Row, page_address
 from curate.web import add_engine_flags, make_room, start, with_thresholds
 from flags import Parser
@@ -223,3 +225,6 @@ def main(argv: list[str] | None = None) -> None:
     source = Published(args.name, tuple(args.images), args.n)
     steps = with_thresholds([Complete(which.partial)], args.set)
     start(args, name="import", source=source, steps=tuple(steps), inputs=tuple(inputs), settings={"import": about})
+    manifest = Path(args.out) / "manifest.json"
+    if manifest.is_file():
+        print(f"{args.out}: {in_words(json.loads(manifest.read_text(encoding='utf-8')))}")

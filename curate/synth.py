@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -32,6 +31,7 @@ from curate.engine import MOST_TASKS, claim
 from curate.models import Model, parsed, prompt, prompt_hashes, spent
 from curate.page import Dropped, Page, Part, Picture
 from curate.painter import Painter, tally
+from curate.report import in_words
 from curate.requests import SEEDS, Wish, grow, seeds
 from curate.store import whole
 from curate.web import add_engine_flags, make_room, start, with_thresholds
@@ -329,11 +329,7 @@ def summary(out: Path) -> str:
     if not (out / "manifest.json").is_file():
         return "not finished yet"
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    dropped = Counter()
-    for counts in manifest["counts"].values():
-        dropped += Counter({name.removeprefix("dropped: "): n for name, n in counts.items() if name.startswith("dropped: ")})
-    reasons = "".join(f", {n} x {reason}" for reason, n in dropped.most_common())
-    return f"{manifest['records']} of {manifest['synth']['requests']} requests became records{reasons}"
+    return f"{manifest['synth']['requests']} requests; {in_words(manifest)}"
 
 
 def cost(args: argparse.Namespace, model: Model, painter: Painter, judge: Judge | None) -> str:

@@ -94,7 +94,7 @@ def page_of(id: str, title: str, messages: list[dict], notes: dict) -> Page:
                     content.append({"type": "text", "text": text})
                 continue
             image = part["image"]
-            picture = Picture(f"{id}#{number}", width=image.width, height=image.height, kind="document")
+            picture = Picture(f"{id}#{number}", width=image.width, height=image.height)
             parts.append(picture.filled(png(image)))
             content.append({"type": "image", "image": number})
             number += 1

@@ -209,7 +209,7 @@ def test_the_whole_path_without_a_model(tmp_path, capsys):
     assert data.main(["check", str(tmp_path / "a" / "records.jsonl")]) == 0
     assert data.main(["check", str(tmp_path / "a" / "shards" / "synth-000000.tar")]) == 0
     assert run_world(tmp_path / "b")["files"] == manifest["files"]
-    assert "8 requests became records" in capsys.readouterr().out
+    assert "8 requests; " in capsys.readouterr().out
 
 
 def test_the_miniature_draws_once_and_then_from_the_disk(tmp_path, monkeypatch, duo):
@@ -309,7 +309,7 @@ def test_the_whole_path_with_servers(server, tmp_path, capsys, monkeypatch):
     }
     assert 0 < manifest["records"] < manifest["synth"]["requests"] == 30
     assert data.main(["check", str(out / "records.jsonl")]) == 0
-    assert "pictures painted" in said and "cost" in said and f"{manifest['records']} of 30 requests" in said
+    assert "pictures painted" in said and "cost" in said and f"30 requests; {manifest['records']} records; " in said
     record = json.loads((out / "records.jsonl").read_text().splitlines()[0])
     assert [part["type"] for part in record["messages"][1]["content"]][-3:] == ["text", "image", "text"]
     # All of it again from what is kept: only those pictures are asked for that were never painted, the bytes are the same.
