@@ -6,8 +6,8 @@
     python -m curate import comm train.pth --images comm/images --out data/comm
 
 The sets, their fields and where their forms were read: sets.py. FILES are as published: JSON lines, parquet (with pyarrow), or,
-read as a whole, one JSON array and CoMM's .pth. Pictures are looked for in --images, folders and tar archives, img2dataset's among them; without
-it in the folder of each file and in its images/. Nothing is fetched from the network.
+read as a whole, one JSON array and CoMM's .pth. Pictures are looked for in --images, folders and tar archives, img2dataset's
+among them; without it in the folder of each file and in its images/. Nothing is fetched from the network.
 
 A row that cannot be used costs nothing but itself, and is counted by what is wrong. A page of the web (obelics, mmc4, comm)
 goes on without a picture that is missing or broken, as long as one is left; of every other set a row without its picture is
