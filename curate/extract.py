@@ -25,8 +25,11 @@ from curate.page import Dropped, Page, Part, Picture, Refused, joined
 # Attributes in which scripts that load pictures late keep the true address.
 LAZY = ("data-src", "data-original", "data-lazy-src", "data-lazy", "data-full-src", "data-hi-res-src", "data-url", "data-image")
 LAZY_SETS = ("data-srcset", "data-lazy-srcset", "srcset")
-# File names of what stands in a picture's place until it is loaded, or counts visitors.
-PLACEHOLDER = re.compile(r"(^|[/_.-])(blank|spacer|placeholder|transparent|pixel|1x1|lazy|loading|grey|clear)([_.-]|$)", re.I)
+# Names of files that stand in a picture's place until it is loaded, or count visitors; google-pixel.jpg is none.
+PLACEHOLDER = re.compile(
+    r"(?:.*[^a-z])?placeholder(?:[^a-z].*)?|1x1"
+    r"|(?:blank|spacer|transparent|trans|pixel|lazy|loading|loader|gr[ae]y|empty|clear|dot)(?:[-_.]?(?:\d+|\d+x\d+|image|img|gif|bg))*"
+)
 NUMBER = "\ue000"  # a character for private use, before the number of a list's item
 SENTINEL = "https://picture.invalid/{}.jpg"
 LOCAL = "http://page.invalid/"  # where pages that came from files seem to lie, while addresses are resolved
@@ -47,7 +50,10 @@ def largest(srcset: str) -> str:
 
 def stands_in(address: str) -> bool:
     """Whether something is no picture but keeps its place."""
-    return not address or address.startswith("data:") or bool(PLACEHOLDER.search(urlsplit(address).path))
+    if not address or address.startswith("data:"):
+        return True
+    name = re.split("[?#]", address)[0].rpartition("/")[2]
+    return bool(PLACEHOLDER.fullmatch(name.partition(".")[0].lower()))
 
 
 def candidates(image: etree._Element) -> Iterator[str]:

@@ -142,7 +142,7 @@ def members(path: Path, wanted: str, start: int = 0) -> Iterator[Member]:
             with open(path, "rb") as file:
                 file.seek(at)
                 for record in ArchiveIterator(file, record_types=RECORDS, auto_decode="none", quirks_mode=True):
-                    last = at + record.stream_pos
+                    last = record.stream_pos
                     member = member_of(record, last, wanted)
                     if member:
                         yield member
@@ -179,6 +179,8 @@ def member_of(record: WarcRecord, at: int, wanted: str) -> Member | None:
     chunked = headers is not None and "chunked" in headers.get("Transfer-Encoding", "").lower()
     try:
         raw = record.reader.read(LARGEST + 1)
+        if len(raw) < record.content_length:
+            raise InputError("broken record: it ends early")
         body = unpacked(unchunked(raw) if chunked else raw, encoding)
     except InputError as e:
         return Member(at, url, status, kind, "", b"", str(e))

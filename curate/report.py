@@ -89,7 +89,7 @@ def example(kind: str, before: Page, after: Page | None, reason: str) -> dict:
     return {
         "kind": kind,
         "id": before.id,
-        "title": before.title or before.url,
+        "title": before.title or (after.title if after else "") or before.url,
         "reason": reason,
         "before": [] if lost else shown(before, at),
         "after": shown(after, at) if after and not lost and not told else [],

@@ -32,30 +32,50 @@ def start(pages: Path, root: Path, out: Path, *more: str) -> subprocess.Popen:
 
 def digests(out: Path) -> dict[str, str]:
     """SHA-256 of all that a run is for, by its name."""
-    files = [path for path in out.rglob("*") if path.is_file() and path.relative_to(out).parts[0] not in ("work", *DIFFERENT)]
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    found = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        # Whoever reads records puts indices beside them.
+        if path.is_file() and not name.startswith(("work/", *DIFFERENT)) and path.suffix != ".index":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
-def kill_often(pages: Path, root: Path, out: Path, times: int, seconds: float, seed: int, *more: str) -> tuple[int, int]:
-    """Kill runs at random times within `seconds`, then let one end. (how many were alive when killed, tasks done by then)."""
-    rng = random.Random(seed)
-    alive = 0
-    for k in range(times):
-        process = start(pages, root, out, *more)
-        time.sleep(rng.uniform(0.2, 1.0) * seconds)
-        alive += process.poll() is None
-        if k % 2 == 0:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.wait()
-        process.stdout.close()
-    done = len(list(out.glob("work/stage-*/completions/*")))
-    process = start(pages, root, out, *more)
+def wait(process: subprocess.Popen) -> None:
     said, _ = process.communicate(timeout=600)
     if process.returncode:
         raise RuntimeError(said.decode())
-    return alive, done
+
+
+def kill_often(command: tuple, folder: Path, times: int, seconds: float, seed: int) -> list[tuple[int, Path]]:
+    """Kill runs at random times, `seconds` after their start at most, until so many have been killed; the last one may end.
+
+    A run goes on where the one before was killed, until it has ended; then another begins in a new folder. Returns [(kills,
+    folder)] of the runs that ended.
+    """
+    rng = random.Random(seed)
+    ended = []
+    killed = here = 0
+    while killed < times:
+        out = folder / f"killed-{len(ended)}"
+        process = start(*command[:2], out, *command[2:])
+        try:
+            process.wait(rng.uniform(0.2, 1.0) * seconds)
+            wait(process)
+            ended.append((here, out))
+            here = 0
+            continue
+        except subprocess.TimeoutExpired:
+            killed += 1
+            here += 1
+        if killed % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.communicate()
+    out = folder / f"killed-{len(ended)}"
+    wait(start(*command[:2], out, *command[2:]))
+    return [*ended, (here, out)]
 
 
 def main() -> None:
@@ -69,17 +89,15 @@ def main() -> None:
             shutil.copy(path, pages)
         shutil.copytree(howto / "images", pages.parent / "images")
         began = time.perf_counter()
-        process = start(pages, pages.parent, Path(folder, "whole"), "--tasks", "40")
-        said, _ = process.communicate(timeout=600)
+        wait(start(pages, pages.parent, Path(folder, "whole"), "--tasks", "40"))
         seconds = time.perf_counter() - began
-        print(said.decode().strip(), f"in {seconds:.1f} s")
-        more = ("--tasks", "40", "--workers", "2")
-        alive, done = kill_often(pages, pages.parent, Path(folder, "killed"), times, seconds / 3, 0, *more)
-        whole, killed = digests(Path(folder, "whole")), digests(Path(folder, "killed"))
-        print(f"{alive} of {times} were at work when killed; {done} tasks were done when the last one began")
-        print(
-            f"{len(whole)} files, {sum(whole[name] != killed.get(name) for name in whole)} different, {len(killed) - len(whole)} more"
-        )
+        print(f"uninterrupted: {seconds:.0f} s", flush=True)
+        whole = digests(Path(folder, "whole"))
+        command = (pages, pages.parent, "--tasks", "40", "--workers", "2")
+        for kills, out in kill_often(command, Path(folder), times, seconds, 0):
+            found = digests(out)
+            different = [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]
+            print(f"killed {kills} times: {len(found)} files, {len(different)} different {different[:5]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import operator
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -167,42 +168,48 @@ def common(a: list, b: list, equal: Callable = operator.eq) -> int:
     return row[-1]
 
 
-def measure(read: Callable[[dict], Page]) -> dict:
-    """Shares over all pages. read: a document of docs.jsonl -> the page as it comes in, with its source as text."""
-    extract, adverts = Extract(), Adverts()
-    pictures = kept = wrong = ordered = unaccounted = pages = 0
-    matched = found = true = 0
+def measure_one(doc: dict, read: Callable[[dict], Page]) -> dict[str, int]:
+    """What is counted of one page. read: a document of docs.jsonl -> the page as it comes in, with its source as text."""
+    page = read(doc)
+    there = len(re.findall(r"<img\b", page.text))
+    page = Extract()(page)
+    page = page if isinstance(page, Dropped) else Adverts()(page)
+    if isinstance(page, Dropped):
+        print(f"{doc['id']}: {page.reason}")
+        page = Page(doc["id"])
+    html = names_in(doc_html(doc))
+    mine = [Path(unquote(picture.address)).name for picture in page.pictures]
+    theirs = [name for segment in doc["segments"] if (name := file_of(segment, html))]
+    inside = [name for name in mine if name in theirs]
+    a = segments(list(page.parts))
+    b = wanted(doc, html)
+    return {
+        "pictures": len(theirs),
+        "kept": common(sorted(mine), sorted(theirs)),
+        "wrong": sum(name not in theirs for name in mine),
+        "ordered": common(inside, theirs) == len(inside),
+        "unaccounted": there - len(page.pictures) - len(page.refused),
+        "matched": common(a, b, same),
+        "found": len(a),
+        "true": len(b),
+    }
+
+
+def measure(read: Callable[[dict], Page]) -> dict[str, float]:
+    """The shares over all pages."""
+    total: Counter[str] = Counter()
+    pages = 0
     for line in open(HOWTO / "docs.jsonl", encoding="utf-8"):
-        doc = json.loads(line)
-        page = read(doc)
-        there = len(re.findall(r"<img\b", page.text)) if page.notes["format"] == "html" else None
-        page = extract(page)
-        page = page if isinstance(page, Dropped) else adverts(page)
-        if isinstance(page, Dropped):
-            print(f"{doc['id']}: {page.reason}")
-            page = Page(doc["id"])
+        total.update(measure_one(json.loads(line), read))
         pages += 1
-        mine = [Path(unquote(picture.address)).name for picture in page.pictures]
-        html = names_in(doc_html(doc))
-        theirs = [name for segment in doc["segments"] if (name := file_of(segment, html))]
-        pictures += len(theirs)
-        kept += common(sorted(mine), sorted(theirs))
-        wrong += sum(name not in theirs for name in mine)
-        inside = [name for name in mine if name in theirs]
-        ordered += common(inside, theirs) == len(inside)
-        if there is not None:
-            unaccounted += there - len(page.pictures) - len(page.refused)
-        a = segments(list(page.parts))
-        b = wanted(doc, html)
-        matched, found, true = matched + common(a, b, same), found + len(a), true + len(b)
     return {
         "pages": pages,
-        "pictures": pictures,
-        "kept": kept / pictures,
-        "in order": ordered / pages,
-        "wrong": wrong,
-        "unaccounted": unaccounted,
-        "segment F1": 2 * matched / (found + true),
+        "pictures": total["pictures"],
+        "kept": total["kept"] / total["pictures"],
+        "in order": total["ordered"] / pages,
+        "wrong": total["wrong"],
+        "unaccounted": total["unaccounted"],
+        "segment F1": 2 * total["matched"] / (total["found"] + total["true"]),
     }
 
 
