@@ -1,16 +1,17 @@
 """What is there twice: pages that say nearly the same, and pictures of a page that show nearly the same.
 
-    rows = [signature(page) for page in pages]      first pass: a few numbers of every page
-    Different(near_duplicates(rows))                second pass: the step that drops all but the first of each group
+    DifferentPages()        of pages that nearly say the same, the first stays
+    DifferentPictures()     of pictures in a row that nearly show the same, the first stays
 
 Pages are compared by datatrove's minhash over words, of Chinese over characters: its own tokenizers are packages that its core
 does without. Pictures are compared by PDQ (facebook/ThreatExchange): 256 bits, of which near-duplicates share most.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import pdqhash
@@ -47,50 +48,58 @@ def minhash() -> MinhashDedupSignature:
     return MinhashDedupSignature(output_folder=".", config=MINHASH, language=Tokens())
 
 
-class Signature(NamedTuple):
-    """Of a page. Two pages that share one of the buckets are taken to be near-duplicates."""
-
-    id: str
-    buckets: tuple[int, ...]  # 64 bits each; empty: the page has fewer words than a shingle
-
-
-def signature(page: Page) -> Signature:
-    shingles = minhash().get_shingles(plain(page.text))
+def signature(text: str) -> list[int]:
+    """64 bits for each bucket: texts that share one of them are taken to be near-duplicates. [] of a text without a shingle."""
+    shingles = minhash().get_shingles(plain(text))
     if not shingles.size:
-        return Signature(page.id, ())
+        return []
     buckets = minhash().get_signature(shingles)
     # Only whether all hashes of a bucket agree matters, so one number stands for the eight.
-    return Signature(page.id, tuple(int(mixed(np.array(hashes, dtype=np.uint64))) for hashes in buckets))
+    return [mixed(hashes) for hashes in buckets]
 
 
-def mixed(hashes: np.ndarray) -> np.uint64:
-    """One number of several: FNV-1a over 64-bit words, modulo 2^64."""
-    value = np.uint64(0xCBF29CE484222325)
-    with np.errstate(over="ignore"):
-        for each in hashes:
-            value = (value ^ each) * np.uint64(0x100000001B3)
-            value ^= value >> np.uint64(32)
-    return value
+def mixed(hashes: list[int]) -> int:
+    """One number of 64 bits for several."""
+    digest = hashlib.sha1(np.array(hashes, dtype=np.uint64).tobytes()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
-def near_duplicates(rows: Iterable[Signature]) -> dict[str, str]:
-    """What lies between the passes: {id of a page to drop: id of the page that stays}, the first of a group by its id.
+@dataclass(frozen=True)
+class DifferentPages:
+    """Drops pages that nearly say what an earlier one says; an engine.Survey, for it must know them all."""
 
-    About 250 bytes of memory a page.
+    def observe(self, page: Page) -> list[int] | None:
+        return signature(page.text) or None
+
+    def conclude(self, observed: Iterator[tuple[str, list[int]]]) -> dict[str, str]:
+        """{id of a page to drop: id of the page that stays}, the first of its group. About 250 bytes of memory a page."""
+        ids = []
+        rows = array("Q")
+        for id, buckets in observed:
+            ids.append(id)
+            rows.extend(buckets)
+        if not ids:
+            return {}
+        table = np.frombuffer(rows, np.uint64).reshape(len(ids), -1)  # (pages, buckets)
+        return {id: ids[first] for id, first in zip(ids, grouped(table), strict=True) if id != ids[first]}
+
+    def __call__(self, page: Page, found: dict[str, str]) -> Page | Dropped:
+        other = found.get(page.id)
+        return page if other is None else Dropped(f"near-duplicate page: of {other}")
+
+
+def grouped(table: np.ndarray) -> list[int]:
+    """The number of the first row of each row's group: rows that agree in a column, directly or by way of others.
+
+    table: (rows, columns)
     """
-    # In the order of ids, whatever order the processes came in.
-    rows = sorted(row for row in rows if row.buckets)
-    if not rows:
-        return {}
-    ids = [row.id for row in rows]
-    table = np.array([row.buckets for row in rows], dtype=np.uint64)  # (pages, buckets)
-    first = list(range(len(ids)))  # of each page an earlier one of its group, or itself
+    first = list(range(len(table)))  # of each row an earlier one of its group, or itself
 
-    def root(page: int) -> int:
-        while first[page] != page:
-            first[page] = first[first[page]]
-            page = first[page]
-        return page
+    def root(row: int) -> int:
+        while first[row] != row:
+            first[row] = first[first[row]]
+            row = first[row]
+        return row
 
     for column in table.T:
         order = np.argsort(column, kind="stable")
@@ -99,18 +108,7 @@ def near_duplicates(rows: Iterable[Signature]) -> dict[str, str]:
             a = root(int(order[k]))
             b = root(int(order[k + 1]))
             first[max(a, b)] = min(a, b)
-    return {ids[page]: ids[root(page)] for page in range(len(ids)) if root(page) != page}
-
-
-@dataclass(frozen=True)
-class Different:
-    """Drops pages that nearly say what an earlier one says."""
-
-    same: dict[str, str] = field(default_factory=dict)  # from `near_duplicates`
-
-    def __call__(self, page: Page) -> Page | Dropped:
-        other = self.same.get(page.id)
-        return page if other is None else Dropped(f"near-duplicate page: of {other}")
+    return [root(row) for row in range(len(table))]
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures

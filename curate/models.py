@@ -82,6 +82,14 @@ class Model:
     def __bool__(self) -> bool:
         return self.where != "none"
 
+    def manifest(self) -> dict:
+        """What its answers depend on, and nothing of this machine."""
+        if self.where == "none":
+            return {"model": "none"}
+        if self.where == "self":
+            return {"model": "self", "weights": self.mllm or self.ckpt or "bundled"}
+        return {"model": self.name, "side": self.side, "temperature": 0, "seed": 0}
+
     def check(self) -> None:
         """InputError, one line, where it cannot be asked."""
         if self.where in ("none", "self"):
@@ -217,8 +225,8 @@ class Own:
         return await asyncio.get_running_loop().run_in_executor(self.alone, self.answer, asked, options)
 
     def answer(self, asked: Asked, options: dict) -> dict:
-        parts = [part if isinstance(part, str) else load_image(part.data) for part in asked]
         try:
+            parts = [part if isinstance(part, str) else load_image(part.data) for part in asked]
             return self.likeliest(parts, options["options"]) if "options" in options else self.written(parts, options)
         except InputError as e:  # longer than its context, or a picture that is none
             return reply_of("", problem=str(e))
@@ -257,7 +265,10 @@ class Server:
         """Raises Unanswered when all tries are used up."""
         if self.silent >= PATIENCE and time.monotonic() < self.last + REST:
             raise Unanswered(f"{self.model.where}: has been silent {self.silent} times in a row: left alone for a while")
-        messages = [{"role": "user", "content": [self.content(part) for part in asked]}]
+        try:
+            messages = [{"role": "user", "content": [self.content(part) for part in asked]}]
+        except InputError as e:  # a picture that is none
+            return reply_of("", problem=str(e))
         pause = server.FIRST
         for left in reversed(range(self.model.tries)):
             try:
@@ -378,6 +389,17 @@ def spent(calls: str | Path) -> Tally:
 
 
 # ------------------------------------------------------------------------------------------------------------------- steps
+
+
+def asking(model: Model, *prompts: str) -> dict:
+    """What a step that asks a model says of itself in the manifest."""
+    hashes = prompt_hashes()
+    return {"model": model.manifest(), "prompts": {name: hashes[name] for name in prompts}}
+
+
+def at_once(model: Model) -> int:
+    """Pages that such a step takes at a time, in threads."""
+    return model.at_once if model else 1
 
 
 def abreast(step: Step, pages: Iterable[Page], at_once: int) -> Iterator[tuple[Page, Page | Dropped]]:

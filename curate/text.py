@@ -4,7 +4,7 @@
     Lengths()               too few words, too many, words of a strange length
     WordsPerPicture()       many pictures, hardly a word
     Repetition()            special characters, or the same again and again
-    Boilerplate(lines)      lines that a site has on many pages are taken out: `line_rows` of every page, then `repeated_lines`
+    Boilerplate()           lines that a site has on many of its pages are taken out
     Personal()              e-mail addresses, telephone numbers and card numbers become marks
     Adult()                 adult pages by a list of words, adult.txt
 
@@ -15,14 +15,15 @@ OBELICS (obelics/configs/*.yaml at 0fca7ba), OmniCorpus (its paper, and filters.
 import hashlib
 import math
 import re
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import numpy as np
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from checkpoint import read_text
@@ -34,10 +35,11 @@ CHARACTERS_PER_WORD = 1.5
 HAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 TOKEN = re.compile(rf"[{HAN}]|[^\W\d_{HAN}]+(?:['’-][^\W\d_{HAN}]+)*|\d+(?:[.,]\d+)*")
 LETTERS = re.compile(rf"[^\W\d_{HAN}]+")
-FENCED = re.compile(r"^\s*(```|~~~).*?(?:^\s*\1\s*$|\Z)", re.M | re.S)
-LINK = re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)")
+# None may look far ahead from many places: a hostile page would take its square in time.
+FENCED = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[ \t]*$|\Z)", re.M | re.S)
+LINK = re.compile(r"!?\[([^\[\]\n]{0,500})\]\([^()\n]{0,2000}\)")
 ADDRESS = re.compile(r"https?://\S+")
-MARKS = re.compile(r"^\s*(?:#{1,6}|[-*+>]|\d+[.)、])\s+|[`*|_]+", re.M)
+MARKS = re.compile(r"^[ \t]*(?:#{1,6}|[-*+>]|\d+[.)、])[ \t]+|[`*|_]+", re.M)
 LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)、])\s+")
 
 
@@ -96,12 +98,12 @@ def language_of(text: str) -> tuple[str, float]:
 class Language:
     """Says in which language a page is, and drops those in others."""
 
-    languages: tuple[str, ...] = ("en", "zh")  # ISO 639-1; a page in another one is dropped
+    languages: str = "en,zh"  # ISO 639-1; a page in another one is dropped
     sure: float = 0.8  # least probability of the language; OBELICS
 
     def __call__(self, page: Page) -> Page | Dropped:
         language, probability = language_of(page.text)
-        if language not in self.languages:
+        if language not in self.languages.split(","):
             return Dropped(f"language: {language}")
         if probability < self.sure:
             return Dropped(f"language unsure: {language} {probability:.2f}")
@@ -209,19 +211,8 @@ class Repetition:
 # ------------------------------------------------------------------------------------------------------------- boilerplate
 
 
-class Line(NamedTuple):
-    """A line of a page, for counting."""
-
-    site: str
-    hash: str
-
-
 def site_of(page: Page) -> str:
     return (urlsplit(page.url).hostname or "").removeprefix("www.")
-
-
-def line_hash(line: str) -> str:
-    return hashlib.sha256(" ".join(line.split()).encode()).hexdigest()[:16]
 
 
 def countable(line: str, words: int) -> bool:
@@ -229,60 +220,69 @@ def countable(line: str, words: int) -> bool:
     return not line.lstrip().startswith("#") and count_words(line) >= words
 
 
-def line_rows(page: Page, words: int = 6) -> list[Line]:
-    """First pass: the different lines of a page. words: those of a line that counts, at least; see `countable`."""
-    site = site_of(page)
-    if not site:
-        return []
-    lines = {line_hash(line) for line in page.text.splitlines() if countable(line, words)}
-    return [Line(site, each) for each in sorted(lines)]
-
-
-def repeated_lines(rows_of_pages: Iterable[list[Line]], pages: int = 3, share: float = 0.2) -> frozenset[Line]:
-    """What lies between the passes: the lines that are on so many pages of their site, and on such a share of them.
-
-    rows_of_pages: `line_rows` of every page. OBELICS takes lines out from 3 pages on; the share is an own choice, for
-    "Preheat the oven to 180 degrees." is on three pages of every site of recipes.
-    """
-    seen: Counter[Line] = Counter()
-    size: Counter[str] = Counter()
-    for rows in rows_of_pages:
-        seen.update(rows)
-        size.update({row.site for row in rows})
-    return frozenset(line for line, n in seen.items() if n >= pages and n >= share * size[line.site])
+def line_key(site: str, line: str) -> int:
+    """64 bits that stand for a line of a site."""
+    text = f"{site}\n{' '.join(line.split())}"
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
 class Boilerplate:
-    """Takes lines out that a site has on many pages."""
+    """Takes lines out that a site has on many of its pages; an engine.Survey, for it must know them all."""
 
-    lines: frozenset[Line] = frozenset()  # from `repeated_lines`
-    words: int = 6  # as given to `line_rows`; own choice
+    pages: int = 3  # of a site on which a line stands, at least; OBELICS
+    # Of the site's pages, at least; own choice: "Preheat the oven to 180 degrees." is on three pages of every site of recipes.
+    share: float = 0.2
+    words: int = 6  # of a line, at least; own choice
 
-    def __call__(self, page: Page) -> Page | Dropped:
+    def observe(self, page: Page) -> list | None:
+        """[site, keys of the different lines]."""
+        site = site_of(page)
+        if not site:
+            return None
+        return [site, sorted({line_key(site, line) for line in page.text.splitlines() if countable(line, self.words)})]
+
+    def conclude(self, observed: Iterator[tuple[str, list]]) -> dict[str, int]:
+        """{key of a line to take out: pages on which it stands}. About 12 bytes of memory for each line of all pages."""
+        keys = array("Q")
+        owners = array("I")  # the site of each, by its number
+        numbers: dict[str, int] = {}
+        sizes: Counter[int] = Counter()  # pages of each site
+        for _, (site, lines) in observed:
+            number = numbers.setdefault(site, len(numbers))
+            sizes[number] += 1
+            keys.extend(lines)
+            owners.extend([number] * len(lines))
+        if not keys:
+            return {}
+        found, first, counts = np.unique(np.frombuffer(keys, np.uint64), return_index=True, return_counts=True)
+        repeated = counts >= self.pages
+        rows = zip(found[repeated].tolist(), first[repeated].tolist(), counts[repeated].tolist(), strict=True)
+        return {str(key): n for key, where, n in rows if n >= self.share * sizes[owners[where]]}
+
+    def __call__(self, page: Page, found: dict[str, int]) -> Page | Dropped:
         site = site_of(page)
         removed = []
 
         def stays(line: str) -> bool:
-            if countable(line, self.words) and Line(site, line_hash(line)) in self.lines:
+            if countable(line, self.words) and str(line_key(site, line)) in found:
                 removed.append(line.strip())
                 return False
             return True
 
         changed = with_texts(page, lambda text: "\n".join(filter(stays, text.splitlines())))
-        if not removed:
-            return page
-        return noted(changed, self, removed)
+        return noted(changed, self, removed) if removed else page
 
 
 # ------------------------------------------------------------------------------------------------------ personal and adult
 
-# Each begins where no address or longer number is under way, and cannot run far: a hostile line costs no time.
-EMAIL = re.compile(r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w@-])")
-CARD = re.compile(r"(?<![\w./=+-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-])")
+# Each begins where no address or longer number is under way, and cannot run far: a hostile line costs no time. Letters are
+# those of ASCII: in Chinese no space stands before a number.
+EMAIL = re.compile(r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w@-])", re.A)
+CARD = re.compile(r"(?<![\w./=+-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-])", re.A)
 PHONES = (
-    re.compile(r"(?<![\w./=])\+\d{1,3}(?:[ .()-]{0,2}\d){6,12}(?![\w-])"),  # with the country's number
-    re.compile(r"(?<![\w./=-])(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]\d{4}(?![\w-])"),  # North America
+    re.compile(r"(?<![\w./=])\+\d{1,3}(?:[ .()-]{0,2}\d){6,12}(?![\w-])", re.A),  # with the country's number
+    re.compile(r"(?<![\w./=-])(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]\d{4}(?![\w-])", re.A),  # North America
     re.compile(r"(?<![\w./=-])1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?![\w-])", re.A),  # mobile in China
     re.compile(r"(?<![\w./=-])\(?0\d{2,3}\)?[ -]\d{7,8}(?![\w-])", re.A),  # landline in China
 )
