@@ -95,6 +95,15 @@ class Painter:
             return {"model": self.name}
         return {"weights": weights_of(self), "dtype": self.dtype, "device": pick_device(self.device).type}
 
+    def manifest(self) -> dict:
+        """What its pictures depend on, and nothing of this machine."""
+        about = {name: getattr(self, name) for name in ("seed", "height", "width")}
+        if self.where != "self":
+            return {"painter": self.name, **about}
+        parts = {part: getattr(self, part) for part in PARTS if getattr(self, part)}
+        about |= {"steps": self.steps, "guidance": self.guidance}
+        return {"painter": "self", "weights": self.ckpt or "bundled", **parts, **about}
+
     def check(self) -> None:
         """InputError, one line, where it cannot be asked."""
         if self.where == "self":

@@ -22,13 +22,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from checkpoint import InputError, read_json
 from curate.engine import MOST_TASKS, claim
-from curate.models import Model, parsed, prompt, prompt_hashes, spent
+from curate.models import Model, asking, at_once, parsed, prompt, spent
 from curate.page import Dropped, Page, Part, Picture
 from curate.painter import Painter, tally
 from curate.report import in_words
@@ -81,10 +81,10 @@ class Answered:
 
     @property
     def at_once(self) -> int:
-        return 1 if self.model.where == "self" else self.model.at_once
+        return at_once(self.model)
 
     def manifest(self) -> dict:
-        return {"model": lasting(self.model)}
+        return asking(self.model, "answer")
 
     def __call__(self, page: Page) -> Page | Dropped:
         try:
@@ -128,7 +128,7 @@ class Painted:
         return 1 if self.painter.where == "self" else self.painter.at_once
 
     def manifest(self) -> dict:
-        return {"painter": lasting(self.painter)}
+        return {"painter": self.painter.manifest()}
 
     def __call__(self, page: Page) -> Page | Dropped:
         steps = page.notes["steps"]
@@ -189,7 +189,8 @@ class Judged:
 
     def manifest(self) -> dict:
         questions = [SHOWS, rubric("howto", "I-Co")]
-        return {"judge": lasting(self.judge), "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()}
+        hashed = hashlib.sha256(json.dumps(questions).encode()).hexdigest()
+        return {"judge": self.judge.judge_model or "self", "questions": hashed}
 
     def __call__(self, page: Page) -> Page | Dropped:
         judge = asker(self.judge, os.getpid())
@@ -212,11 +213,6 @@ class Judged:
             return Dropped(f"pictures of different worlds: {same.value:.1f} of 5")
         judged = {"shows": [round(value, 3) for value in values], "same": round(same.value, 2) if same else None}
         return replace(page, notes=page.notes | {"judged": judged})
-
-
-def lasting(who: Model | Painter | Judge) -> dict:
-    """What decides its answers: not where they are kept, nor how many are asked for at a time."""
-    return {key: value for key, value in asdict(who).items() if key not in ("calls", "kept", "at_once")}
 
 
 # ------------------------------------------------------------------------------------------------------------------ command
@@ -301,8 +297,7 @@ def wished(args: argparse.Namespace, model: Model) -> tuple[Wished, list, dict]:
     asked = {
         "n": args.n,
         "seeds": hashlib.sha256(SEEDS.read_bytes()).hexdigest(),
-        "prompts": {name: hash_ for name, hash_ in prompt_hashes().items() if name in ("grow", "answer")},
-        "model": lasting(model),
+        **asking(model, "grow"),
     }
     if not path.is_file() or read_json(path)["asked"] != asked:
         wishes, refused = grow(seeds(), args.n, model)

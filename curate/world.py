@@ -14,7 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from PIL import Image
@@ -113,7 +113,7 @@ class Drawn:
     renderer: bool = False  # the sketchbook's own answers, exact in every pixel
 
     def manifest(self) -> dict:
-        return {"painter": {key: value for key, value in asdict(self.painter).items() if key != "kept"}}
+        return {"painter": {} if self.renderer else self.painter.manifest()}
 
     def __call__(self, page: Page) -> Page:
         seed = page.notes["seed"]
