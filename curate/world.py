@@ -122,7 +122,7 @@ class Drawn:
         file = kept_file(self.painter.kept, self.key(seed), "page")
         if file and file.is_file():
             [kept] = read_pages(file)
-            tally(self.painter, os.getpid())["kept"] += len(kept.pictures)
+            tally(self.painter, os.getpid())["kept"] += len(kept.pictures) - len(page.pictures)
             return kept
         duo = system(self.painter, os.getpid())
         answered = self.held(page, duo, drawn_record(seed))
