@@ -176,3 +176,14 @@ def page(manifest: dict, seconds: dict[str, float], shown: dict[str, list[dict]]
     """The report, one HTML file."""
     title = f"curate {manifest['command']}"
     return render("curate.html", title=title, manifest=manifest, steps=rows(manifest, seconds), shown=shown)
+
+
+def in_words(manifest: dict) -> str:
+    """What came of a run, in one line for the terminal: records, and what was dropped or refused by kind."""
+    lost: dict[str, int] = defaultdict(int)
+    for counts in manifest["counts"].values():
+        for kind, n in counts.items():
+            if kind.startswith(("dropped: ", "refused: ")):
+                lost[kind] += n
+    reasons = [f"{n:,} {kind}" for kind, n in sorted(lost.items(), key=lambda each: -each[1])]
+    return "; ".join([f"{manifest['records']:,} records", *reasons])
