@@ -136,10 +136,12 @@ def start(args: argparse.Namespace, **job) -> None:
     if args.ray and args.slurm:
         raise InputError("--ray and --slurm: one of the two")
     how = "ray" if args.ray else "slurm" if args.slurm else "local"
+    # Jobs elsewhere may begin in another folder.
+    out = Path(args.out) if how == "local" else Path(args.out).resolve()
     slurm = Slurm(args.slurm or "", args.time, args.memory, args.environment)
     run(
         Job(
-            out=Path(args.out),
+            out=out,
             workers=args.workers,
             tasks=args.tasks,
             megabytes=args.megabytes,
