@@ -1,5 +1,6 @@
 # make sample PROMPT="How do I draw a house?"     an answer in text and pictures, on any machine
 # make test                                       the whole test suite, on the CPU
+# make demo                                       a page to talk to it, at http://127.0.0.1:8000
 # make bench                                      how fast it is on this machine, into docs/bench and README.md
 # make tiny                                       train the bundled miniature from nothing: hours on two cores, resumable
 #
@@ -12,10 +13,13 @@ PY := .venv/bin/python
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: sample test bench lint tiny aot clean
+.PHONY: sample demo test bench lint tiny aot clean
 
 sample: .venv/runtime
 	@$(PY) sample.py $${PROMPT:+--prompt="$$PROMPT"}
+
+demo: .venv/serve
+	@$(PY) -m serve
 
 # One thread computes in most tests: two files at a time, in the order of tests/conftest.py. A file's tests share what it builds.
 test: .venv/dev .venv-aot/triton
@@ -57,6 +61,10 @@ clean:
 # A stamp is younger than the requirements that were installed last. The test tools come on top of the runtime, not instead.
 .venv/runtime: requirements.txt | .venv/bin/python
 	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/serve: serve/requirements.txt .venv/runtime
+	$(PY) -m pip install --disable-pip-version-check -r serve/requirements.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt requirements.txt | .venv/bin/python

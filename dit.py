@@ -22,7 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights
+import lora
+from checkpoint import InputError, check_bounds, config_from_json, read_json, resolve, save_weights
 from connector import Connector
 from ops import Segments, attention, gate_add, gate_add_modulate, join, joint, modulate, norm_rope, on_triton, stacked
 
@@ -414,6 +415,10 @@ def modulation(table: Tensor, rows: Tensor, x: Tensor) -> list[Tensor]:
 class DiT(nn.Module):
     """Velocity of packed images. Built with random weights by from_config, with published ones by from_pretrained."""
 
+    LORA = r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))"  # see lora.py
+    LORA_PREFIX = {}
+    LORA_WHOLE = ("crossattn_proj",)  # nobody has trained it before
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
@@ -440,7 +445,7 @@ class DiT(nn.Module):
         # On the meta device a model has shapes and no memory: the weights that are read take their places.
         with torch.device("meta"):
             dit = cls(config)
-        return load_weights(dit, folder, dtype=dtype, device=device)
+        return lora.load(dit, folder, "dit", dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path, **options) -> None:
         save_weights(self.state_dict(), Path(folder), self.config.to_json(), stem=STEM, **options)

@@ -331,20 +331,26 @@ def denoise(
     *,
     sigmas: Tensor,
     guidance: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    reuse: float = 0.0,
     method: str = "unipc",
     condition_time: float | None = CONDITION_TIME,
     progress: Callable[[int, int], None] | None = None,
     graphs: bool | None = False,
     eta: float = 1.0,
+    watch: Callable[[int, list[Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """Paint one picture for each of S samples -> S normalised latents (C, H, W) in fp32.
 
     conditions: each sample's clean latents (C, h, w) in time order, possibly none; sizes: (H, W) of the latents to paint.
     positive, negative: each sample's context (M, text_embed_dim) for the branches of v = v_neg + guidance (v_pos - v_neg), the
     usual scale (Cosmos' g is guidance - 1). Both branches run as one pack; at guidance 1 there is no negative one and it may be
-    None. seeds: a sample's noise depends on its seed and size alone. condition_time: t of the clean images; None: that of the
-    target, as for Cosmos' pre-trained weights. graphs: one CUDA graph serves all steps but the first; None:
-    where that pays (ops.pays_to_record). method, eta: sample_flow.
+    None. interval: times (lowest, highest) between which there is guidance; elsewhere v_pos alone is computed, at half the cost
+    (Kynkaanniemi et al., arXiv 2404.07724). reuse: threshold of `Reuse`, 0 for none. seeds: a sample's noise depends on its
+    seed and size alone. condition_time: t of the clean images; None: that of the target, as for Cosmos' pre-trained weights.
+    graphs: one CUDA graph serves all steps but the first; None: where that pays (ops.pays_to_record). method, eta: sample_flow.
+    watch(i, latents) is shown in step i what the network makes of the pictures so far: its predictions of the data, S latents
+    (C, H, W).
     """
     branches = 1 if guidance == 1 else 2
     contexts = _contexts(positive, negative, guidance)
@@ -356,44 +362,30 @@ def denoise(
 
     # Each picture begins as noise. Everything else of the batch stays as it lies while the sampler walks.
     noise = Noise([(dit.config.out_channels, *size) for size in sizes], seeds)
-    canvas = Canvas(conditions, noise.draw(), branches, patch, device)
-    pack = canvas.pack
-    given = canvas.given.to(device)
-
-    # Whatever a step needs besides x is on the device before the first: nothing of the loop waits for it.
-    kv = dit.context_kv(torch.cat(contexts).to(device))
-    keys = Segments([len(c) for c in contexts], device)
-    rope = dit.rope(pack.positions)
+    start = noise.draw()
     times = sigmas[:-1].tolist()
-    table, rows = _modulations(dit, times, canvas.given, condition_time, device)       # (T + 1, 9D) per block, (T, I)
-
-    def velocity(x: Tensor, row: Tensor) -> Tensor:
-        """x (P, C4): the painted patches at one time -> their guided velocity (P, C4); row (I,): each image's modulations."""
-        x = canvas.start.index_copy(0, canvas.painted, x).repeat(branches, 1)          # (N, C4)
-        v = dit(
-            x,
-            None,
-            given,
-            pack,
-            None,
-            keys,
-            kv=kv,
-            modulations=(table, row),
-            rope=rope,
-            targets=canvas.targets,
-        )
-        v = v.unflatten(0, (branches, -1))                                             # (branches, P, C4)
-        if branches == 1:
-            return v[0]
-        # Beyond 1 this goes past v_pos, away from what the negative context asks for.
-        return torch.lerp(v[1], v[0], guidance)
+    guided = Branches(dit, Canvas(conditions, start, branches, patch, device), contexts, times, condition_time, guidance)
+    canvas = guided.canvas
+    # Outside the interval there is one branch.
+    low, high = interval
+    outside = [not low <= t <= high for t in times]
+    plain = guided
+    if branches == 2 and any(outside):
+        plain = Branches(dit, Canvas(conditions, start, 1, patch, device), positive, times, condition_time)
 
     # x and the row are all that differs between steps, so a recording of one step serves for the others.
-    record = pays_to_record(graphs, device, len(pack.positions), dit.config.width)
-    step = Graph(velocity) if record else velocity
+    record = pays_to_record(graphs, device, len(canvas.pack.positions), dit.config.width)
+    steps = {network: Graph(network.velocity) if record else network.velocity for network in {guided, plain}}
+
+    memory = Reuse(reuse, canvas, times)
 
     def velocity_at(x: Tensor, t: float) -> Tensor:
-        return step(x, rows[times.index(t)])
+        i = times.index(t)
+        network = plain if outside[i] else guided
+        v = memory(i, x, lambda: steps[network](x, network.rows[i]))
+        if watch is not None:
+            watch(i, canvas.pictures(x - t * v))
+        return v
 
     def fresh_noise() -> Tensor:
         patches = [patchify(z, patch) for z in noise.draw()]
@@ -461,6 +453,131 @@ class Canvas:
         shapes = [sample[-1] for sample in self.grids]
         patches = x.split([rows * columns for rows, columns in shapes])
         return [unpatchify(z, shape, self.patch) for z, shape in zip(patches, shapes, strict=True)]
+
+
+class Branches:
+    """The network on one canvas: whatever a step needs besides x is on the device before the first, and nothing waits for it.
+
+    contexts: of each sample in each branch, (M, text_embed_dim); times: of the steps; guidance: of two branches.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        canvas: Canvas,
+        contexts: list[Tensor],
+        times: list[float],
+        condition_time: float | None,
+        guidance: float = 1.0,
+    ):
+        device = canvas.start.device
+        self.dit = dit
+        self.canvas = canvas
+        self.branches = len(contexts) // len(canvas.grids)
+        self.guidance = guidance
+        self.given = canvas.given.to(device)
+        self.kv = dit.context_kv(torch.cat(contexts).to(device))
+        self.keys = Segments([len(c) for c in contexts], device)
+        self.rope = dit.rope(canvas.pack.positions)
+        self.table, self.rows = _modulations(dit, times, canvas.given, condition_time, device)  # (T + 1, 9D) a block, (T, I)
+
+    def velocity(self, x: Tensor, row: Tensor) -> Tensor:
+        """x (P, C4): the painted patches at one time -> their guided velocity (P, C4); row (I,): each image's modulations."""
+        canvas = self.canvas
+        x = canvas.start.index_copy(0, canvas.painted, x).repeat(self.branches, 1)     # (N, C4)
+        v = self.dit(
+            x,
+            None,
+            self.given,
+            canvas.pack,
+            None,
+            self.keys,
+            kv=self.kv,
+            modulations=(self.table, row),
+            rope=self.rope,
+            targets=canvas.targets,
+        )
+        v = v.unflatten(0, (self.branches, -1))                                        # (branches, P, C4)
+        if self.branches == 1:
+            return v[0]
+        # Beyond 1 this goes past v_pos, away from what the negative context asks for.
+        return torch.lerp(v[1], v[0], self.guidance)
+
+
+class Reuse:
+    """Steps in which little has changed take a velocity from those of the steps before (SeaCache, arXiv 2602.18993).
+
+    How much has changed is seen in the state itself, through a Wiener filter that passes what is signal at this time: early the
+    coarse shapes, later the details. Its relative changes add up from step to step; below the threshold the velocity is the
+    line through the last two that were computed. The first and the last step are always computed, and at most MOST in a row are
+    not. Each sample decides for itself, so that a picture is the same alone and in a batch; the network is spared where all do.
+
+    Steps that renew the noise (sampler ancestral) change all of the state: there nothing is spared.
+    """
+
+    MOST = 2
+    SLOPE = 3.0  # natural pictures have a spectrum of 1 / frequency^3 along each axis (the paper's value)
+
+    def __init__(self, threshold: float, canvas: Canvas, times: list[float]):
+        self.threshold = threshold
+        self.canvas = canvas
+        self.times = times
+        samples = len(canvas.grids)
+        self.seen: list[Tensor] | None = None  # the filtered states of the step before
+        self.change = [0.0] * samples
+        self.spared = [0] * samples  # steps in a row
+        self.known: list[list[tuple[float, Tensor]]] = [[] for _ in range(samples)]  # the last two (time, velocity) computed
+
+    def __call__(self, i: int, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """The velocity (P, C4) in step i at the state x (P, C4)."""
+        if self.threshold == 0:
+            return compute()
+        due = self._due(i, x)
+        sizes = [sample[-1][0] * sample[-1][1] for sample in self.canvas.grids]
+        fresh = compute().split(sizes) if any(due) else None
+        parts = []
+        for s, is_due in enumerate(due):
+            if is_due:
+                parts.append(fresh[s])
+                self.known[s] = [*self.known[s][-1:], (self.times[i], fresh[s])]
+                self.change[s] = 0.0
+                self.spared[s] = 0
+            else:
+                parts.append(self._extrapolated(s, self.times[i]))
+                self.spared[s] += 1
+        return torch.cat(parts)
+
+    def _due(self, i: int, x: Tensor) -> list[bool]:
+        """Which samples need their velocity computed."""
+        states = [self._filtered(z, self.times[i]) for z in self.canvas.pictures(x)]
+        before = self.seen
+        self.seen = states
+        if before is None or i == len(self.times) - 1:
+            return [True] * len(states)
+        changes = [((a - b).abs().mean() / b.abs().mean()) for a, b in zip(states, before, strict=True)]
+        for s, change in enumerate(torch.stack(changes).tolist()):
+            self.change[s] += change
+        return [c >= self.threshold or n >= self.MOST for c, n in zip(self.change, self.spared, strict=True)]
+
+    def _filtered(self, z: Tensor, t: float) -> Tensor:
+        """What is signal in a state z (C, H, W) at time t, by the Wiener filter along both axes."""
+        t = min(max(t, 1e-6), 1 - 1e-6)
+        gain = 1.0
+        for axis in (1, 2):
+            frequency = torch.fft.fftfreq(z.shape[axis], device=z.device).abs()
+            power = 1 / (frequency**self.SLOPE + 1e-16)
+            own = (1 - t) * power / ((1 - t) ** 2 * power + t**2)
+            gain = gain * own.view(*(-1 if a == axis else 1 for a in (1, 2)))
+        gain = gain / gain.mean()
+        return torch.fft.ifft2(torch.fft.fft2(z) * gain).real
+
+    def _extrapolated(self, s: int, t: float) -> Tensor:
+        """A sample's velocity at time t, on the line through the last two."""
+        t1, v1 = self.known[s][-1]
+        if len(self.known[s]) == 1:
+            return v1
+        t0, v0 = self.known[s][0]
+        return v1 + (t - t1) / (t1 - t0) * (v1 - v0)
 
 
 def _modulations(

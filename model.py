@@ -27,7 +27,8 @@ from PIL import Image, ImageCms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import InputError, check_bounds, config_from_json, load_weights, read_json, resolve, save_weights, write_json
+import lora
+from checkpoint import InputError, check_bounds, config_from_json, read_json, resolve, save_weights, write_json
 from ops import Segments, add_norm_swiglu, add_rms_norm, attention, join, joint, rms_norm, rope, rope_append, swiglu
 
 # -------------------------------------------------------------------------------------------------------------- configs
@@ -297,7 +298,8 @@ class MLP(nn.Module):
         """The stream with delta, and with what the layer makes of the norm of their sum."""
         stream, h = add_norm_swiglu(stream, delta, norm.weight, norm.eps, self.gate_proj, self.up_proj)
         down = self.down_proj
-        if torch.is_grad_enabled() or down.bias is not None or h.dtype != stream.dtype:
+        plain = type(down) is nn.Linear and down.bias is None
+        if torch.is_grad_enabled() or not plain or h.dtype != stream.dtype:
             return stream + down(h)
         # The product adds by itself: no launch for the sum. Without gradients the stream may be overwritten.
         return stream.addmm_(h, down.weight.T)                                                # (N, width)
@@ -632,6 +634,10 @@ def maybe_checkpoint(owner: nn.Module, block: nn.Module, *inputs):
 class MLLM(nn.Module):
     """The whole model. `gradient_checkpointing` (set_checkpointing) trades a second forward pass for activation memory."""
 
+    LORA = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"  # see lora.py
+    LORA_PREFIX = {"model.": "model.language_model.", "visual.": "model.visual."}
+    LORA_WHOLE = ()
+
     def __init__(self, config: MLLMConfig):
         super().__init__()
         self.config = config
@@ -662,7 +668,7 @@ class MLLM(nn.Module):
         # On the meta device a model has shapes and no memory: the weights that are read take their places.
         with torch.device("meta"):
             mllm = cls(config)
-        return load_weights(mllm, folder, rename=published_name, dtype=dtype, device=device)
+        return lora.load(mllm, folder, "mllm", rename=published_name, dtype=dtype, device=device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **options) -> None:
         """Weights, config.json and generation_config.json; dtype: that of the file, the parameters' own by default."""

@@ -72,6 +72,9 @@ class Settings:
     seed: int = 0  # of the text's sampling and of every picture's noise
     steps: int = 35  # calls of the DiT for a picture
     guidance: float = 8.0  # v = v_neg + guidance (v_pos - v_neg); 1 is none
+    guidance_from: float = 0.0  # lowest and highest time, 0 clean and 1 noise, at which there is guidance: elsewhere a step ...
+    guidance_to: float = 1.0  # ... costs half
+    reuse: float = 0.0  # steps in which a picture changes less than this take their velocity from the steps before; 0: none
     sampler: str = "unipc"  # "unipc", "euler", or "ancestral": Euler with fresh noise in every step
     eta: float = 1.0  # how much of it, for the sampler ancestral; 0 is euler
     schedule: str = "shift"  # noise levels: "shift" as in training, or "karras" as for Cosmos' post-trained weights
@@ -97,6 +100,9 @@ class Settings:
         need(1 <= self.steps <= 1000, "steps", "from 1 to 1000")
         # Beyond these limits nothing can be painted or written: numbers overflow, or all noise levels become one.
         need(-100 <= self.guidance <= 100, "guidance", "from -100 to 100, 1 for none")
+        need(0 <= self.guidance_from <= 1, "guidance_from", "from 0 to 1")
+        need(0 <= self.guidance_to <= 1, "guidance_to", "from 0 to 1")
+        need(0 <= self.reuse <= 1000, "reuse", "from 0 to 1000")
         need(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
         need(0 <= self.eta <= 100, "eta", "from 0 to 100")
         need(self.schedule in ("shift", "karras"), "schedule", "shift or karras")
@@ -125,7 +131,13 @@ class Settings:
     @property
     def painting(self) -> tuple:
         """What pictures that are painted in one batch have in common."""
-        return self.steps, self.schedule, self.shift, self.scale, self.sampler, self.eta, self.condition_time
+        noise = self.steps, self.schedule, self.shift, self.condition_time
+        return *noise, self.scale, self.interval, self.reuse, self.sampler, self.eta
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The times between which there is guidance."""
+        return self.guidance_from, self.guidance_to
 
 
 def override(settings: Settings, values: dict, where: str) -> Settings:
@@ -197,9 +209,21 @@ Reply = int | Image.Image | None  # to a Read, to a Paint, to the others
 
 
 class Answer:
-    """One answer: the loop that makes it (`write`), and then what it is. messages: as `read_dialogue` gives them."""
+    """One answer: the loop that makes it (`write`), and then what it is. messages: as `read_dialogue` gives them.
 
-    def __init__(self, duo: "Writer", messages: list[dict], settings: Settings, index: int = 0):
+    begun: texts and pictures that the answer begins with; the rest is written. drawing: what comes next is a picture, without
+    asking the model: so a picture of an answer is drawn again, under another seed, and the answer goes on from there.
+    """
+
+    def __init__(
+        self,
+        duo: "Writer",
+        messages: list[dict],
+        settings: Settings,
+        index: int = 0,
+        begun: list[str | Image.Image] | None = None,
+        drawing: bool = False,
+    ):
         self.duo = duo
         self.settings = settings
         self.index = index
@@ -222,12 +246,29 @@ class Answer:
         self.prompt_tokens = len(rendered.ids)
         self._chunk = rendered.images[-1].end + 1 if rendered.images else rendered.system_end
 
+        # What the answer begins with is read like a prompt.
+        self.drawing = drawing
+        self.begun: list[Image.Image] = []
+        for part in begun or []:
+            if isinstance(part, str):
+                self._ids += duo.tokenizer.encode(part)
+                self.parts.append(part)
+                continue
+            self._ids += self._looked_at(self._merged(part.height, part.width))
+            self._chunk = len(self._ids)
+            self.begun.append(part)
+            self.parts.append(Picture(part, seed=0, context=(0, 0), seconds=0.0))
+        self.given = len(self.parts)  # of them
+        self.images_before = [*self.images, *self.begun]
+
         # A picture is as large as the one before it, unless the settings say otherwise.
-        height, width = to_tensor(self.images[-1], duo.patch, settings.max_area).shape[1:] if self.images else duo.size
+        height, width = duo.size
+        if self.images_before:
+            height, width = to_tensor(self.images_before[-1], duo.patch, settings.max_area).shape[1:]
         self.size = settings.height or height, settings.width or width
         check_size(self.size, duo.patch)
-        if self.prompt_tokens >= duo.context:
-            raise InputError(f"the prompt has {self.prompt_tokens:,} tokens, the limit is {duo.context - 1:,}: shorten it")
+        if len(self._ids) >= duo.context:
+            raise InputError(f"the prompt has {len(self._ids):,} tokens, the limit is {duo.context - 1:,}: shorten it")
 
     @property
     def pictures(self) -> list[Picture]:
@@ -265,15 +306,15 @@ class Answer:
         self.rows = []  # the connector's output for all that was read
         self.position = 0
         # What the DiT has not been shown yet, and the latents of what it has.
-        unseen = [to_tensor(image, duo.patch, s.max_area) for image in self.images]
+        unseen = [to_tensor(image, duo.patch, s.max_area) for image in self.images_before]
         latents = []
         # What the language model has not read yet: the prompt with its pictures, later a token or a picture at a time.
         unread = self._ids
-        patches = [duo.processor(image) for image in self.images]
+        patches = [duo.processor(image) for image in self.images_before]
         pixels = torch.cat([p for p, _ in patches]) if patches else None
         grids = [grid for _, grid in patches]
         reason = "max_tokens"
-        painted = 0
+        painted = len(self.begun)
         length = 0
         while self.tokens < s.max_tokens:
             # Read, and learn which token follows. What does not fit as a whole is not begun.
@@ -282,6 +323,9 @@ class Answer:
                 break
             reading = Read(self, unread, pixels, grids)
             token = yield reading
+            if self.drawing:
+                token = tokenizer.vision_start
+                self.drawing = False
             self.text_seconds += reading.seconds
             self.tokens += 1
             length += len(unread)
@@ -317,8 +361,7 @@ class Answer:
                 # The language model looks at it, too: BOV, the picture and its end are read next.
                 pixels, grid = duo.processor(image)
                 grids = [grid]
-                h, w = duo.processor.merged(grid)
-                unread = [token, *[tokenizer.image_pad] * (h * w), tokenizer.vision_end]
+                unread = self._looked_at(duo.processor.merged(grid))
                 # The next picture's chunk is what will be written from here on.
                 self._chunk = length + len(unread)
                 continue
@@ -340,8 +383,13 @@ class Answer:
     def capacity(self) -> int:
         """Tokens that this answer can reach, so that its cache is allocated once."""
         h, w = self._merged(*self.size)
-        most = self.prompt_tokens + self.settings.max_tokens + self.settings.max_images * (h * w + 2)
+        most = len(self._ids) + self.settings.max_tokens + self.settings.max_images * (h * w + 2)
         return min(self.duo.context, most)
+
+    def _looked_at(self, merged: tuple[int, int]) -> list[int]:
+        """The tokens of a picture of that size in the answer: BOV, the picture and its end."""
+        tokenizer = self.duo.tokenizer
+        return [tokenizer.vision_start, *[tokenizer.image_pad] * (merged[0] * merged[1]), tokenizer.vision_end]
 
     def _merged(self, height: int, width: int) -> tuple[int, int]:
         """Tokens (rows, columns) of a picture of that size in pixels."""
@@ -494,9 +542,9 @@ class Writer:
 
     # ---- the drivers
 
-    def answer(self, messages: str | list[dict], settings: Settings | None = None, index: int = 0) -> Answer:
-        """An answer that is yet to be written. index: number of the document among those with the same seed."""
-        return Answer(self, read_dialogue(messages), settings or self.defaults, index)
+    def answer(self, messages: str | list[dict], settings: Settings | None = None, index: int = 0, **begun) -> Answer:
+        """An answer that is yet to be written. index: its number among those with the same seed; begun: see Answer."""
+        return Answer(self, read_dialogue(messages), settings or self.defaults, index, **begun)
 
     def stream(self, answer: Answer, progress: Callable[[int, int], None] | None = None) -> Iterator[Event]:
         """Write one answer, painting what it asks for. progress(done, steps) is called while a picture is painted."""
@@ -553,41 +601,16 @@ class Writer:
         as soon as one is finished, progress(done, steps) while pictures are painted. Memory: `batch` KV caches.
         """
         queue = deque(answers)
-        active = {}  # answer -> (its coroutine, what it waits for)
         if not queue:
             return
-        # One cache for all, as long as the longest may become: a place is used again by whoever comes next.
-        places = [*range(min(batch, len(queue)))]
-        cache = self.cache(max(a.capacity for a in answers), len(places))
-        step = self.step(cache)
-
-        def go_on(answer: Answer, writer: Generator, reply: Reply) -> None:
-            event = until_waiting(writer, reply)
-            if event is not None:
-                active[answer] = writer, event
-                return
-            del active[answer]
-            places.append(answer.document)
-            if done is not None:
-                done(answer)
-
-        while queue or active:
-            # Free places go to those that wait to begin.
-            while queue and places:
-                answer = queue.popleft()
-                answer.cache = cache
-                answer.step = step
-                answer.document = places.pop()
-                cache.truncate(answer.document, 0)
-                active[answer] = answer.write(), None
-                go_on(answer, active[answer][0], None)
-            # Text first: only when all wait for a picture, are their pictures painted, together.
-            reading = [a for a, (_, event) in active.items() if isinstance(event, Read)]
-            waiting = reading or list(active)
-            requests = [active[a][1] for a in waiting]
-            replies = self.read(requests) if reading else self.paint(requests, progress)
-            for answer, reply in zip(waiting, replies, strict=True):
-                go_on(answer, active[answer][0], reply)
+        # One cache for all, as long as the longest may become.
+        table = Table(self, max(a.capacity for a in answers), min(batch, len(queue)))
+        while queue or table.active:
+            while queue and table.free:
+                table.seat(queue.popleft())
+            for answer in table.turn(progress):
+                if done is not None:
+                    done(answer)
 
     # ---- one pass of the model
 
@@ -685,6 +708,72 @@ class Writer:
         return int(order[torch.searchsorted(mass[: keep - 1], u.to(mass.device), right=True)])
 
 
+class Table:
+    """Answers that are written together, each as it would be alone, up to rounding. New ones may come at any time.
+
+        table = Table(writer, capacity=4096, places=8)
+        table.seat(answer)                    where one is free: table.free
+        finished = table.turn()               what all need next, once; again and again while there are any: table.active
+
+    capacity: tokens that an answer can have, prompt and pictures included. Memory: so many KV caches as there are places.
+    told(answer, event) hears what is written: Text, Picture and Stop.
+    """
+
+    def __init__(self, writer: Writer, capacity: int, places: int, told: Callable[[Answer, Event], None] | None = None):
+        self.writer = writer
+        self.told = told
+        # One cache for all: a place is used again by whoever comes next.
+        self.free = [*range(places)]
+        self.cache = writer.cache(capacity, places)
+        self.step = writer.step(self.cache)
+        self.active: dict[Answer, tuple[Generator, Read | Paint]] = {}  # its coroutine, what it waits for
+        self.ended: list[Answer] = []  # since the last turn
+
+    def seat(self, answer: Answer) -> None:
+        """Let an answer begin."""
+        answer.cache = self.cache
+        answer.step = self.step
+        answer.document = self.free.pop()
+        self.cache.truncate(answer.document, 0)
+        self._go_on(answer, answer.write(), None)
+
+    def leave(self, answer: Answer) -> None:
+        """Nobody waits for it any more: it ends as it is."""
+        writer, _ = self.active.pop(answer)
+        writer.close()
+        self.free.append(answer.document)
+
+    def turn(self, progress: Callable[[int, int], None] | None = None) -> list[Answer]:
+        """A token more for all who read; or, when all wait for a picture, their pictures, together. Returns who has ended."""
+        if self.active:
+            reading = [answer for answer, (_, event) in self.active.items() if isinstance(event, Read)]
+            waiting = reading or list(self.active)
+            requests = [self.active[answer][1] for answer in waiting]
+            replies = self.writer.read(requests) if reading else self.writer.paint(requests, progress)
+            for answer, reply in zip(waiting, replies, strict=True):
+                self._go_on(answer, self.active[answer][0], reply)
+        ended = self.ended
+        self.ended = []
+        return ended
+
+    def _go_on(self, answer: Answer, writer: Generator, reply: Reply) -> None:
+        """To where it needs something again."""
+        while True:
+            try:
+                event = writer.send(reply)
+            except StopIteration:
+                break
+            if isinstance(event, Read | Paint):
+                self.active[answer] = writer, event
+                return
+            if self.told is not None:
+                self.told(answer, event)
+            reply = None
+        self.active.pop(answer, None)
+        self.free.append(answer.document)
+        self.ended.append(answer)
+
+
 # ----------------------------------------------------------------------------------------------------------------- system
 
 
@@ -721,6 +810,8 @@ class DuoGen(Writer):
         dit.fuse_for_inference()
         self.dit = dit
         self.vae = vae
+        # Shown what becomes of each picture while it is painted, as watch(request, step, latent (C, h, w)); see `decoded`.
+        self.watch: Callable[[Paint, int, Tensor], None] | None = None
         self.patch = pixels_per_patch(vae.config, dit.config)
         check_size(size, self.patch)
         self.sources = sources or {}
@@ -891,6 +982,10 @@ class DuoGen(Writer):
             if progress is not None:
                 progress(done, steps)
 
+        def seen(step: int, latents: list[Tensor]) -> None:
+            for r, z in zip(batch, latents, strict=True):
+                self.watch(r, step, z)
+
         return denoise(
             self.dit,
             [r.conditions for r in batch],
@@ -900,12 +995,20 @@ class DuoGen(Writer):
             [r.seed for r in batch],
             sigmas=shift_schedule(s.steps, s.shift) if s.schedule == "shift" else karras_schedule(s.steps),
             guidance=s.scale,
+            interval=s.interval,
+            reuse=s.reuse,
             method=s.sampler,
             eta=s.eta,
             condition_time=s.condition_time,
             progress=step_done,
             graphs=self.graphs,
+            watch=seen if self.watch else None,
         )
+
+    @torch.no_grad()
+    def decoded(self, latent: Tensor) -> Image.Image:
+        """The picture of a latent (C, h, w) that is not finished yet: for who watches."""
+        return to_image(self.vae.decode_latents(latent[None])[0])
 
     def _decode(self, r: Paint, latent: Tensor) -> Image.Image:
         """The picture of a painted latent (C, h, w); InputError where a number on its way is not finite."""
@@ -950,18 +1053,6 @@ def not_finite(what: str, part: nn.Module) -> InputError:
     remedy = {torch.float16: "try --dtype bf16 or fp32", torch.bfloat16: "try --dtype fp32"}.get(dtype)
     kind = str(dtype).removeprefix("torch.")
     return InputError(f"{what}: NaN or infinity, computed in {kind}: {remedy or 'its weights are damaged, take others'}")
-
-
-def until_waiting(writer: Generator[Event, Reply, None], reply: Reply) -> Read | Paint | None:
-    """Let a coroutine go on to where it needs something again; None: it has ended."""
-    while True:
-        try:
-            event = writer.send(reply)
-        except StopIteration:
-            return None
-        if isinstance(event, Read | Paint):
-            return event
-        reply = None
 
 
 # ------------------------------------------------------------------------------------------------------------- checkpoint

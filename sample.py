@@ -2,6 +2,8 @@
 
     python sample.py --prompt "How do I draw a house?"
     python sample.py --prompt "Make the roof green." --image house.png --seed 3
+    python sample.py --chat                                                      a conversation in the terminal
+    python sample.py --continue out/how-do-i-draw-a-house --prompt "Make the roof green."     any answer goes on later
     python sample.py --prompts prompts.jsonl --steps 20                          many, with an overview page
     python sample.py --ckpt owner/name --dtype bf16 --device cuda --prompt "..."   a folder or a Hub name
     python sample.py --mllm Qwen/Qwen2.5-VL-7B-Instruct --dit DIT --vae VAE ...    parts from elsewhere, see pipeline.py
@@ -13,6 +15,7 @@ The answer appears on stdout as it is written; bars and notices are on stderr. W
     out/how-do-i-draw-a-house/index.html     the answer as one self-contained page
                               answer.md      the same as Markdown, with image_01.png, image_02.png, ...
                               answer.json    the parts in order, every setting, seed and model source, timings
+                              film.webp      with --film: the pictures taking shape, step by step
 
 A line of --prompts is {"prompt": "...", "images": ["a.png"], "name": "...", and any setting}, or a record as in data.py, of
 which answers at the end are left off; data.py's rules for pictures hold for both. --prompts - reads such lines from standard
@@ -48,7 +51,8 @@ from tqdm import tqdm
 from checkpoint import InputError, abandon_stdout, make_out, parse_dtype, pick_device
 from flags import Parser, add_flags
 from ops import set_backend
-from pages.answer import asked_for, card, overview, prompt_of, run_folder, save, saved, saving, write_text
+from pages.answer import asked_for, card, dialogue_of, overview, prompt_of, run_folder, save, saved, saving, write_text
+from pages.film import Film
 from pages.template import printable
 from pipeline import STOPS, Answer, DuoGen, Paint, Picture, Settings, Text, check_device, override
 from records.validate import BLANK, Problem, load_image, normalise, parse_line, picture_path, picture_problems, read_records
@@ -69,6 +73,9 @@ def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--prompt", help=f"what you want (default: {PROMPT})")
     p.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture to go with it; repeat it for more")
+    p.add_argument("--continue", dest="earlier", metavar="FOLDER", help="an earlier answer's folder, whose dialogue goes on")
+    p.add_argument("--chat", action="store_true", help="one question after the other, each answered in the light of all before")
+    p.add_argument("--film", action="store_true", help="also save film.webp: how the pictures were painted")
     p.add_argument("--prompts", metavar="FILE", help="many prompts, one JSON object a line; - is standard input")
     p.add_argument("--fresh", action="store_true", help="do not continue an earlier run of --prompts")
     p.add_argument("--batch", type=int, help=f"of --prompts, how many are answered at a time (default: {BATCH})")
@@ -115,9 +122,10 @@ class Job:
 def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
     """What is to be answered, all of it checked before any model is loaded; a bad line of --prompts comes as its error."""
     if args.prompts is not None:
-        for flag in ("prompt", "image"):
+        for flag in ("prompt", "image", "earlier", "chat", "film"):
             if getattr(args, flag):
-                raise InputError(f"--{flag} and --prompts exclude each other: put it into the file")
+                name = "continue" if flag == "earlier" else flag
+                raise InputError(f"--{name} and --prompts exclude each other")
         # An error is one of the jobs: the lines keep their numbers, and the good ones are answered all the same.
         jobs = []
         for number, record in read_lines(args.prompts):
@@ -130,6 +138,9 @@ def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
         return jobs
     if args.prompt is None and args.image:
         raise InputError("--image needs a --prompt: say what to do with it")
+    if args.earlier and args.prompt is None and not args.chat:
+        raise InputError("--continue needs a --prompt, or --chat: say what comes next")
+    before = dialogue_of(Path(args.earlier)) if args.earlier else []
     prompt = PROMPT if args.prompt is None else args.prompt
     check_prompt(prompt, "--prompt")
     # Opened for the sake of their errors alone: a broken picture is told before the models are loaded.
@@ -138,7 +149,7 @@ def read_jobs(args: argparse.Namespace, values: dict) -> list[Job | InputError]:
             load_image(path)
         except InputError as e:
             raise InputError(f"--image {e}") from None
-    return [Job(ask(prompt, args.image), args.name or slug(prompt), values)]
+    return [Job([*before, *ask(prompt, args.image)], args.name or slug(prompt), values)]
 
 
 def read_lines(file: str) -> Iterator[tuple[int, dict | Problem]]:
@@ -306,8 +317,10 @@ def run(argv: list[str]) -> int:
                 report(jobs[n])
     if not answers:
         return 2
+    if args.chat:
+        return chat(duo, jobs[0], args.prompt is not None, out, about, args.film)
     if args.prompts is None:
-        return one(duo, answers[0], out, jobs[0].name, about)
+        return one(duo, answers[0], out, jobs[0].name, about, args.film)
 
     # Many: into a folder of their own, where what is there already is kept.
     title = "prompts" if args.prompts == "-" else Path(args.prompts).name
@@ -322,10 +335,12 @@ def run(argv: list[str]) -> int:
             folder.rmdir()  # if it is still empty
 
 
-def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:
+def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict, filmed: bool = False) -> int:
     """Write an answer, to the terminal as it grows, and save it."""
     began = time.perf_counter()
     status = 0
+    film = Film(duo.decoded)
+    duo.watch = film.see if filmed else None
     # Ended early, what is there is an answer like others, and is saved below; of nothing there is no page.
     try:
         show(duo, answer)
@@ -335,9 +350,51 @@ def one(duo: DuoGen, answer: Answer, out: Path, name: str, about: dict) -> int:
         status = ended_early(e)
     if answer.stop != "end":
         say(f"[ends here: {answer.stop_meaning}]")
-    folder = save(out, name, answer, about | {"total_seconds": round(time.perf_counter() - began, 3)})
+    facts = about | {"total_seconds": round(time.perf_counter() - began, 3)}
+    moving = film.webp([p.image for p in answer.pictures]) if filmed else b""
+    folder = save(out, name, answer, facts, film=moving)
     say(f"\n{folder / 'index.html'}")
     return status
+
+
+def chat(duo: DuoGen, job: Job, asked: bool, out: Path, about: dict, filmed: bool) -> int:
+    """One question after the other. asked: whether the first is known. An end of input ends it; Ctrl-C ends an answer first."""
+    before = job.messages[:-1]
+    question = job.messages[-1] if asked else None
+    images: list[Path] = []
+    print("An empty line or Ctrl-D ends it; /image FILE adds a picture to the next question.", file=sys.stderr)
+    while True:
+        if question is None:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                return 0
+            if not line:
+                return 0
+            # A mistake costs the line, not the conversation.
+            try:
+                if line.startswith("/image "):
+                    load_image(line.removeprefix("/image ").strip())
+                    images.append(Path(line.removeprefix("/image ").strip()))
+                    continue
+                check_prompt(line, "the question")
+            except InputError as e:
+                report(e)
+                continue
+            question = ask(line, images)[0]
+            images = []
+        try:
+            answer = duo.answer([*before, question], override(duo.defaults, job.values, "settings"))
+        except InputError as e:
+            report(e)
+            question = None
+            continue
+        status = one(duo, answer, out, slug(prompt_of(answer.messages)), about, filmed)
+        if status == interrupt.status(interrupt.Terminated()) or LOST:
+            return status
+        before = [*answer.messages, answer.message]
+        question = None
+        say("")
 
 
 def many(

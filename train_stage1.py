@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import lora
 from checkpoint import BUNDLED, InputError, part_folder
 from data import fill, image_parts, loader, pack_documents, tokenize
 from distributed import Ranks
@@ -35,7 +36,7 @@ from records.stream import Quarantine, Stream, open_source, pick_workers
 from records.validate import load_image, normalise
 from tokenizer import SYSTEM, Tokenizer
 from training import LanguageLoss, Run, TrainConfig, add_statistics, autocast, check_step0, compile_blocks
-from training import language_statistics, model_flops, parse_config, print_trained, run_script
+from training import language_statistics, model_flops, parse_config, pick_frozen_dtype, print_trained, run_script
 
 
 @dataclass
@@ -51,6 +52,8 @@ class Stage1Config(TrainConfig):
     mllm: str = BUNDLED  # run, folder or Hub id of the language model to start from
     tower: str = ""  # run, folder or Hub id whose vision tower takes the place of mllm's own; what it has learnt to see stays
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    lora: int = 0  # rank of adapters, which then are all that is trained and saved (lora.py); 0: the whole model
+    frozen_dtype: str = "auto"  # of the weights under adapters: bf16 on a GPU, else fp32
     # ---- other defaults than those of every run
     out: str = "runs/stage1"
     steps: int = 4000
@@ -62,6 +65,8 @@ class Stage1Config(TrainConfig):
         super().check()
         if not (self.documents or self.tokens or self.patches):
             raise InputError("--tokens 0: needs another budget: --patches or --documents")
+        if self.lora and self.tower:
+            raise InputError("--tower with --lora: a tower is only saved with a whole model: leave one of them out")
 
 
 def train(c: Stage1Config) -> None:
@@ -74,21 +79,32 @@ def train(c: Stage1Config) -> None:
     folder = part_folder(c.mllm, "mllm")
     tokenizer = Tokenizer.from_pretrained(folder)
     processor = ImageProcessor.from_pretrained(folder)
-    mllm = MLLM.from_pretrained(folder, device=ranks.device)
+    kept = pick_frozen_dtype(c.frozen_dtype, c.dtype, ranks.device) if c.lora else torch.float32
+    mllm = MLLM.from_pretrained(folder, dtype=kept, device=ranks.device)
     mllm.set_checkpointing(c.checkpointing)
     if c.tower:
         seeing = MLLM.from_pretrained(part_folder(c.tower, "mllm"), device=ranks.device)
         if seeing.config.vision != mllm.config.vision:
             raise InputError(f"--tower {c.tower}: its vision tower is not of the form that {c.mllm} has")
         mllm.visual = seeing.visual.requires_grad_(False)
-    if ranks.main and c.tower:
+    lora.adapt(mllm, c.lora)
+    if ranks.main and c.lora:
+        adapters, rest = lora.parts(mllm)
+        print_trained({f"adapters of rank {c.lora}": adapters}, {"mllm": rest})
+    elif ranks.main and c.tower:
         print_trained({"decoder": mllm.model}, {"vision tower": mllm.visual})
     elif ranks.main:
         print_trained({"vision tower": mllm.visual, "decoder": mllm.model}, {})
 
+    base = lora.place(c.mllm, folder)  # of today: a run that is named may have saved once more when this one saves
+
     def save(folder: Path, mllm: MLLM) -> None:
-        for part in (mllm, tokenizer, processor):
-            part.save_pretrained(folder / "mllm")
+        if c.lora:
+            lora.save(mllm, folder / "mllm", base)
+        else:
+            mllm.save_pretrained(folder / "mllm")
+        tokenizer.save_pretrained(folder / "mllm")
+        processor.save_pretrained(folder / "mllm")
 
     run = Run(c, ranks, mllm, save)
     loss_of = LanguageLoss(mllm)

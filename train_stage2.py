@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+import lora
 from checkpoint import BUNDLED, InputError, part_folder
 from data import Document, fill, loader, to_float
 from distributed import Ranks
@@ -60,7 +61,9 @@ class Stage2Config(TrainConfig):
     mllm: str = BUNDLED  # run, folder or Hub id; frozen
     dit: str = BUNDLED  # run, folder or Hub id; trained, and with it the connector that it holds
     vae: str = BUNDLED  # run, folder or Hub id; frozen
-    frozen_dtype: str = "auto"  # of the MLLM's weights: bf16 on a GPU, else fp32. The VAE stays fp32: it is small
+    # of the weights of the MLLM, and of the DiT under adapters: bf16 on a GPU, else fp32. The VAE stays fp32: it is small
+    frozen_dtype: str = "auto"
+    lora: int = 0  # rank of adapters of the DiT; they and the connector are then all that is trained and saved; 0: all of it
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     shift: float = 1.75  # of the training times towards noise: the miniature's, whose shapes are decided midway; 5, Cosmos' own
     condition_time: float = CONDITION_TIME  # time the DiT is told for clean pictures, that of the post-trained Cosmos
@@ -112,9 +115,13 @@ def load_parts(c: Stage2Config, ranks: Ranks) -> tuple[Tokenizer, ImageProcessor
     frozen = pick_frozen_dtype(c.frozen_dtype, c.dtype, ranks.device)
     mllm = MLLM.from_pretrained(folder, dtype=frozen, device=ranks.device).requires_grad_(False)
     vae = VAE.from_pretrained(part_folder(c.vae, "vae"), device=ranks.device).requires_grad_(False)
-    dit = DiT.from_pretrained(part_folder(c.dit, "dit"), device=ranks.device)
+    kept = frozen if c.lora else torch.float32
+    dit = lora.adapt(DiT.from_pretrained(part_folder(c.dit, "dit"), dtype=kept, device=ranks.device), c.lora)
     dit.gradient_checkpointing = c.checkpointing
-    if ranks.main:
+    if ranks.main and c.lora:
+        adapters, rest = lora.parts(dit)
+        print_trained({f"adapters of rank {c.lora}": adapters}, {"dit": rest, "mllm": mllm, "vae": vae})
+    elif ranks.main:
         print_trained({"dit + connector": dit}, {"mllm": mllm, "vae": vae})
     return tokenizer, processor, mllm, vae, dit
 
@@ -151,8 +158,13 @@ def train(c: Stage2Config) -> None:
     tokenizer, processor, mllm, vae, dit = load_parts(c, ranks)
 
     # Only what is trained is saved: the frozen parts stay where they came from.
+    base = lora.place(c.dit, part_folder(c.dit, "dit"))  # of today: a run that is named may have saved once more by then
+
     def save(folder: Path, dit: DiT) -> None:
-        dit.save_pretrained(folder / "dit")
+        if c.lora:
+            lora.save(dit, folder / "dit", base)
+        else:
+            dit.save_pretrained(folder / "dit")
 
     # A resumed run takes up its weights, moments and place in the data here.
     run = Run(c, ranks, dit, save)

@@ -62,6 +62,7 @@ from distributed import Ranks, lost_peer
 from flags import Parser, add_flags
 from flops import Batch, flops, peak_flops
 from flow import Samples
+from lora import Adapted
 from model import MLLM, ImageProcessor
 from ops import attention, linear_cross_entropy, set_backend
 from pages.run import write_page
@@ -122,7 +123,7 @@ class TrainConfig:
 # Flags of all scripts, which values they may have, and how that is said. A comparison with nan is False.
 LIMITS = (
     ("steps accumulate targets batch log_every lookahead max_skipped vocabulary", lambda x: x >= 1, "1 or more"),
-    ("save_every sheet_every keep_every warmup documents tokens patches latents", lambda x: x >= 0, "0 or more"),
+    ("save_every sheet_every keep_every warmup documents tokens patches latents lora", lambda x: x >= 0, "0 or more"),
     ("lr weight_decay minutes kl replay_mb", lambda x: 0 <= x < math.inf, "a finite number, 0 or more"),
     ("beta2 ema condition_time", lambda x: 0 <= x < 1, "from 0 to below 1"),
     ("decay drop looking", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -935,6 +936,7 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
 
     documents: those that were read for it. In stage 2 it may train others, of earlier ones.
     """
+    adapters = any(isinstance(m, Adapted) for m in (dit or mllm).modules())
     # What the MLLM reads, in both stages.
     grids = [grid for d in documents for grid in d.grids]
     lengths = [len(d) for d in documents]
@@ -942,7 +944,7 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
     # Stage 1 computes logits of its targets.
     if samples is None:
         supervised = sum(sum(d.rendered.loss[1:]) for d in documents)
-        parts = flops(1, mllm.config, Batch.of(mllm.config, lengths, grids, supervised))
+        parts = flops(1, mllm.config, Batch.of(mllm.config, lengths, grids, supervised), adapters=adapters)
         return float(sum(map(sum, parts.values())))
 
     # Stage 2 encodes the pictures of what it reads, and the DiT reads rows of states and of patches. The connector reads
@@ -953,7 +955,8 @@ def model_flops(documents: list[Document], mllm: MLLM, samples: Samples | None =
     rows = []
     for pictures, tokens in zip(samples.latents, samples.rows, strict=True):
         rows.append(([z.shape[1] * z.shape[2] // patch for z in pictures], len(tokens)))
-    trained = flops(2, mllm.config, Batch.of(mllm.config, [len(samples.features)], samples=rows), dit.config, vae.config)
+    learnt = Batch.of(mllm.config, [len(samples.features)], samples=rows)
+    trained = flops(2, mllm.config, learnt, dit.config, vae.config, adapters)
     parts = frozen | {name: trained[name] for name in ("connector", "DiT")}
     return float(sum(map(sum, parts.values())))
 

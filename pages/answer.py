@@ -10,6 +10,7 @@ Text, whoever wrote it, stays text: in HTML, in Markdown and in a file's name. W
 JSON file has all of them, spelt as \\u001b.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 import torch
+from markupsafe import Markup
 from PIL import Image
 
 from checkpoint import InputError, read_json
@@ -76,10 +78,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save(out: Path, name: str, answer: Answer, about: dict, instead: Path | None = None) -> Path:
+def save(out: Path, name: str, answer: Answer, about: dict, instead: Path | None = None, film: bytes = b"") -> Path:
     """Write an answer's folder aside, then give it its name: it is there as a whole or not at all.
 
-    instead: the folder of an earlier try at the same answer, which goes.
+    instead: the folder of an earlier try at the same answer, which goes. film: an animated WebP of how it was painted.
     """
     aside = out / f".{name}-{os.getpid()}"
     try:
@@ -90,7 +92,9 @@ def save(out: Path, name: str, answer: Answer, about: dict, instead: Path | None
                 for i, image in enumerate(images, 1):
                     image.save(aside / f"{kind}_{i:02d}.png")
             write_text(aside / "answer.md", markdown(answer))
-            write_text(aside / "index.html", page(answer))
+            if film:
+                (aside / "film.webp").write_bytes(film)
+            write_text(aside / "index.html", page(answer, film))
             write_text(aside / "answer.json", harmless_json(record(answer, about)))  # last: where it is, all is
             if instead is not None:
                 shutil.rmtree(instead)
@@ -142,6 +146,28 @@ def run_folder(out: Path, name: str, wanted: set[str], anew: bool = False) -> Pa
         if any(found.keys() & wanted for found in saved(folder)):
             return folder
     return fresh(out, name)
+
+
+def dialogue_of(folder: Path) -> list[dict]:
+    """The dialogue of a saved answer, that answer included, as messages whose pictures are paths: a question may follow."""
+    if not (folder / "answer.json").is_file():
+        raise InputError(f"{folder}: holds no answer.json: name the folder of an answer")
+    answer = read_json(folder / "answer.json")
+    try:
+        turns = [*answer["messages"], {"role": "assistant", "content": answer["parts"]}]
+        messages = []
+        for turn in turns:
+            parts = []
+            for part in turn["content"]:
+                if part["type"] == "text":
+                    parts.append({"type": "text", "text": part["text"]})
+                else:
+                    # A name alone: a file that somebody sent must not make us read another one of this disk.
+                    parts.append({"type": "image", "image": folder / Path(part["image"]).name})
+            messages.append({"role": turn["role"], "content": parts})
+    except (KeyError, TypeError):
+        raise InputError(f"{folder / 'answer.json'}: not as sample.py writes it: ask anew") from None
+    return messages
 
 
 def harmless_json(value: dict) -> str:
@@ -235,7 +261,7 @@ def markdown(answer: Answer) -> str:
     return "\n\n".join(b for b in blocks if b) + "\n"
 
 
-def page(answer: Answer) -> str:
+def page(answer: Answer, film: bytes = b"") -> str:
     """index.html: the question as a quiet header, then text and pictures in order, then how it was made."""
     asked = [(role, [part for _, part in group]) for role, group in groupby(turns(answer), key=lambda turn: turn[0])]
     # A picture belongs to the text before it; either may be missing.
@@ -252,7 +278,10 @@ def page(answer: Answer) -> str:
     height, width = answer.size
     facts = {"ends because": stop} | asdict(answer.settings) | {"height": height, "width": width} | answer.duo.sources
     title = prompt_of(answer.messages)[:80]
-    return render("answer.html", title=title, answer=answer, turns=asked, sections=sections, stop=stop, facts=facts)
+    moving = Markup("data:image/webp;base64," + base64.b64encode(film).decode()) if film else ""
+    return render(
+        "answer.html", title=title, answer=answer, turns=asked, sections=sections, stop=stop, facts=facts, film=moving
+    )
 
 
 def card(folder: Path) -> dict:

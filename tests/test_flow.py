@@ -220,6 +220,75 @@ def test_denoise_is_guided_euler_on_the_whole_forward(dit, condition_time):
     assert (ours - unpatchify(x, (2, 2))).abs().max() < 2e-5
 
 
+def test_guidance_in_an_interval_of_time_alone(dit):
+    """All times: as without one. None: as without guidance. Some: other pictures, and each sample as if it were alone."""
+    conditions, sizes, positive, negative, seeds = batch()
+    everything = conditions, sizes, positive, negative, seeds
+    sigmas = shift_schedule(5)
+    guided = denoise(dit, *everything, sigmas=sigmas, guidance=4.0)
+    assert all(map(torch.equal, denoise(dit, *everything, sigmas=sigmas, guidance=4.0, interval=(0.0, 1.0)), guided))
+    plain = denoise(dit, conditions, sizes, positive, None, seeds, sigmas=sigmas)
+    never = denoise(dit, *everything, sigmas=sigmas, guidance=4.0, interval=(0.9, 0.1))
+    assert all(map(torch.equal, never, plain))
+
+    calls = []
+    hook = dit.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    options = {"sigmas": sigmas, "guidance": 4.0, "interval": (0.0, sigmas[2].item())}
+    some = denoise(dit, *everything, **options)
+    hook.remove()
+    # The first two steps are too near to noise: they compute one branch, half of the patches.
+    assert [2 * n for n in calls[:2]] == calls[2:4] and len(calls) == 5
+    assert not any(map(torch.equal, some, guided)) and not any(map(torch.equal, some, plain))
+    for s, picture in enumerate(some):
+        (alone,) = denoise(dit, *(part[s : s + 1] for part in everything), **options)
+        assert (alone - picture).abs().max() < 1e-4
+
+
+def counted(dit, *everything, **options):
+    """The pictures, and how often the network was called."""
+    calls = []
+    hook = dit.register_forward_hook(lambda *_: calls.append(1))
+    pictures = denoise(dit, *everything, **options)
+    hook.remove()
+    return pictures, len(calls)
+
+
+def test_steps_in_which_little_changes_reuse_velocities(dit):
+    everything = batch()
+    options = {"sigmas": shift_schedule(24), "guidance": 3.0}
+    plain, all_steps = counted(dit, *everything, **options)
+    never, same = counted(dit, *everything, **options, reuse=1e-9)
+    assert all(map(torch.equal, never, plain)) and all_steps == same == 24
+    # The first and the last step, and of the others every third: at most two in a row are spared.
+    _, fewest = counted(dit, *everything, **options, reuse=1000.0)
+    assert fewest == 9
+    near, some = counted(dit, *everything, **options, reuse=0.3)
+    assert 9 <= some < 24
+    off = max((a - b).abs().mean().item() for a, b in zip(near, plain, strict=True))
+    assert 0 < off < 0.05  # of latents whose size is 2
+
+
+def test_each_sample_reuses_by_itself(dit):
+    """A picture is the same alone and beside others that need more steps."""
+    everything = batch()
+    options = {"sigmas": shift_schedule(24), "guidance": 3.0, "reuse": 0.3}
+    together, calls = counted(dit, *everything, **options)
+    fewer = []
+    for s in range(3):
+        (alone,), own = counted(dit, *(part[s : s + 1] for part in everything), **options)
+        assert (alone - together[s]).abs().max() < 1e-4
+        fewer.append(own)
+    assert max(fewer) <= calls < 24
+
+
+def test_where_noise_is_renewed_nothing_is_reused(dit):
+    options = {"sigmas": shift_schedule(8), "guidance": 3.0, "method": "ancestral", "eta": 1.5}
+    plain, _ = counted(dit, *batch(), **options)
+    torch.manual_seed(0)
+    _, calls = counted(dit, *batch(), **options, reuse=0.3)
+    assert calls == 8
+
+
 def test_guidance_1_is_the_positive_branch_alone(dit, monkeypatch):
     conditions, sizes, positive, negative, seeds = batch()
     sigmas, rows = shift_schedule(3), []

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up: a module imports only what stands in a line above its own.
 LAYERS = """
     checkpoint threads interrupt hopper
-    kernels distributed flags
+    kernels distributed flags lora
     ops
     tokenizer connector vae model
     dit

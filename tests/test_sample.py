@@ -787,7 +787,7 @@ def test_a_disk_that_fills_up_keeps_what_was_saved(here):
     """The quick answer's files fit; the other's picture does not. With room, the same command makes what is missing."""
     write("p.jsonl", QUICK, QUICK | {"name": "big", "max_images": 1, "max_tokens": 200, "steps": 2})
     command = [sys.executable, str(ROOT / "sample.py"), "--prompts", "p.jsonl", "--batch", "1", *BUNDLED]
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (11000, 11000))  # noqa: E731
     done = subprocess.run(command, cwd=here, preexec_fn=full, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert [e for e in done.stderr.splitlines() if "error" in e] == [

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import dit
+import lora
 import model
 import ops
 import vae
@@ -203,7 +204,7 @@ def tally_step(modules: dict[str, nn.Module], documents: list[Document], *args, 
     """run_step on fake modules."""
     inputs = [x for d in documents for x in (d.pixels, *d.pictures) if x is not None]
     with Tally(*modules.values(), *inputs) as tally:
-        parameters = modules.get("dit", modules["mllm"]).parameters()
+        parameters = [p for p in modules.get("dit", modules["mllm"]).parameters() if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(tally.take) for p in parameters]
         run_step(modules, documents, *args, **options)
     for hook in hooks:
@@ -292,16 +293,25 @@ class Plan:
         self.dtype, self.frozen = DTYPES[c.dtype], DTYPES[frozen]
         mllm = config_of(c.mllm, "mllm")
         self.dit, self.vae = None, None
+        self.lora = getattr(c, "lora", 0)
+        kept = self.frozen if self.lora else torch.float32  # of the weights beside which others are trained
         if self.stage == 1:
-            self.mllm = pretend(MLLM, mllm)
+            self.mllm = self.adapted(pretend(MLLM, mllm, kept))
         else:
             dit = config_of(c.dit, "dit")
             vae = config_of(c.vae, "vae")
             self.mllm = pretend(MLLM, mllm, self.frozen).requires_grad_(False)
-            self.dit = pretend(DiT, replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size))
+            dit = replace(dit, crossattn_proj_in_channels=mllm.num_hidden_layers * mllm.hidden_size)
+            self.dit = self.adapted(pretend(DiT, dit, kept))
             self.vae = pretend(VAE, vae).requires_grad_(False)
-        self.trained = count(self.dit or self.mllm)
+        self.whole = count(self.dit or self.mllm)
+        self.trained = sum(p.numel() for p in (self.dit or self.mllm).parameters() if p.requires_grad)
         self.steps: dict[tuple, Tally] = {}  # shared by all `but`s, most of which ask for the same steps
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        """With --lora: what is trained are adapters."""
+        with FAKE:
+            return lora.adapt(model, self.lora)
 
     def but(self, **changes) -> "Plan":
         """The same models under other flags."""
@@ -358,13 +368,16 @@ class Plan:
         return self.steps[key]
 
     def flops(self, b: Batch) -> dict:
-        return flops(self.stage, self.mllm.config, b, self.dit and self.dit.config, self.vae and self.vae.config)
+        sizes = self.dit and self.dit.config, self.vae and self.vae.config
+        return flops(self.stage, self.mllm.config, b, *sizes, adapters=bool(self.lora))
 
     def states(self) -> dict[str, int]:
         """Bytes of one GPU that are there all the time. Whole but for the moments under --zero."""
         c, p = self.c, self.trained
         rows = {"weights": 4 * p, "gradients": 4 * p, "AdamW": 8 * p // (c.world if c.zero else 1), "EMA": 4 * p}
         frozen = self.frozen.itemsize * count(self.mllm) + 4 * count(self.vae) if self.dit else 0
+        if self.lora:
+            frozen += self.frozen.itemsize * (self.whole - p)
         return rows | {"frozen weights": frozen}
 
     def memory(self) -> dict[str, int]:
@@ -429,10 +442,15 @@ class Plan:
     def report(self) -> str:
         """What --plan prints."""
         c, (b, n), memory = self.c, self.batch(), self.memory()
-        parts = [("MLLM", "trained", count(self.mllm)), ("  its vision tower", "trained", count(self.mllm.visual))]
+        state = "frozen" if self.lora else "trained"
+        parts = [("MLLM", state, count(self.mllm)), ("  its vision tower", state, count(self.mllm.visual))]
         if self.dit:
-            parts = [("DiT + connector", "trained", self.trained), *((name, "frozen", size) for name, _, size in parts)]
+            parts = [("DiT + connector", state, self.whole), *((name, "frozen", size) for name, _, size in parts)]
             parts.append(("VAE", "frozen", count(self.vae)))
+        if self.lora:
+            name, _, size = parts[0]
+            beside = "adapters, connector" if self.dit else "adapters"
+            parts = [(f"{beside}, rank {self.lora}", "trained", self.trained), (name, state, size - self.trained), *parts[1:]]
         lines = [f"stage {self.stage} on {c.world} x {c.gpu}, {c.dtype}: computed, nothing was run", "", "parameters"]
         lines += [f"  {name:<36}{state:<9}{size:>15,}" for name, state, size in parts]
         lines += ["", f"GB on each GPU: {self.advice()}"]
