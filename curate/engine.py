@@ -665,6 +665,9 @@ def run(job: Job) -> None:
                 raise InputError(f"{len(failed)} tasks of {stage.name} failed: {job.work / stage.name / 'logs'} says why")
         if job.how == "slurm":
             print(f"{job.out}: submitted, the last job is {before.job_id}; the same command goes on after a failure")
+            return
+        records = json.loads((job.out / "manifest.json").read_text(encoding="utf-8"))["records"]
+        print(f"{job.out / 'index.html'}: {records:,} records")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
     python -m curate web crawl.warc.gz --out data/web --workers 8     pictures from the archive itself
     python -m curate web pages/ --out data/web --fetch                pictures over HTTP, where they are not at hand
     python -m curate web pages/ --out data/web --set Sides.least=200  another threshold; index.html shows all of them
+    python -m curate web pages/ --out data/web --model http://localhost:8000/v1 --model-name Qwen/Qwen2.5-VL-7B-Instruct
 
 The same command goes on where it was ended; see engine.py for what lies in --out.
 """
@@ -12,19 +13,25 @@ import argparse
 import importlib.metadata
 import json
 import platform
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 
 from checkpoint import InputError
-from curate.engine import Job, Slurm, claim, run
+from curate.caption import Caption
+from curate.dialogue import Dialogue
+from curate.duplicates import DifferentPages, DifferentPictures
+from curate.engine import Job, Slurm, Survey, claim, run
 from curate.extract import Extract
 from curate.fetch import Fetcher
-from curate.page import Dropped, Page, Picture, Step
+from curate.models import Model
+from curate.page import Step
 from curate.pictures import Adverts, Balance, Blurred, Codes, Fill, Plain, Repeated, Sides, Sound
 from curate.read import WARC, Archives, Files, index_archives, inputs
+from curate.reorder import Asked, Measured, Reorder, Stay
+from curate.rewrite import Clean, Rewrite
+from curate.text import Adult, Boilerplate, Language, Lengths, Personal, Repetition, WordsPerPicture
 from flags import Parser
-from records.formats import REQUEST, TITLE
 
 PACKAGES = (
     "datatrove",
@@ -40,42 +47,35 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Titled:
-    """The title is what the user asks for, the page is the answer; as `data.py convert --from obelics` has it."""
-
-    def __call__(self, page: Page) -> Page | Dropped:
-        title = page.title or next(iter(page.texts), "").partition("\n")[0].strip("# ")
-        if not title:
-            return Dropped("no title")
-        if len(title) > TITLE:
-            title = f"{title[:TITLE].rsplit(' ', 1)[0]} ..."
-        content: list[dict] = []
-        k = 0
-        for part in page.parts:
-            if isinstance(part, Picture):
-                content.append({"type": "image", "image": k})
-                k += 1
-            else:
-                content.append({"type": "text", "text": part})
-        asked = {"role": "user", "content": REQUEST.format(title)}
-        return replace(page, messages=(asked, {"role": "assistant", "content": content}))
-
-
-def steps_of(fill: Fill) -> list[Step]:
-    """What a page goes through, the cheap steps first."""
+def steps_of(fill: Fill, model: Model) -> list[Step | Survey]:
+    """What a page goes through: what needs its words alone, then pictures, then all pages, and what asks a model last."""
+    placers = {"none": Stay(), "self": Measured(model)}
     return [
         Extract(),
         Adverts(),
+        Language(),
+        Lengths(),
+        Repetition(),
+        Adult(),
         fill,
         Sound(),
         Sides(),
         Plain(),
         Blurred(),
         Codes(),
+        # Surveys: they see all pages.
+        Boilerplate(),
+        DifferentPages(),
         Repeated(),
+        DifferentPictures(),
+        WordsPerPicture(),
         Balance(),
-        Titled(),
+        Clean(),
+        Personal(),
+        Caption(model),
+        Rewrite(model),
+        Reorder(placers.get(model.where, Asked(model))),
+        Dialogue(model),
     ]
 
 
@@ -136,10 +136,12 @@ def start(args: argparse.Namespace, **job) -> None:
     if args.ray and args.slurm:
         raise InputError("--ray and --slurm: one of the two")
     how = "ray" if args.ray else "slurm" if args.slurm else "local"
+    # Jobs elsewhere may begin in another folder.
+    out = Path(args.out) if how == "local" else Path(args.out).resolve()
     slurm = Slurm(args.slurm or "", args.time, args.memory, args.environment)
     run(
         Job(
-            out=Path(args.out),
+            out=out,
             workers=args.workers,
             tasks=args.tasks,
             megabytes=args.megabytes,
@@ -159,8 +161,14 @@ def make_room(args: argparse.Namespace) -> None:
         raise InputError(f"{out}: is no folder of this command; --fresh empties none but its own")
     for name in ("records.jsonl", "manifest.json", "index.html", "timings.json"):
         (out / name).unlink(missing_ok=True)
-    for name in ("pictures", "shards", "work"):
-        rmtree(out / name, ignore_errors=True)
+    for path in (out / "pictures", out / "shards", *(out / "work").iterdir()):
+        # What a model has answered was paid for.
+        if path.name == "calls":
+            continue
+        if path.is_dir():
+            rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,8 +179,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root", default="", help="folder under which pictures of local pages lie; default: that of the pages")
     parser.add_argument("--fetch", action="store_true", help="pictures that are not at hand are fetched over HTTP")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two requests to a host (%(default)s)")
+    parser.add_argument(
+        "--model", default="none", metavar="none|self|URL", help="who captions, rewrites, orders and asks (none)"
+    )
+    parser.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
+    parser.add_argument("--at-once", type=int, default=16, help="questions to a model under way at the same time (16)")
+    parser.add_argument("--ckpt", help="of --model self: checkpoint; default the bundled miniature")
+    parser.add_argument("--mllm", help="of --model self: the language model alone")
     add_engine_flags(parser)
     args = parser.parse_flags(argv)
+    if args.at_once < 1:
+        raise InputError(f"--at-once {args.at_once}: must be 1 or more")
     found, roots = inputs(args.pages, args.root)
     make_room(args)
     work = Path(args.out).resolve() / "work"
@@ -180,7 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     files = tuple(str(source.path(name)) for name, _ in found if name.lower().endswith(WARC))
     archives = Archives(files, str(work / "archives.npy")) if files else None
     fetcher = Fetcher(str(work), pause=args.pause) if args.fetch else None
-    steps = with_thresholds(steps_of(Fill(roots, archives, fetcher)), args.set)
+    calls = str(work / "calls") if args.model != "none" else ""
+    model = Model(args.model, args.model_name, calls, args.at_once, ckpt=args.ckpt, mllm=args.mllm)
+    model.check()
+    steps = with_thresholds(steps_of(Fill(roots, archives, fetcher), model), args.set)
     if files:
         claim(Path(args.out))
         index_archives(files, work / "archives.npy")

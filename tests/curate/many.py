@@ -73,7 +73,7 @@ def main() -> None:
         if process.returncode:
             sys.exit(process.returncode)
         manifest = json.loads(Path(name, "out", "manifest.json").read_text())
-        pictures = manifest["counts"]["03 Fill"]["pictures out"]
+        pictures = manifest["counts"]["07 Fill"]["pictures out"]
         print(
             f"{n} pages, {pictures} pictures in {seconds:.0f} s: {n / seconds:.1f} pages/s, {pictures / seconds:.1f} pictures/s"
         )

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from curate.engine import Valid  # noqa: E402
+from curate.models import Model  # noqa: E402
 from curate.page import Dropped  # noqa: E402
 from curate.pictures import Fill  # noqa: E402
 from curate.read import Files, inputs  # noqa: E402
@@ -25,7 +26,7 @@ def main() -> None:
     howto = ROOT.parent / "shared" / "data" / "howto"
     found, roots = inputs([str(howto / "html")], str(howto))
     source = Files(roots)
-    steps = [*steps_of(Fill(roots)), Valid()]
+    steps = [*steps_of(Fill(roots), Model()), Valid()]
     seconds: dict[str, float] = defaultdict(float)
     pages: dict[str, int] = defaultdict(int)
     pictures: dict[str, int] = defaultdict(int)

@@ -140,9 +140,7 @@ def test_what_decides_the_output_cannot_change_under_way(whole, tmp_path, capsys
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     (tmp_path / "work").mkdir()
-    code = (
-        "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
-    )
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "work" / "lock"], stdout=-1, stdin=-1) as other:
         other.stdout.readline()
         with pytest.raises(InputError, match="another run is at work"):

@@ -18,17 +18,29 @@ from test_pictures import file_of, photo
 from test_read import archive, record
 
 from checkpoint import InputError
-from curate.page import Dropped, Page, Picture
-from curate.web import Titled, main, with_thresholds
+from curate.web import main, with_thresholds
 from curate.pictures import Sides, Sound
 from data import Files
 
-WORDS = "Fold the paper along the line number {}, so that both corners meet in the middle of the sheet, and press it flat."
+VERBS = "fold cut turn press pull glue paint mark open close lift hold".split()
+THINGS = "paper corner sheet line edge boat wheel box lid string card ribbon".split()
+PLACES = "the table, the window, your hand, the other side, the middle, a ruler, the first mark, its shadow".split(", ")
+
+
+def words(rng: random.Random) -> str:
+    """A paragraph in English that no other page has."""
+
+    def step() -> str:
+        first, second = (f"{rng.choice(VERBS)} the {rng.choice(THINGS)}" for _ in range(2))
+        return f"Now {first} and {second} near {rng.choice(PLACES)}."
+
+    return " ".join(step() for _ in range(6))
 
 
 def html(k: int, pictures: list[str]) -> str:
-    steps = "".join(f'<p>{WORDS.format(n)}</p><img src="{name}" alt="step {n}">' for n, name in enumerate(pictures))
-    body = f"<article>{steps}<p>{WORDS.format(k)}</p></article>"
+    rng = random.Random(k)
+    steps = "".join(f'<p>{words(rng)}</p><img src="{name}" alt="step {n}">' for n, name in enumerate(pictures))
+    body = f"<article>{steps}<p>{words(rng)}</p></article>"
     return f"<html><head><title>A boat, part {k}</title></head><body>{body}</body></html>"
 
 
@@ -62,17 +74,17 @@ def whole(site, tmp_path_factory) -> Path:
 
 def test_pages_become_records(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
-    counts = manifest["counts"]
-    assert counts["00 Read"]["in"] == 60 and counts["00 Read"]["dropped: no page"] == 12
-    assert counts["01 Extract"]["dropped: bomb"] == 6
-    assert counts["04 Sound"]["refused: broken"] == 1
-    assert counts["09 Repeated"]["refused: on many pages"] == 40
+    counts = {name[3:]: counts for name, counts in manifest["counts"].items()}
+    assert counts["Read"]["in"] == 60 and counts["Read"]["dropped: no page"] == 12
+    assert counts["Extract"]["dropped: bomb"] == 6
+    assert counts["Sound"]["refused: broken"] == 1
+    assert counts["Repeated"]["refused: on many pages"] == 40
     records = Files([whole / "records.jsonl"])
     assert len(records) == manifest["records"] >= 40
     first = records[0]["messages"]
-    assert first[0]["content"][0]["text"] == "Write an illustrated page: A boat, part 0"
+    assert "boat" in first[0]["content"][0]["text"]
     assert [part["type"] for part in first[1]["content"]] == ["text", "image", "text", "image", "text"]
-    assert manifest["inputs"][f"{manifest['steps'][2]['roots'][0]}/00.html"] > 100
+    assert manifest["inputs"][f"{manifest['steps'][6]['roots'][0]}/00.html"] > 100
     assert manifest["versions"]["trafilatura"] == "2.3.1"
 
 
@@ -123,7 +135,7 @@ def test_pictures_come_from_the_archive_of_their_page(tmp_path, capsys):
     main([str(tmp_path / "x.warc.gz"), "--out", str(tmp_path / "out")])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["records"] == 1
-    assert manifest["counts"]["03 Fill"]["refused: not at hand"] == 1
+    assert manifest["counts"]["07 Fill"]["refused: not at hand"] == 1
     assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 2
 
 
@@ -157,14 +169,6 @@ def test_fresh_empties_no_folder_of_somebody_else(site, tmp_path):
     with pytest.raises(InputError, match="empties none but its own"):
         main([str(site), "--out", str(tmp_path), "--fresh"])
     assert (tmp_path / "records.jsonl").read_text() == "mine"
-
-
-def test_a_title_is_asked_for():
-    page = Titled()(Page("1", title="A boat " * 60, parts=("x", Picture("a"), "y")))
-    assert page.messages[0]["content"].endswith(" ...") and len(page.messages[0]["content"]) < 240
-    assert [part.get("image") for part in page.messages[1]["content"]] == [None, 0, None]
-    assert Titled()(Page("1", parts=(Picture("a"),))) == Dropped("no title")
-    assert Titled()(Page("1", parts=("# Boat\nmore",))).messages[0]["content"] == "Write an illustrated page: Boat"
 
 
 def test_the_report_needs_no_network_and_shows_pictures(whole):
