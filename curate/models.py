@@ -36,8 +36,8 @@ from PIL import Image
 
 from checkpoint import InputError, read_json, read_text
 from curate.page import Dropped, Page, Picture, Step
-from evaluate import server
 from evaluate.judges import Tally, Unanswered, plain
+from evaluate.server import FIRST, LATER, PAUSE
 from pages.answer import harmless_json, write_text
 from records.validate import load_image
 
@@ -284,7 +284,7 @@ class Server:
             messages = [{"role": "user", "content": [self.content(part) for part in asked]}]
         except InputError as e:  # a picture that is none
             return reply_of("", problem=str(e))
-        pause = server.FIRST
+        pause = FIRST
         for left in reversed(range(self.model.tries)):
             try:
                 reply = await self.once(messages, options["max_tokens"])
@@ -295,8 +295,8 @@ class Server:
             except Exception as e:
                 if not (left and worth_another_try(e)):
                     raise self.unanswered(e) from None
-                told = server.retry_after(e)
-            await asyncio.sleep(min(server.PAUSE, pause if told is None else told))
+                told = retry_after(e)
+            await asyncio.sleep(min(PAUSE, pause if told is None else told))
             pause *= 2
         raise AssertionError("the last try returns or raises")
 
@@ -304,12 +304,12 @@ class Server:
         status = status_of(e)
         if status in (401, 403, 404):
             remedy = "correct the address, the name of the model or MODEL_API_KEY"
-            raise InputError(f"{self.model.where}: {server.reason(e)}: {remedy}") from None
+            raise InputError(f"{self.model.where}: {reason(e)}: {remedy}") from None
         # A request that it will not have says nothing about the next one.
-        if status is None or status in server.LATER:
+        if status is None or status in LATER:
             self.silent += 1
             self.last = time.monotonic()
-        return Unanswered(f"{self.model.where}: {server.reason(e)}")
+        return Unanswered(f"{self.model.where}: {reason(e)}")
 
     async def once(self, messages: list[dict], max_tokens: int) -> dict:
         try:
@@ -317,8 +317,8 @@ class Server:
                 messages, model=self.model.name, max_tokens=max_tokens, temperature=0, seed=0
             )
         except HfHubHTTPError as e:
-            if server.filtered(e):
-                return reply_of("", problem=f"refused: {server.reason(e)}")
+            if filtered(e):
+                return reply_of("", problem=f"refused: {reason(e)}")
             raise
         choice = out.choices[0]
         words = choice.message.content
@@ -345,6 +345,25 @@ class Server:
         return {"type": "image_url", "image_url": {"url": url}}
 
 
+def filtered(e: HfHubHTTPError) -> bool:
+    """Whether a filter before the model refused: an error to the protocol, an answer to us."""
+    text = (e.response.text or "")[:5000].lower()
+    return e.response.status_code in (400, 403, 422) and ("content_filter" in text or "content policy" in text)
+
+
+def retry_after(e: Exception) -> float | None:
+    """Seconds that the server asks for."""
+    try:
+        return max(0.0, float(e.response.headers["Retry-After"]))
+    except (AttributeError, KeyError, ValueError, TypeError):
+        return None
+
+
+def reason(e: Exception) -> str:
+    """An error in one short line."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
 def status_of(e: Exception) -> int | None:
     return getattr(getattr(e, "response", None), "status_code", None)
 
@@ -352,7 +371,7 @@ def status_of(e: Exception) -> int | None:
 def worth_another_try(e: Exception) -> bool:
     status = status_of(e)
     if status is not None:
-        return status in server.LATER
+        return status in LATER
     # No answer, or one that is no chat completion, which fails in many ways. What else fails is a mistake here.
     transport = type(e).__module__.startswith(("httpx", "httpcore"))
     if transport or isinstance(e, OSError | ValueError | TypeError | LookupError | AttributeError):
@@ -369,7 +388,7 @@ def check_server(url: str, name: str) -> None:
     try:
         reply = get_session().get(f"{base}/models", headers={"Authorization": f"Bearer {key}"}, timeout=20)
     except Exception as e:
-        raise InputError(f"--model {url}: nobody answers there ({server.reason(e)}): start the server first") from None
+        raise InputError(f"--model {url}: nobody answers there ({reason(e)}): start the server first") from None
     if reply.status_code in (401, 403):
         raise InputError(f"--model {url}: it wants a key (HTTP {reply.status_code}): put it into MODEL_API_KEY")
     try:

@@ -27,8 +27,9 @@ from PIL import Image
 
 from checkpoint import InputError, parse_dtype, part_folder, pick_device, sha256
 from curate.store import whole
+from curate.models import reason
 from evaluate.judges import Unanswered
-from evaluate.server import FIRST, LATER, PAUSE, reason
+from evaluate.server import FIRST, LATER, PAUSE
 from pipeline import PARTS, DuoGen, Paint, Read, Stop, derive, find_checkpoint, read_manifest
 from records.validate import load_image
 
@@ -109,7 +110,9 @@ class Painter:
         if self.where == "self":
             return
         if not self.where.startswith(("http://", "https://")):
-            raise InputError(f"--painter {self.where}: must be self, or the address of a server, such as http://localhost:8000/v1")
+            raise InputError(
+                f"--painter {self.where}: must be self, or the address of a server, such as http://localhost:8000/v1"
+            )
         if not self.name:
             raise InputError("--painter-name is missing: what the server calls its model")
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from checkpoint import InputError, read_json
 from curate.engine import MOST_TASKS, claim
-from curate.models import Model, asking, at_once, parsed, prompt, spent, write_spent
+from curate.models import Model, asking, at_once, parsed, prompt, spent
 from curate.page import Dropped, Page, Part, Picture
 from curate.painter import Painter, tally
 from curate.report import in_words
@@ -334,8 +334,6 @@ def cost(args: argparse.Namespace, model: Model, painter: Painter, judge: Judge 
         pictures = tally(painter, os.getpid())
         parts.append(f"{pictures['painted']} pictures painted, {pictures['kept']} from disk")
     if model:
-        if args.workers == 1:
-            write_spent(Path(model.calls), model.tally)  # its last second, too
         total = spent(model.calls)
         text = f"model: {total.asked} calls, {total.kept} from disk, {total.read:,} + {total.written:,} tokens"
         if args.price:

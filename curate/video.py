@@ -46,7 +46,7 @@ ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".t
 SHARP = 480  # pixels of the long side on which sharpness is measured: it depends on the size
 FEWEST = 4  # small frames of a clip, which are 8 a second
 JPEG = 95  # quality of the frames that are kept
-PACKAGES = ("datatrove", "av", "scenedetect", "pillow", "numpy")
+PACKAGES = ("datatrove", "av", "scenedetect-headless", "pillow", "numpy")
 
 
 # -------------------------------------------------------------------------------------------------------------------- pages

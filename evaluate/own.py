@@ -91,16 +91,16 @@ class Own:
 
     def probabilities(self, parts: list, candidates: list[str]) -> tuple[dict[str, float], int]:
         """How likely the answer begins with each candidate, and no longer one; and how many tokens were read."""
-        (found,), read = self.several(parts[:-1], [(parts[-1], candidates)])
+        (found,), read = self.several(parts, [("", candidates)])
         return found, read
 
     def several(self, parts: list, asked: list[tuple[str, list[str]]]) -> tuple[list[dict[str, float]], int]:
-        """The same for several last parts, each with candidates of its own: what stands before them is read once."""
+        """The same for several last texts, each with candidates of its own: what stands before them is read once."""
         patches = [self.processor(p) for p in parts if not isinstance(p, str)]
         grids = [grid for _, grid in patches]
         merged = [self.processor.merged(grid) for grid in grids]
         pixels = torch.cat([p for p, _ in patches]).to(self.device) if patches else None
-        questions = [self.rendered([*parts, last], merged) for last, _ in asked]
+        questions = [self.rendered([*parts, last] if last else parts, merged) for last, _ in asked]
         longest = max(map(len, questions))
         room = self.mllm.config.max_position_embeddings
         if longest + ROOM > room:
