@@ -611,12 +611,35 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(stage: Stage, folder: Path) -> Iterator[None]:
-    """A bar of the tasks that datatrove has marked as completed."""
+def heard() -> Iterator[threading.Event]:
+    """interrupt.heard, and an event that is set when a signal has come: an exception in the midst of a fork is lost."""
+    asked = threading.Event()
+    with interrupt.heard():
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    signal.signal(number, partial(note, asked, handler))
+        yield asked
+
+
+def note(asked: threading.Event, handler: Callable, number: int, frame: Any) -> None:
+    asked.set()
+    handler(number, frame)
+
+
+@contextlib.contextmanager
+def progress(stage: Stage, folder: Path, asked: threading.Event) -> Iterator[None]:
+    """A bar of the tasks that datatrove has marked as completed. It insists on a signal that has not ended the stage."""
     done = threading.Event()
 
     def watch(bar: tqdm) -> None:
+        waited = 0.0
         while not done.wait(0.5):
+            waited += 0.5 * asked.is_set()
+            if waited >= 3:
+                waited = 0.0
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             with contextlib.suppress(OSError):
                 bar.update(len(os.listdir(folder / "completions")) - bar.n)
 
@@ -644,7 +667,7 @@ def start_ray() -> None:
 def run(job: Job) -> None:
     """Do what is left of a job. Errors: InputError for what the user can put right, OSError for a full disk."""
     claim(job.out)
-    with alone(job.work), interrupt.heard():
+    with alone(job.work), heard() as asked:
         prepare(job)
         if (job.out / "manifest.json").exists():
             print(f"{job.out}: is complete; --fresh makes it anew")
@@ -658,7 +681,7 @@ def run(job: Job) -> None:
         before = None
         for stage in stages(job):
             before = executor(job, stage, before)
-            with progress(stage, job.work / stage.name), sorted_out(job):
+            with progress(stage, job.work / stage.name, asked), sorted_out(job):
                 before.run()
             # Ray's executor only logs that a task has failed.
             if job.how == "ray" and (failed := before.get_incomplete_ranks()):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from killed import digests
 from steps import Coloured, Picky, Rare, Server, Slow, Told
 
 from checkpoint import InputError
-from curate.engine import Block, Job, Stage, concluded, described, run, split, stages
+from curate.engine import Block, Job, Stage, concluded, described, progress, run, split, stages
 from curate.page import Page, Picture, Refused, document_of, page_of
 from curate.store import read_pages, write_page
 from data import Files
@@ -146,6 +147,14 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         with pytest.raises(InputError, match="another run is at work"):
             run(job(tmp_path))
         other.stdin.close()
+
+
+def test_a_signal_whose_exception_was_lost_comes_again(tmp_path):
+    """In the midst of a fork Python drops it."""
+    asked = threading.Event()
+    asked.set()
+    with pytest.raises(KeyboardInterrupt), progress(Stage("stage-0", [], 1), tmp_path, asked):
+        time.sleep(30)
 
 
 def test_the_manifest_names_every_threshold():
