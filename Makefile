@@ -67,7 +67,7 @@ clean:
 	$(PY) -m pip install --disable-pip-version-check -r serve/requirements.txt
 	@touch $@
 
-.venv/dev: requirements-dev.txt requirements.txt | .venv/bin/python
+.venv/dev: requirements-dev.txt requirements.txt evaluate/requirements.txt curate/requirements.txt serve/requirements.txt | .venv/bin/python
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/runtime
 

@@ -132,7 +132,7 @@ def resolve(source: str | Path, subfolder: str | None = None, revision: str | No
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=patterns)
         folder = Path(snapshot) / subfolder
     except Exception as e:  # the transports raise types of their own, without a common base
-        raise InputError(_hub_problem(e, repo, revision, source)) from e
+        raise InputError(hub_problem(e, repo, revision, source)) from e
     if not folder.is_dir():
         what = f"no folder {subfolder} with" if subfolder else "no"
         raise InputError(f"{repo}: {what} json or safetensors files at revision {revision}: see {constants.ENDPOINT}/{repo}")
@@ -173,7 +173,8 @@ def no_folder(source: str | Path, base: Path | None = None) -> str:
     return f"{source}: no such folder: there is no {missing} there: {remedy}"
 
 
-def _hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> str:
+def hub_problem(e: Exception, repo: str, revision: str, source: str | Path) -> str:
+    """What to say when a download failed, in one line. source: the name as the user gave it."""
     page = f"{constants.ENDPOINT}/{repo}"
     cause = e
     # Nothing in the cache: that is either what was asked for, offline, or only the last thing that was tried. Then what came

@@ -226,11 +226,12 @@ def check_restarts() -> None:
 
 
 def local_device(name: str) -> torch.device:
-    """This rank's device: of several GPUs the one that torchrun gives it."""
+    """This rank's device: of several GPUs the one that torchrun gives it, without torchrun the one that is named."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = pick_device(name)
-    if device.type == "cuda":
+    named = device.index is not None and "LOCAL_RANK" not in os.environ
+    if device.type == "cuda" and not named:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 

@@ -1,4 +1,4 @@
-"""`python -m evaluate sketchbook`: see report.py; `generate`, `judge` and `report`: see the module of that name in COMMANDS."""
+"""`python -m evaluate sketchbook`: see report.py; any other first word: see its module in COMMANDS."""
 
 import importlib
 import sys
@@ -6,7 +6,15 @@ import sys
 import training
 
 # The first word of a command line; any other belongs to the exam.
-COMMANDS = {"generate": "evaluate.generate", "judge": "evaluate.judging", "report": "evaluate.figures"}
+COMMANDS = {
+    "generate": "evaluate.generate",
+    "judge": "evaluate.judging",
+    "report": "evaluate.figures",
+    "pairs": "evaluate.pairs",
+    "vote": "evaluate.vote",
+    "trust": "evaluate.trust",
+    "cost": "evaluate.cost",
+}
 
 
 def main() -> None:

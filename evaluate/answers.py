@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote
 
 from checkpoint import InputError, make_out, read_json, read_text
 from distributed import take_lock
+from evaluate import hub
 from evaluate.benchmark import Answer, Request, content_of, requests_of
 from pages.answer import harmless_json, write_text
 from records.validate import load_image
@@ -31,8 +33,14 @@ MARK = "<image>"
 
 
 def items_of(module: ModuleType, items: str | None, n: int | None) -> tuple[list[Request], str]:
-    """The requests, and a hash of what they are: ids, words, what score needs; pictures in memory by their pixels."""
-    requests = list(requests_of(module, None if items is None else Path(items), n))
+    """The requests, and a hash of what they are: ids, words, what score needs; pictures in memory by their pixels.
+
+    items: a folder or file at hand, a repository of the Hub as hub.py names it, or None for the benchmark's own.
+    """
+    place = None
+    if items is not None:
+        place = hub.folder(items) if items.startswith(hub.MARK) else Path(items)
+    requests = list(requests_of(module, place, n))
     if not requests:
         raise InputError(f"{module.NAME}: no item in {items or 'it'}")
     digest = hashlib.sha256()
@@ -98,6 +106,12 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(number), int(of)
 
 
+def first_of(problems: list[str]) -> str:
+    """The first of many problems, and how many more there are: one line."""
+    rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0]}{rest}"
+
+
 # ----------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -147,6 +161,11 @@ class Answers:
         for file in files:
             digest.update(file.read_bytes() if file.is_file() else b"")
         return digest.hexdigest()[:16]
+
+
+def address(file: Path, out: Path) -> str:
+    """Of a picture, for a page that lies in `out`."""
+    return quote(Path(os.path.relpath(file.absolute(), out.absolute())).as_posix())
 
 
 def split_parts(parts: object, folder: Path, where: Path) -> tuple[list[str], list[Path]]:

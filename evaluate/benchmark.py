@@ -3,6 +3,7 @@
     NAME = "toy"                                     its name on the command line
     TITLE = "Four questions about colours"           its name on the report
     SOURCE = {"id": "owner/name", "revision": "...", "file": "items.json", "licence": "Apache-2.0"}
+                                                     and "hub": "" or "datasets/" if that is a repository of the Hub
     PUBLISHED = [{"system": "X", "figures": {"overall": 0.8}, "judge": "GPT-4o", "source": "arXiv ..."}]
                                                      and what makes them incomparable: "items", "n" or "rule"
 
@@ -19,6 +20,7 @@ Where an answer has no picture or no text, there is nothing to ask: `floor` is t
 
 import importlib.util
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -107,6 +109,11 @@ def mean(rows: Iterable[dict], name: str, unjudged: float | None = None) -> Figu
     return average(known(rows, name, unjudged))
 
 
+def valued(rows: Iterable[dict]) -> int:
+    """How many items have a value in any score: what a mean over several scores is made of."""
+    return sum(any(score["value"] is not None for score in row["scores"].values()) for row in rows)
+
+
 def average(values: list[float]) -> Figure:
     return Figure(sum(values) / len(values) if values else math.nan, len(values))
 
@@ -139,7 +146,11 @@ def find(name: str) -> ModuleType:
     else:
         spec = importlib.util.spec_from_file_location(f"benchmark_{file.stem}", file)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as e:  # somebody else's code fails in its own way
+            line = traceback.extract_tb(e.__traceback__)[-1].lineno
+            raise InputError(f"{file}: cannot be read as a benchmark ({type(e).__name__}: {e}; line {line})") from None
     lacking = [part for part in NEEDED if not hasattr(module, part)]
     if lacking:
         raise InputError(f"{file}: no benchmark, it lacks {', '.join(lacking)}")
@@ -151,10 +162,24 @@ def requests_of(module: ModuleType, items: Path | None = None, n: int | None = N
     if items is not None and not items.exists():
         raise InputError(f"--items {items}: does not exist")
     seen = set()
-    for request in module.requests(items):
+    for request in whole_items(module, items):
         if n is not None and len(seen) >= n:
             return
         if request.id in seen or not request.id or "/" in request.id or request.id.startswith("."):
             raise InputError(f"{module.NAME}: {request.id!r} comes twice or can be no folder")
         seen.add(request.id)
         yield request
+
+
+def whole_items(module: ModuleType, items: Path | None) -> Iterator[Request]:
+    """What the benchmark makes of its items; InputError where one lacks what it reads."""
+    number = 1
+    try:
+        for request in module.requests(items):
+            yield request
+            number += 1
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        where = f"item {number} of {items or 'its own file'}"
+        raise InputError(f"{module.NAME}: {where} is not in the form that it reads ({type(e).__name__}: {e})") from None

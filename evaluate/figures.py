@@ -7,23 +7,26 @@ the bootstrap over items: again and again as many items are drawn with repetitio
 the middle 95 percent are the interval. Of every score three counts say how it came about: judged, refused, unparsable; a
 fourth, missing, counts answers that lacked what was to be judged: their score is the scale's lowest. Published figures stand
 beside ours with what differs.
+
+The folder of a comparison (`pairs`, `vote`) has a report of its own, see comparison.py.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import quote
 
 import numpy as np
+from tqdm import tqdm
 
 from checkpoint import InputError, read_json
-from evaluate.answers import Answers, items_of, read_run
+from evaluate import comparison
+from evaluate.answers import Answers, address, items_of, read_run
 from evaluate.benchmark import JUDGED, MISSING, REFUSED, UNPARSABLE, Figure, Request, content_of, find
 from evaluate.judging import prompt_hash
 from evaluate.tables import Table, markdown
@@ -32,6 +35,8 @@ from pages.answer import harmless_json, write_text
 from pages.template import render
 
 WHYS = (JUDGED, REFUSED, UNPARSABLE, MISSING)
+BINS = 10
+BARS = "·▁▂▃▄▅▆▇█"
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +49,9 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--draws {args.draws}: must be 1 or more")
     out = Path(args.out)
     run = read_run(out)
+    if "systems" in run:
+        comparison.report(out, args.draws, args.seed)
+        return
     module = find(run["benchmark"])
     requests, items = items_of(module, run.get("items from"), run.get("n"))
     if items != run["items"]:
@@ -79,7 +87,9 @@ def main(argv: list[str]) -> None:
     cards = [card(request, judged, answers, out, ranges) for request in requests]
     cards.sort(key=lambda c: c["goodness"])
     notes.append(("report of", made))
-    write_text(out / "report.html", render("benchmark.html", title=module.TITLE, tables=tables, facts=notes, cards=cards))
+    orders = ("worst first", "best first")
+    page = render("benchmark.html", title=module.TITLE, tables=tables, facts=notes, cards=cards, orders=orders)
+    write_text(out / "report.html", page)
     print(text, end="")
     print(out / "report.html")
 
@@ -92,11 +102,13 @@ class Judged:
         self.by_id = {row["id"]: row for row in rows}
         self.of = of
         self.card = read_json(folder / "judge.json")
-        if (folder / "models.json").is_file():
-            self.card |= read_json(folder / "models.json")
+        # What the server called its model, item by item: it may have been another one by and by.
+        called = {name for row in rows for name in row.get("answered as", [])}
+        if called - {self.card["judge"], ""}:
+            self.card["answered as"] = sorted(called)
         if self.card["prompts"] != prompt_hash(module):
             self.card["note"] = "the prompts have changed since"
-        self.figures = bootstrap(module, rows, draws, seed)
+        self.figures = bootstrap(module.aggregate, rows, draws, seed)
         self.counts = {}
         for row in rows:
             for name, score in row["scores"].items():
@@ -109,20 +121,39 @@ class Judged:
 
     def tables(self, module: ModuleType) -> list[Table]:
         judge = self.card["judge"]
-        rows = [[name, number(f.value), f"{number(f.low)} to {number(f.high)}", str(f.n)] for name, f in self.figures.items()]
+        rows = [[name, number(f.value), interval(f), str(f.n)] for name, f in self.figures.items()]
         notes = [("judge", f"{judge}, {self.card['date']}, prompts {self.card['prompts']}"),
                  ("items", f"{len(self.rows)} of {self.of} judged"),
                  ("95 %", "interval by bootstrap over items")]  # fmt: skip
-        notes += [(key, str(self.card[key])) for key in ("answered as", "note") if key in self.card]
+        if "answered as" in self.card:
+            notes.append(("answered as", ", ".join(self.card["answered as"])))
+        if "note" in self.card:
+            notes.append(("note", self.card["note"]))
         tables = [Table(f"By {judge}", ["figure", "value", "95 %", "items"], rows, notes)]
         counts = [[name, *(str(count[why]) for why in WHYS)] for name, count in self.counts.items()]
         notes = [(REFUSED, "the judge would not answer, or its filter stood before it"),
                  (UNPARSABLE, "no score can be read from its answer"),
                  (MISSING, "there was nothing to judge: the scale's lowest score")]  # fmt: skip
         tables.append(Table(f"How the scores of {judge} came about", ["score", *WHYS], counts, notes))
+        tables.append(self.distribution())
         if module.PUBLISHED:
             tables.append(self.beside(module))
         return tables
+
+    def distribution(self) -> Table:
+        """How the values of each score lie between the lowest and the highest of them."""
+        values: dict[str, list[float]] = {}
+        for row in self.rows:
+            for name, score in row["scores"].items():
+                for key, value in parts_of(score["value"]):
+                    values.setdefault(f"{name} {key}".strip(), []).append(value)
+        rows = []
+        for name, found in values.items():
+            quarters = np.percentile(found, [25, 50, 75])
+            rows.append([name, f"{min(found):g}", bars(found), f"{max(found):g}", *(f"{q:.2f}" for q in quarters)])
+        head = ["score", "lowest", "distribution", "highest", "25 %", "median", "75 %"]
+        notes = [("distribution", f"{BINS} equal steps from the lowest to the highest value; the tallest bar is the commonest")]
+        return Table(f"How the scores of {self.card['judge']} are spread", head, rows, notes)
 
     def beside(self, module: ModuleType) -> Table:
         """Published figures, each line with what differs from ours."""
@@ -143,13 +174,13 @@ class Judged:
         return Table("Beside published figures", ["system", *names, "judge", "differs"], rows, notes)
 
 
-def bootstrap(module: ModuleType, rows: list[dict], draws: int, seed: int) -> dict[str, Figure]:
-    """The figures, each with the middle 95 percent of what it is for items drawn anew."""
-    figures = module.aggregate(rows)
+def bootstrap(aggregate: Callable, rows: list[dict], draws: int, seed: int) -> dict[str, Figure]:
+    """The figures that aggregate(rows) gives, each with the middle 95 percent of what it is for items drawn anew."""
+    figures = aggregate(rows)
     chance = random.Random(seed)
     drawn = {name: [] for name in figures}
-    for _ in range(draws):
-        again = module.aggregate(chance.choices(rows, k=len(rows)))
+    for _ in tqdm(range(draws), desc="intervals", unit="draw", leave=False, disable=None):
+        again = aggregate(chance.choices(rows, k=len(rows)))
         for name in figures:
             # A small group may be missing from a draw.
             if name in again and math.isfinite(again[name].value):
@@ -163,12 +194,23 @@ def percentile(values: list[float], percent: float) -> float:
     return float(np.percentile(values, percent)) if values else math.nan
 
 
+def bars(values: list[float]) -> str:
+    """A histogram as text; what has no value at all has no bar."""
+    counts, _ = np.histogram(values, BINS)
+    # Rounded up: one of 500 is to be seen.
+    return "".join(BARS[math.ceil(count / counts.max() * (len(BARS) - 1))] for count in counts)
+
+
 def finite(value: float) -> float | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def interval(figure: Figure) -> str:
+    return "-" if math.isnan(figure.low) else f"{number(figure.low)} to {number(figure.high)}"
 
 
 def facts(about: dict) -> list[tuple[str, str]]:
@@ -214,7 +256,9 @@ def goodness(id: str, judged: list["Judged"], ranges: dict) -> float:
         for name, score in j.by_id.get(id, {"scores": {}})["scores"].items():
             for key, value in parts_of(score["value"]):
                 low, high = ranges[n, name, key]
-                places.append((value - low) / (high - low) if high > low else 1.0)
+                # Where nobody did better than to give nothing, that is still the worst.
+                alike = 0.0 if score["why"] == MISSING else 1.0
+                places.append((value - low) / (high - low) if high > low else alike)
     return sum(places) / len(places) if places else -1.0
 
 
@@ -228,21 +272,20 @@ def card(request: Request, judged: list["Judged"], answers: Answers, out: Path, 
     if answers.has(request.id):
         texts, files = answers.files(request.id)
         # Addresses, not contents: a page with all pictures of 500 answers in it would be too heavy for a phone.
-        pictures = [quote(Path(os.path.relpath(f.absolute(), out.absolute())).as_posix()) for f in files]
+        pictures = [address(file, out) for file in files]
     scores = []
     for j in judged:
         for name, score in j.by_id.get(request.id, {"scores": {}})["scores"].items():
             value = score["value"]
             shown = ", ".join(f"{k} {v:.2f}".strip() for k, v in parts_of(value)) if value is not None else "-"
             said = {"why": score["why"], "words": score["words"]}
-            scores.append({"judge": j.card["judge"], "name": name, "value": shown} | said)
-    given = answers.given(request.id)
+            title = name if len(judged) == 1 else f"{name}, {j.card['judge']}"
+            scores.append({"judge": j.card["judge"], "name": title, "value": shown} | said)
     return {
         "id": request.id,
         "asked": " ".join(asked),
-        "given": [quote(Path(os.path.relpath(f.absolute(), out.absolute())).as_posix()) for f in given],
-        "texts": texts,
-        "pictures": pictures,
+        "given": [address(file, out) for file in answers.given(request.id)],
+        "answers": [{"name": "", "texts": texts, "pictures": pictures}],
         "scores": scores,
         "whys": " ".join(sorted({s["why"] for s in scores})) if scores else "unjudged",
         "meta": json.dumps(request.meta, ensure_ascii=False),

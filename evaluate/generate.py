@@ -3,7 +3,9 @@
     python -m evaluate generate geneval --out runs/e                             by the bundled miniature
     python -m evaluate generate geneval --out runs/e --ckpt DIR --n 20 --batch 16 --steps 20
     python -m evaluate generate imgedit --out runs/e --items shared/imgedit      items from a folder or file at hand
-    torchrun --nproc-per-node 8 -m evaluate generate geneval --out runs/e        or --shard 0/8 by hand
+    python -m evaluate generate imgedit --out runs/e --items hub:OWNER/NAME@REVISION     or from the Hub (hub.py)
+    torchrun --nproc-per-node 8 -m -- evaluate generate geneval --out runs/e     or --shard 0/8 by hand; without the --,
+                                                                                 torchrun would take our --n for its own
 
 The same command again goes on where it ended. Every item has a noise of its own by its number, so it does not matter how many
 are written together or by how many processes. --lmms-eval also writes answers/lmms_eval.jsonl, a line {"id", "doc_id",
@@ -23,7 +25,7 @@ from tqdm import tqdm
 import interrupt
 from checkpoint import InputError, parse_dtype, read_json
 from distributed import flush_denormals, local_device
-from evaluate.answers import Answers, alone, claim, items_of, lmms_line, parse_shard
+from evaluate.answers import Answers, alone, claim, first_of, items_of, lmms_line, parse_shard
 from evaluate.benchmark import find
 from families.registry import PARTS
 from flags import Parser, add_flags
@@ -36,7 +38,7 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     p = Parser("python -m evaluate generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("benchmark", help="name of a benchmark, or a .py file that is one")
     p.add_argument("--out", required=True, help="folder of the run")
-    p.add_argument("--items", metavar="PATH", help="folder or file of items (default: the benchmark's own)")
+    p.add_argument("--items", metavar="PATH", help="folder, file or hub:OWNER/NAME@REVISION (default: the benchmark's own)")
     p.add_argument("--n", type=int, help="only the first so many items")
     p.add_argument("--batch", type=int, default=16, help="answers written together (16)")
     p.add_argument("--shard", metavar="i/n", help="only every n-th item, from item i (default: this rank's under torchrun)")
@@ -84,10 +86,15 @@ def main(argv: list[str]) -> None:
         folder = out / "answers"
         folder.mkdir(exist_ok=True)
         waiting = {}
+        problems = []
         for number, request in enumerate(requests):
             if number % shard[1] != shard[0]:
                 continue
-            answer = duo.answer(request.messages, settings, number)
+            try:
+                answer = duo.answer(request.messages, settings, number)
+            except InputError as e:  # a broken picture or too long a prompt: it costs no other item its answer
+                problems.append(f"{request.id}: {e}")
+                continue
             asked = asked_for(answer, request.id, dtype)
             file = folder / request.id / "answer.json"
             if not file.is_file():
@@ -95,7 +102,8 @@ def main(argv: list[str]) -> None:
                 waiting[answer] = request.id, asked
             elif read_json(file).get("asked") != asked:
                 raise InputError(f"{file}: of another run (its weights or pictures were others): choose another --out")
-        fill(duo, waiting, folder, facts, args.batch, sum(n % shard[1] == shard[0] for n in range(len(requests))))
+        mine = sum(n % shard[1] == shard[0] for n in range(len(requests)))
+        fill(duo, waiting, folder, facts, args.batch, mine - len(problems))
 
     if args.lmms_eval:
         answers = Answers(folder, requests)
@@ -104,15 +112,18 @@ def main(argv: list[str]) -> None:
         write_text(folder / "lmms_eval.jsonl", "\n".join(lines) + "\n")
     done = sum((folder / r.id / "answer.json").is_file() for r in requests)
     print(f"{done} of {len(requests)} answers: {folder}")
+    if problems:
+        raise InputError(f"not answered: {first_of(problems)}; what is answered is kept, give the same command again")
 
 
 def fill(duo: DuoGen, waiting: dict[Answer, tuple[str, str]], folder: Path, facts: dict, batch: int, total: int) -> None:
     """Write the answers that wait, and save each as soon as it is finished."""
     began = time.perf_counter()
     # An answer that this process saves has its place to itself; what a killed one left is hidden and of no use.
-    for id, _ in waiting.values():
-        for left in folder.glob(f".{id}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+    mine = {id for id, _ in waiting.values()}
+    for left in unfinished(folder, mine):
+        shutil.rmtree(left, ignore_errors=True)
+    for id in mine:
         shutil.rmtree(folder / id, ignore_errors=True)
     with tqdm(total=total, initial=total - len(waiting), unit="answer", disable=None) as bar, interrupt.heard():
 
@@ -123,3 +134,13 @@ def fill(duo: DuoGen, waiting: dict[Answer, tuple[str, str]], folder: Path, fact
             bar.update()
 
         duo.write_many(list(waiting), batch=batch, done=done)
+
+
+def unfinished(folder: Path, ids: set[str]) -> list[Path]:
+    """Hidden folders, .ID-PROCESS, of answers with these ids; another rank may be at ID-2 while this one is at ID."""
+    found = []
+    for left in folder.glob(".*"):
+        id, _, process = left.name[1:].rpartition("-")
+        if id in ids and process.isdecimal():
+            found.append(left)
+    return found

@@ -19,13 +19,17 @@ import re
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from checkpoint import read_json
+from checkpoint import InputError, read_json
+from distributed import take_lock
 from evaluate.benchmark import JUDGED, REFUSED, UNPARSABLE, Verdict
 from model import to_rgb
 from pages.answer import harmless_json, write_text
@@ -100,6 +104,13 @@ class Asker:
         self.tally = Tally()
         self.lock = threading.Lock()
         self.asking = defaultdict(threading.Lock)  # by question: who asks the same at the same time waits for the answer
+        self.names: set[str] = set()  # of `tally.models` those that answered about one item
+
+    def for_item(self) -> "Asker":
+        """The same one, with `names` of its own."""
+        other = copy(self)
+        other.names = set()
+        return other
 
     def yes(self, question: str, *content: str | Image.Image) -> Verdict:
         parts = [*content, f"{question}\nAnswer with yes or no."]
@@ -130,27 +141,55 @@ class Asker:
         file = self.calls / key[:2] / f"{key}.json"
         with self.lock:
             own = self.asking[key]
-        with own:
-            return self.kept_or_new(question, asked, file)
+        with own, one_asks(file):
+            reply = self.kept_or_new(question, asked, file)
+        self.names.add(reply.model)
+        with self.lock:
+            self.tally.models.add(reply.model)
+        return reply
 
     def kept_or_new(self, question: Question, asked: dict, file: Path) -> Reply:
-        if file.is_file():
-            kept = read_json(file)["reply"]
+        kept = kept_reply(file)
+        if kept is not None:
             with self.lock:
                 self.tally.kept += 1
-                self.tally.models.add(kept["model"])
-            return Reply(**kept | {"tokens": tuple(kept["tokens"])})
+            return kept
         reply = self.backend.ask(question)
         reply.words = reply.words[:LONGEST]
-        file.parent.mkdir(parents=True, exist_ok=True)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_text(file, harmless_json({"asked": asked, "date": now, "reply": vars(reply)}))
         with self.lock:
             self.tally.asked += 1
             self.tally.read += reply.tokens[0]
             self.tally.written += reply.tokens[1]
-            self.tally.models.add(reply.model)
         return reply
+
+
+def kept_reply(file: Path) -> Reply | None:
+    """What a judge said, from the disk; None if it was never asked, or if a file is not what was written (a full disk)."""
+    if not file.is_file():
+        return None
+    try:
+        kept = read_json(file)["reply"]
+        return Reply(**kept | {"tokens": tuple(kept["tokens"])})
+    except (InputError, LookupError, TypeError):
+        return None
+
+
+@contextmanager
+def one_asks(file: Path) -> Iterator[None]:
+    """Of several ranks with the same question one asks, and the others find its answer."""
+    if kept_reply(file) is not None:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_suffix(".lock")
+    with open(lock, "w") as held:
+        take_lock(held, math.inf)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def described(question: Question) -> dict:

@@ -17,6 +17,7 @@ import inspect
 import re
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import InputError, read_json
 from evaluate import judges
-from evaluate.answers import Answers, alone, claim, items_of, parse_shard
+from evaluate.answers import Answers, alone, claim, first_of, items_of, parse_shard
 from evaluate.benchmark import FOLDER, Answer, Request, find
 from evaluate.judges import Asker, Backend
 from flags import Parser
@@ -39,13 +40,21 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("benchmark", help="name of a benchmark, or a .py file that is one")
     p.add_argument("--out", required=True, help="folder of the run")
     p.add_argument("--judge", required=True, metavar="self|URL", help="self, or the address of an OpenAI-compatible server")
-    p.add_argument("--judge-model", metavar="NAME", help="what the server calls its model")
-    p.add_argument("--at-once", type=int, default=8, help="items judged at the same time by a server (8)")
     p.add_argument("--answers", metavar="PATH", help="answers of another system: see evaluate/answers.py")
-    p.add_argument("--items", metavar="PATH", help="with --answers: folder or file of items")
+    p.add_argument("--items", metavar="PATH", help="with --answers: folder or file of items, or hub:OWNER/NAME@REVISION")
     p.add_argument("--n", type=int, help="with --answers: only the first so many items")
     p.add_argument("--absent", action="store_true", help="answers that are not there are judged as empty ones")
     p.add_argument("--shard", metavar="i/n", help="only every n-th item, from item i (default: this rank's under torchrun)")
+    add_judge_flags(p)
+    args = p.parse_flags(argv)
+    check_judge_flags(args, ["n"])
+    return args
+
+
+def add_judge_flags(p: Parser) -> None:
+    """How the judge is asked that --judge names."""
+    p.add_argument("--judge-model", metavar="NAME", help="what the server calls its model")
+    p.add_argument("--at-once", type=int, default=8, help="items judged at the same time by a server (8)")
     p.add_argument("--timeout", type=float, default=120.0, help="seconds until a silent server is asked again (120)")
     p.add_argument("--tries", type=int, default=6, help="how often a question is asked of a failing server (6)")
     p.add_argument("--max-tokens", type=int, default=1024, help="that a server's judge may write (1024)")
@@ -54,8 +63,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--mllm", help="of self: the language model alone, from a run, a folder or a Hub name")
     p.add_argument("--dtype", default="auto", help="of self: auto, bf16, fp32, fp16")
     p.add_argument("--device", default="auto", help="of self: auto, cpu, cuda, cuda:N, mps")
-    args = p.parse_flags(argv)
-    for name in ("n", "at_once", "tries", "max_tokens"):
+
+
+def check_judge_flags(args: argparse.Namespace, counts: list[str]) -> None:
+    """InputError on what cannot be; counts: a command's own flags that are 1 or more. The price becomes two numbers."""
+    for name in (*counts, "at_once", "tries", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.price is not None:
@@ -65,7 +77,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
                 raise ValueError
         except ValueError:
             raise InputError(f"--price {args.price}: must be two numbers, such as 0.15,0.60") from None
-    return args
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +99,7 @@ def main(argv: list[str]) -> None:
 
     with contextlib.redirect_stdout(sys.stderr):
         backend = load_judge(args)
-    folder = out / "judged" / re.sub(r"[^\w.-]+", "-", backend.name).strip("-")
+    folder = out / "judged" / folder_name(backend.name)
     judge = Asker(backend, out / "calls")
     card = {"judge": backend.name, "identity": backend.identity, "prompts": prompt_hash(module)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,9 +111,11 @@ def main(argv: list[str]) -> None:
             lacking = len(mine) - len(there)
             print(f"{lacking} of {len(mine)} answers are not there: they are not judged, see --absent", file=sys.stderr)
         judge_all(module, there, answers, judge, folder, args)
-    if judge.tally.models - {backend.name, ""}:
-        write_text(folder / "models.json", harmless_json({"answered as": sorted(judge.tally.models)}))
     print(f"{len(there)} answers judged: {folder}; {told(judge, args.price)}")
+
+
+def folder_name(judge: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", judge).strip("-")
 
 
 def prompt_hash(module: ModuleType) -> str:
@@ -133,49 +146,55 @@ def judge_all(module: ModuleType, requests: list[Request], answers: Answers, jud
         # An answer that is not there is judged as an empty one, if that was asked for.
         absent = not answers.has(request.id)
         answer = Answer([""], []) if absent else answers.read(request.id)
-        scores = module.score(request, answer, judge)
+        heard = judge.for_item()
+        scores = module.score(request, answer, heard)
         row = {
             "id": request.id,
             "meta": request.meta,
             "answer": "" if absent else answers.fingerprint(request.id),
             "scores": {name: verdict._asdict() for name, verdict in scores.items()},
+            "answered as": sorted(heard.names),
         }
         write_text(folder / f"{request.id}.json", harmless_json(row))
 
     waiting = [r for r in requests if not current(folder / f"{r.id}.json", answers, r.id)]
+    each(one, waiting, judge, args, len(requests))
+
+
+def each(one: Callable, waiting: list, judge: Asker, args: argparse.Namespace, total: int) -> None:
+    """one(item) for all that wait, each with an `id`, several at a time. InputError at the end if any could not be judged."""
     problems = []
     silent = 0  # items in a row without an answer
-    at_once = 1 if args.judge == "self" else args.at_once
-    bar = tqdm(total=len(requests), initial=len(requests) - len(waiting), unit="item", disable=None)
+    at_once = args.at_once if args.judge.startswith("http") else 1
+    bar = tqdm(total=total, initial=total - len(waiting), unit="item", disable=None)
     with bar, ThreadPoolExecutor(at_once) as pool:
         queue = iter(waiting)
         running = {}
         try:
             while True:
                 # Not all at once: when the judge is gone, those that wait must not try it one after the other.
-                while len(running) < at_once and silent < PATIENCE and (request := next(queue, None)):
-                    running[pool.submit(one, request)] = request
+                while len(running) < at_once and silent < PATIENCE and (item := next(queue, None)):
+                    running[pool.submit(one, item)] = item
                 if not running:
                     break
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    request = running.pop(future)
+                    item = running.pop(future)
                     try:
                         future.result()
                         silent = 0
                         bar.update()
                     except judges.Unanswered as e:
                         silent += 1
-                        problems.append(f"{request.id}: {e}")
+                        problems.append(f"{item.id}: {e}")
                     except InputError as e:
-                        problems.append(f"{request.id}: {e}")
+                        problems.append(f"{item.id}: {e}")
                     bar.set_postfix_str(told(judge, args.price))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if problems:
-        rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"not judged: {problems[0]}{rest}; what is judged is kept, give the same command again")
+        raise InputError(f"not judged: {first_of(problems)}; what is judged is kept, give the same command again")
 
 
 def current(file: Path, answers: Answers, id: str) -> bool:

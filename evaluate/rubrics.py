@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from checkpoint import InputError, read_text
-from evaluate.benchmark import Answer, Judge, Request, Verdict
+from evaluate import hub
+from evaluate.benchmark import Answer, Judge, Request, Verdict, content_of
 from records.validate import load_image
 
 PROMPTS = Path(__file__).parent / "benchmarks" / "prompts"
@@ -35,7 +36,7 @@ def rubric(name: str, section: str, **words: str) -> str:
 
 def asked(request: Request) -> list[str | Image.Image]:
     """All that the user said and showed, in order."""
-    parts = [part for message in request.messages if message["role"] == "user" for part in message["content"]]
+    parts = [part for message in request.messages if message["role"] == "user" for part in content_of(message)]
     return [part["text"] if part["type"] == "text" else load_image(part["image"]) for part in parts]
 
 
@@ -100,24 +101,17 @@ def at_hand(items: Path | None, source: dict) -> Path:
     """The file of the items: as given, in the folder given, or from the Hub where the source names a Hub's file."""
     name = source["file"]
     if items is None and "hub" in source:
-        return from_hub(source)
+        items = hub.folder(f"hub:{source['hub']}{source['id']}@{source['revision']}")
     if items is None:
         where = f"{source['id']} at {source['revision']}"
         raise InputError(f"--items: {name} is needed, see {where} ({source['licence']}); name the file or its folder")
-    file = items / Path(name).name if items.is_dir() else items
+    file = items
+    if items.is_dir():
+        # As its authors' repository has it, or by itself.
+        file = items / name if (items / name).is_file() else items / Path(name).name
     if not file.is_file():
         raise InputError(f"{file}: no such file; it comes from {source['id']} at {source['revision']}")
     return file
-
-
-def from_hub(source: dict) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source["id"], source["file"], repo_type=source["hub"], revision=source["revision"]))
-    except Exception as e:  # the transports raise types of their own, without a common base
-        line = " ".join(str(e).split())[:120]
-        raise InputError(f"{source['id']} at {source['revision']}: {source['file']} cannot be had ({line})") from None
 
 
 def read(file: Path) -> list | dict:

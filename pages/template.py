@@ -3,8 +3,8 @@
     text = render("overview.html", title="My prompts", cards=[...], problems=[], of=3)
 
 Whatever {{ }} puts into a page is text, whoever wrote it: escaped, and free of control characters. A page is one file without
-scripts or network: `style.css` and all pictures are in it. A benchmark's page alone has a script, for its filters, and pictures
-that lie beside it, for they are thousands.
+scripts or network: `style.css` and all pictures are in it. But for two: a benchmark's page has a script, for its filters, and
+pictures that lie beside it, for they are thousands; the page on which people vote talks to the server that gave it.
 """
 
 import base64

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,6 +44,42 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium that belongs to this system: the one which playwright would download is not needed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: requirements-dev.txt")
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no browser: neither chromium nor google-chrome is installed")
+    with playwright.sync_playwright() as p:
+        # A container's root has no sandbox to run it in.
+        started = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(width, height) -> a page of a new visitor; its complaints are in .errors, what it asks for is in .requests."""
+    visitors = []
+
+    def new(width: int = 1280, height: int = 800):
+        context = browser.new_context(viewport={"width": width, "height": height})
+        context.set_default_timeout(10_000)
+        visitors.append(context)
+        page = context.new_page()
+        page.errors = []
+        page.requests = []
+        page.on("console", lambda message: message.type in ("error", "warning") and page.errors.append(message.text))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("request", lambda request: page.requests.append(request.url))
+        return page
+
+    yield new
+    for context in visitors:
+        context.close()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoint import _hub_problem, load_weights, save_weights
+from checkpoint import hub_problem, load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
 REPO = "acme/duo"
@@ -296,5 +296,5 @@ def test_offline_and_server_down(ask, hub, tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 def test_a_cache_that_cannot_be_written(code):
-    line = _hub_problem(OSError(code, os.strerror(code)), REPO, "main", REPO)
+    line = hub_problem(OSError(code, os.strerror(code)), REPO, "main", REPO)
     assert line.startswith(f"{REPO}: ") and f"cannot be written ({os.strerror(code)}): make room, or set HF_HOME" in line

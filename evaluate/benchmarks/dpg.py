@@ -19,7 +19,8 @@ NAME = "dpg"
 TITLE = "DPG-Bench: long prompts, asked after piece by piece"
 SOURCE = {"id": "github.com/TencentQQGYLab/ELLA", "revision": "025f650e9b36b9603d606042635d98da09e870de",
           "file": "dpg_bench/dpg_bench.csv", "licence": "Apache-2.0"}  # fmt: skip
-PUBLISHED = [{"system": "LLaDA2.0-Uni", "figures": {"overall": 87.8}, "judge": "not said", "source": "arXiv 2604.20796"}]
+PUBLISHED = [{"system": "LLaDA2.0-Uni", "figures": {"overall": 87.8}, "judge": "not said", "source": "arXiv 2604.20796",
+              "rule": "the authors' own has four pictures a prompt"}]  # fmt: skip
 
 
 def requests(items: Path | None = None) -> Iterator[Request]:

@@ -20,8 +20,8 @@ from evaluate.rubrics import asked, at_hand, message, read, rubric, split
 
 NAME = "gedit"
 TITLE = "GEdit-Bench: edits that users asked for"
-SOURCE = {"id": "stepfun-ai/GEdit-Bench", "revision": "main", "file": "gedit_edit.json",
-          "licence": "instructions as in UniWorld-V1 8403e86505e2 (MIT); pictures: see the Hub"}  # fmt: skip
+SOURCE = {"id": "github.com/PKU-YuanGroup/UniWorld-V1", "revision": "8403e86505e2", "file": "univa/eval/gedit/gedit_edit.json",
+          "licence": "MIT; pictures: stepfun-ai/GEdit-Bench on the Hub at 58159f3de668, MIT"}  # fmt: skip
 PUBLISHED = [
     {"system": "DuoGen", "figures": {"O": 7.35}, "judge": "not said", "source": "arXiv 2602.00508, by a note"},
     {"system": "Wan-Weaver", "figures": {"O": 7.39}, "judge": "not said", "source": "arXiv 2603.25706"},

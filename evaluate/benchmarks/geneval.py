@@ -19,10 +19,11 @@ NAME = "geneval"
 TITLE = "GenEval: things, counts, colours and places"
 SOURCE = {"id": "github.com/djghosh13/geneval", "revision": "af4902f24d3c", "file": "prompts/evaluation_metadata.jsonl",
           "licence": "MIT"}  # fmt: skip
+THEIRS = {"judge": "not said", "rule": "GenEval's own has a detector answer"}
 PUBLISHED = [
-    {"system": "DuoGen", "figures": {"overall": 0.88}, "judge": "not said", "source": "arXiv 2602.00508, by a note"},
-    {"system": "Wan-Weaver", "figures": {"overall": 0.89}, "judge": "not said", "source": "arXiv 2603.25706"},
-    {"system": "SenseNova-U1", "figures": {"overall": 0.91}, "judge": "not said", "source": "arXiv 2605.12500"},
+    {"system": "DuoGen", "figures": {"overall": 0.88}, **THEIRS, "source": "arXiv 2602.00508, by a note"},
+    {"system": "Wan-Weaver", "figures": {"overall": 0.89}, **THEIRS, "source": "arXiv 2603.25706"},
+    {"system": "SenseNova-U1", "figures": {"overall": 0.91}, **THEIRS, "source": "arXiv 2605.12500"},
 ]
 PLACES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 

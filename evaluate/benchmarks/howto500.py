@@ -16,7 +16,7 @@ Each is a rubric from 1 to 5 in prompts/howto.md. Where an answer has no picture
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluate.benchmark import Answer, Figure, Judge, Request, Verdict, average, floor, grouped, known, mean
+from evaluate.benchmark import Answer, Figure, Judge, Request, Verdict, average, floor, grouped, known, mean, valued
 from evaluate.rubrics import asked, document, has_text, message, read, rubric
 
 NAME = "howto500"
@@ -68,7 +68,7 @@ def aggregate(rows: list[dict]) -> dict[str, Figure]:
 
     def overall(some: list[dict]) -> Figure:
         means = [sum(values) / len(values) for name in CRITERIA if (values := known(some, name))]
-        return average(means)._replace(n=len(some))
+        return average(means)._replace(n=valued(some))
 
     domains = grouped(rows, lambda row: row["meta"]["domain"])
     found = {name: mean(rows, name) for name in CRITERIA}

@@ -16,8 +16,9 @@ from evaluate.rubrics import asked, at_hand, message, read, rubric, split
 
 NAME = "imgedit"
 TITLE = "ImgEdit-Bench: edits of nine types"
-SOURCE = {"id": "sysuyy/ImgEdit", "revision": "main", "file": "Benchmark/Basic/basic_edit.json",
-          "licence": "MIT, as UniWorld-V1 hands it on; the pictures are in Benchmark.tar"}  # fmt: skip
+SOURCE = {"id": "github.com/PKU-YuanGroup/UniWorld-V1", "revision": "8403e86505e2",
+          "file": "univa/eval/imgedit/eval_prompts/basic_edit.json",
+          "licence": "MIT; pictures: Benchmark.tar of sysuyy/ImgEdit on the Hub"}  # fmt: skip
 PUBLISHED = [
     {"system": "DuoGen", "figures": {"overall": 4.19}, "judge": "not said", "source": "arXiv 2602.00508, by a note"},
     {"system": "Wan-Weaver", "figures": {"overall": 4.31}, "judge": "not said", "source": "arXiv 2603.25706"},

@@ -2,13 +2,10 @@
 
 import json
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,64 +116,10 @@ def test_shards_answer_as_one_process_does(answered, tmp_path):
             assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "evaluate", *words]
-
-
-def killed_often(words: list[str], done: Path, pattern: str, count: int, seconds: float) -> None:
-    """Kill a command at random, and give it again, until `count` files are there."""
-    chance = random.Random(0)
-    kills = 0
-    for _ in range(30):
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            # Most of the time goes to starting, so a kill comes from the first file on.
-            wait_until = time.monotonic() + 60
-            before = len(list(done.glob(pattern)))
-            while kills < 3 and process.poll() is None and time.monotonic() < wait_until:
-                if len(list(done.glob(pattern))) > before:
-                    time.sleep(chance.uniform(0, seconds))
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-                time.sleep(0.005)
-            error = process.communicate(timeout=120)[1]
-        finally:
-            process.kill()
-        if process.returncode == 0:
-            assert len(list(done.glob(pattern))) == count
-            return
-        assert process.returncode == -signal.SIGKILL, error
-    raise AssertionError("it never came to its end")
-
-
-def test_killed_while_generating(answered, tmp_path):
-    out = tmp_path / "e"
-    words = command("generate", TOY, "--out", str(out), "--steps", "2", "--batch", "1")
-    killed_often(words, out / "answers", "*/answer.json", 4, 0.1)
-    for file in answered.glob("answers/*/answer.json"):
-        one, other = (json.loads(f.read_text()) for f in (file, out / file.relative_to(answered)))
-        assert [p.get("text") for p in one["parts"]] == [p.get("text") for p in other["parts"]]
-        assert one["asked"] == other["asked"]
-
-
-def test_killed_while_judging(run, tmp_path):
-    whole = tmp_path / "whole"
-    shutil.copytree(run, whole)
-
-    def slowly(body, n):
-        time.sleep(0.05)
-        return obliging(body, n)
-
-    with Unruly(slowly) as unruly:
-        judge(whole, unruly.url)
-        calls = len(unruly.asked)
-        options = ["--judge", unruly.url, "--judge-model", "judge-1", "--at-once", "2"]
-        words = command("judge", TOY, "--out", str(run), *options)
-        killed_often(words, run / "judged/judge-1", "[!jm]*.json", 4, 0.1)
-        # At most what was on its way at a kill is asked again.
-        assert len(unruly.asked) <= 2 * calls + 3 * 2
-    assert report(run) == report(whole)
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path):
+    words = [sys.executable, "-m", "evaluate", "judge", TOY, "--out", str(tmp_path / "none"), "--judge", "self"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"error: .*no run in it.*\n", done.stderr), done.stderr
 
 
 def test_one_failing_item_costs_no_other(run):

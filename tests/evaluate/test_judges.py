@@ -112,6 +112,13 @@ def test_the_second_time_costs_nothing(tmp_path):
         again = asker(unruly.url, tmp_path)
         assert again.rating("How red?", PICTURE, low=1, high=5) == first
         assert (len(unruly.asked), again.tally.kept, again.tally.asked) == (1, 1, 0)
+        # A file that the disk has spoilt is none, and the question is asked again.
+        (file,) = tmp_path.rglob("*.json")
+        for text in ("", '{"reply": {"words": 3', '{"reply": {}}', "[]"):
+            file.write_text(text)
+            unruly.asked.clear()
+            assert asker(unruly.url, tmp_path).rating("How red?", PICTURE, low=1, high=5) == first
+            assert len(unruly.asked) == 1
         # Another picture, scale or prompt is another question.
         again.rating("How red?", Image.new("RGB", (30, 10), "blue"), low=1, high=5)
         again.rating("How red?", PICTURE, low=0, high=5)
@@ -177,6 +184,29 @@ def test_probabilities_of_numbers_are_those_of_a_full_pass(own):
     assert found["10"] == pytest.approx(likely["10"], rel=1e-3)
     longer = own.tokenizer.encode("10")[:1] == own.tokenizer.encode("1")
     assert found["1"] == pytest.approx(likely["1"] - likely["10"] * longer, rel=1e-3)
+
+
+def test_numbers_asked_for_together_are_those_asked_for_one_by_one(own):
+    """What is to be judged is read once for all of them."""
+    keys = {"style": (0, 10), "sharpness": (1, 5), "x": (0, 3)}
+    parts = ["Rate it.", PICTURE, "It is", PICTURE, "Answer with JSON alone."]
+    together = own.ask(Question("fields", parts, keys))
+    for key, scale in keys.items():
+        alone = own.ask(Question("fields", parts, {key: scale}))
+        assert together.value[key] == pytest.approx(alone.value[key], rel=1e-4)
+    assert together.tokens[0] < 2 * alone.tokens[0]
+
+
+def test_a_named_gpu_is_taken_and_each_rank_has_its_own(monkeypatch):
+    import torch
+
+    import distributed
+
+    monkeypatch.setattr(distributed, "pick_device", torch.device)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [str(distributed.local_device(name)) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:0", "cuda:3", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [str(distributed.local_device(name)) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
 
 
 def test_a_question_longer_than_the_context_is_refused(own):

@@ -13,6 +13,7 @@ class Unruly:
         self.answer = answer
         self.model = model
         self.asked: list[dict] = []
+        self.times: list[list[float]] = []  # of each: when it came, and when its answer had gone out
         self.keys: set[str | None] = set()
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"unruly": self}))
@@ -41,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.unruly.lock:
             self.unruly.asked.append(body)
+            times = [time.monotonic()]
+            self.unruly.times.append(times)
             self.unruly.keys.add(self.headers["Authorization"])
             n = len(self.unruly.asked)
         words = self.unruly.answer(body, n)
@@ -50,14 +53,29 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, words)
         elif words == "hang":
             time.sleep(3)
-        elif isinstance(words, tuple):  # status and error
-            self.send(words[0], words[1].encode())
+        elif words == "half":  # it promises more than it sends, and closes
+            self.send(200, b'{"choices": [', {"Content-Length": "1000"})
+        elif words == "drip":
+            self.drip()
+        elif isinstance(words, tuple):  # status, error and perhaps headers
+            self.send(words[0], words[1].encode(), *words[2:])
         else:
-            message = words if isinstance(words, dict) else {"content": words}
+            message = dict(words) if isinstance(words, dict) else {"content": words}
             choice = {"index": 0, "finish_reason": "stop"} | message.pop("choice", {})
             choice["message"] = {"role": "assistant"} | message
             usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
             self.send(200, json.dumps({"model": self.unruly.model, "choices": [choice], "usage": usage}).encode())
+            times.append(time.monotonic())
+
+    def drip(self):
+        """A byte now and then, as long as the client listens."""
+        self.send(200, b"{", {"Content-Length": "1000"})
+        try:
+            for _ in range(60):
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+        except OSError:
+            pass
 
     def send(self, status: int, body: bytes, headers: dict | None = None):
         try:
