@@ -30,7 +30,8 @@ from curate.store import whole
 from curate.models import reason
 from evaluate.judges import Unanswered
 from evaluate.server import FIRST, LATER, PAUSE
-from pipeline import PARTS, DuoGen, Paint, Read, Stop, derive, find_checkpoint, read_manifest
+from families.registry import PARTS
+from pipeline import DuoGen, Paint, Read, Stop, derive, find_checkpoint, read_manifest
 from records.validate import load_image
 
 FORMAT = 1  # of a key: another way to paint the same words makes another one

@@ -40,7 +40,7 @@ from evaluate.judges import Asker, Unanswered
 from evaluate.judging import load_judge, told
 from evaluate.rubrics import rubric
 from flags import Parser
-from pipeline import PARTS
+from families.registry import PARTS
 
 CHUNK = 16  # requests of an input of the engine
 STEPS = 2, 8  # of an answer, least and most

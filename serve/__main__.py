@@ -25,7 +25,8 @@ import torch
 from checkpoint import InputError, parse_dtype, pick_device
 from flags import Parser, add_flags
 from ops import set_backend
-from pipeline import PARTS, DuoGen, Settings, check_device, override
+from families.registry import PARTS
+from pipeline import DuoGen, Settings, check_device, override
 
 try:
     import uvicorn
