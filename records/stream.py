@@ -405,8 +405,9 @@ def until_closed(loader: DataLoader) -> Iterator[object]:
     workers = [p for p in multiprocessing.active_children() if p not in before]
 
     def end() -> None:
-        for worker in workers:
-            worker.kill()
+        # Once: at the end of a program the generator is closed when Python has taken the modules apart already.
+        while workers:
+            workers.pop().kill()
 
     def end_quietly() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes a worker's end for a failure

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("datatrove", reason="curate/requirements.txt is not installed")
 
-import published
+import public_sets as published
 
 import data
 from checkpoint import InputError

@@ -1,6 +1,5 @@
 """The page in a real browser: a conversation, its pictures in the making, stop, draw again, uploads, and a phone."""
 
-import shutil
 import signal
 
 import pytest
@@ -8,8 +7,6 @@ from PIL import Image
 
 from test_serve import start
 
-playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SLOW = 120_000  # ms that an answer may take on a busy machine
 
 
@@ -21,33 +18,17 @@ def address():
     assert process.wait(20) in (0, -signal.SIGTERM)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("no Chromium here")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
-def page(request, browser, address):
+def page(request, visit, address):
     width, height = request.param
-    page = browser.new_page(viewport={"width": width, "height": height})
-    page.problems = []
-    page.asked = []
-    page.on("console", lambda message: page.problems.append(message.text))
-    page.on("pageerror", lambda e: page.problems.append(str(e)))
-    page.on("request", lambda r: page.asked.append(r.url))
+    page = visit(width, height)
     page.goto(address)
     page.wait_for_selector("#settings input", state="attached")
     yield page
-    assert page.problems == []
+    assert page.errors == []
     # Nothing comes from elsewhere, and nothing is wider than the screen.
-    assert all(url.startswith((address, "data:", "blob:")) for url in page.asked)
+    assert all(url.startswith((address, "data:", "blob:")) for url in page.requests)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()
 
 
 def finished(page) -> None:
@@ -134,7 +115,7 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(page):
     page.keyboard.press("Enter")
     page.wait_for_selector(".problem")
     assert "steps 0: must be from 1 to 1000" in page.locator(".problem").inner_text()
-    page.problems.clear()  # the browser writes a line about the 400
+    page.errors.clear()  # the browser writes a line about the 400
     page.fill('input[name="steps"]', "2")
     ask(page, "Draw a red star.")
     finished(page)

@@ -1,7 +1,7 @@
 """Fixtures: each public set in the form in which it is published, with the sketchbook's words and pictures, and with rows that
 are broken on purpose.
 
-    python tests/curate/published.py FOLDER 40            all sets of JSON, 40 good rows each, and the commands that import them
+    python tests/curate/public_sets.py FOLDER 40          all sets of JSON, 40 good rows each, and the commands that import them
 """
 
 import io
