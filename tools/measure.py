@@ -21,7 +21,7 @@ PACE = 15  # lines that a reader takes in a minute
 EVENINGS = {  # the reading order of the README
     1: ("sample", "pipeline", "tokenizer", "model", "connector"),
     2: ("vae", "dit", "flow", "data", "train_stage1", "train_stage2", "replay"),
-    3: ("ops", "training", "distributed", "flags", "checkpoint", "threads", "interrupt", "flops"),
+    3: ("ops", "lora", "training", "distributed", "flags", "checkpoint", "threads", "interrupt", "flops"),
     4: ("kernels", "hopper"),
 }
 
