@@ -137,7 +137,9 @@ def test_a_script_paints_what_the_system_paints_when_it_writes_the_same_words(du
     free = duo.generate(request, duo.settings(**settings))
     words = [part for part in free.parts if isinstance(part, str)][:2]
     drawn = painters.scripted(duo, request, words, settings)
-    assert [image.tobytes() for image in drawn] == [picture.image.tobytes() for picture in free.pictures]
+    # Up to rounding: the script is read at once, what the system writes a token at a time.
+    for image, picture in zip(drawn, free.pictures, strict=True):
+        assert max(abs(a - b) for a, b in zip(image.tobytes(), picture.image.tobytes(), strict=True)) <= 2
 
 
 def test_what_was_painted_is_kept_by_content(duo, tmp_path, monkeypatch):
