@@ -36,6 +36,7 @@ from curate.requests import SEEDS, Wish, grow, seeds
 from curate.store import whole
 from curate.web import add_engine_flags, make_room, start, with_thresholds
 from curate.world import Checked, Drawn, Requested, choose_seeds, image_of
+from evaluate.judging import parse_price
 from evaluate.judges import Asker, Unanswered
 from evaluate.judging import load_judge, told
 from evaluate.rubrics import rubric
@@ -250,13 +251,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("--judge: without a model the sketchbook's own checker judges; give --model")
     if args.model != "none" and args.painter == "renderer":
         raise InputError("--painter renderer: draws the sketchbook alone, without a model")
-    if args.price is not None:
-        try:
-            args.price = tuple(map(float, args.price.split(",")))
-            if len(args.price) != 2:
-                raise ValueError
-        except ValueError:
-            raise InputError(f"--price {args.price}: must be two numbers, such as 0.15,0.60") from None
+    args.price = parse_price(args.price)
     return args
 
 

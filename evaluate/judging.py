@@ -70,13 +70,21 @@ def check_judge_flags(args: argparse.Namespace, counts: list[str]) -> None:
     for name in (*counts, "at_once", "tries", "max_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.price is not None:
-        try:
-            args.price = tuple(map(float, args.price.split(",")))
-            if len(args.price) != 2:
-                raise ValueError
-        except ValueError:
-            raise InputError(f"--price {args.price}: must be two numbers, such as 0.15,0.60") from None
+    args.price = parse_price(args.price)
+
+
+def parse_price(text: str | None) -> tuple[float, float] | None:
+    """What a million tokens cost, read and written, from "IN,OUT"; InputError for anything else."""
+    if text is None:
+        return None
+    price = text
+    try:
+        price = tuple(map(float, text.split(",")))
+        if len(price) != 2:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--price {price}: must be two numbers, such as 0.15,0.60") from None
+    return price
 
 
 def main(argv: list[str]) -> None:
