@@ -36,9 +36,8 @@ from curate.requests import SEEDS, Wish, grow, seeds
 from curate.store import whole
 from curate.web import add_engine_flags, make_room, start, with_thresholds
 from curate.world import Checked, Drawn, Requested, choose_seeds, image_of
-from evaluate.judging import parse_price
 from evaluate.judges import Asker, Unanswered
-from evaluate.judging import load_judge, told
+from evaluate.judging import load_judge, parse_price, told
 from evaluate.rubrics import rubric
 from flags import Parser
 from families.registry import PARTS
