@@ -39,12 +39,13 @@ class Measures:
 def measures(image: Image.Image) -> Measures:
     image = image.copy()
     image.thumbnail((512, 512))
-    pixels = np.asarray(image, dtype=np.int16)  # (H, W, 3)
-    steps = pixels // 32
-    colours = np.bincount((steps[..., 0] * 64 + steps[..., 1] * 8 + steps[..., 2]).ravel(), minlength=512)
+    red, green, blue = (np.asarray(channel) for channel in image.split())  # (H, W) each, 0 to 255
+    # Channel by channel in bytes: along a last axis of three, numpy takes nine times as long.
+    steps = (red >> 5).astype(np.uint16) << 6 | (green >> 5).astype(np.uint16) << 3 | blue >> 5
+    colours = np.bincount(steps.ravel(), minlength=512)
     commonest = np.sort(colours)[-4:].sum()
-    lightest = pixels.max(-1)
-    darkest = pixels.min(-1)
+    lightest = np.maximum(np.maximum(red, green), blue)
+    darkest = np.minimum(np.minimum(red, green), blue)
     return Measures(
         flat=float(commonest / colours.sum()),
         light=float((darkest >= 225).mean()),
