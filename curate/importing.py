@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint import InputError
+from curate.command import add_engine_flags, make_room, start, with_thresholds
 from curate.page import Dropped, Page, Part, Picture
 from curate.places import Places
 from curate.report import in_words
 from curate.sets import SETS, Row, page_address
-from curate.web import add_engine_flags, make_room, start, with_thresholds
 from flags import Parser
 from records.formats import elements
 from records.validate import Problem, load_image, one_line

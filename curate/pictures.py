@@ -13,7 +13,7 @@ import io
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -61,9 +61,26 @@ Image.init()
 FORMATS_HERE = [name for name in FORMATS if name in Image.OPEN]
 
 
-def refusing(page: Page, why: Any) -> Page:
+def refusing(page: Page, why: Callable[[Picture], str]) -> Page:
     """Without the pictures of which why(picture) is a reason and not empty."""
     reasons = {k: reason for k, picture in enumerate(page.pictures) if (reason := why(picture))}
+    return page.without(reasons) if reasons else page
+
+
+def changing(page: Page, change: Callable[[Picture], Picture]) -> Page:
+    """With each picture as change(picture) is; without those for which it raises an InputError, whose words are the reason."""
+    parts = []
+    reasons = {}
+    number = -1
+    for part in page.parts:
+        if isinstance(part, Picture):
+            number += 1
+            try:
+                part = change(part)
+            except InputError as e:
+                reasons[number] = str(e)
+        parts.append(part)
+    page = replace(page, parts=tuple(parts))
     return page.without(reasons) if reasons else page
 
 
@@ -105,19 +122,7 @@ class Fill:
     most: int = 20_000_000  # bytes of a picture
 
     def __call__(self, page: Page) -> Page:
-        parts = []
-        reasons = {}
-        number = -1
-        for part in page.parts:
-            if isinstance(part, Picture):
-                number += 1
-                try:
-                    part = part.filled(self._bytes(part.address, page))
-                except InputError as e:
-                    reasons[number] = str(e)
-            parts.append(part)
-        page = replace(page, parts=tuple(parts))
-        return page.without(reasons) if reasons else page
+        return changing(page, lambda picture: picture.filled(self._bytes(picture.address, page)))
 
     def _bytes(self, address: str, page: Page) -> bytes:
         if not address.startswith(("http://", "https://")):
@@ -164,22 +169,16 @@ class Sound:
     """Refuses what cannot be decoded, claims to be enormous, or moves; the others get their width and height."""
 
     def __call__(self, page: Page) -> Page:
-        parts = []
-        reasons = {}
-        number = -1
-        for part in page.parts:
-            if isinstance(part, Picture):
-                number += 1
-                try:
-                    seen = look(part.data)
-                    part = replace(part, width=seen.width, height=seen.height)
-                    if seen.moves:
-                        reasons[number] = "animated"
-                except InputError as e:
-                    reasons[number] = f"broken: {str(e).removeprefix('picture: ')}"
-            parts.append(part)
-        page = replace(page, parts=tuple(parts))
-        return page.without(reasons) if reasons else page
+        return changing(page, self._seen)
+
+    def _seen(self, picture: Picture) -> Picture:
+        try:
+            seen = look(picture.data)
+        except InputError as e:
+            raise InputError(f"broken: {str(e).removeprefix('picture: ')}") from None
+        if seen.moves:
+            raise InputError("animated")
+        return replace(picture, width=seen.width, height=seen.height)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 
 from checkpoint import InputError, read_json
+from curate.command import add_engine_flags, make_room, start, with_thresholds
 from curate.engine import MOST_TASKS, claim
 from curate.models import Model, asking, at_once, parsed, prompt, spent
 from curate.page import Dropped, Page, Part, Picture
@@ -34,7 +35,6 @@ from curate.painter import Painter, tally
 from curate.report import in_words
 from curate.requests import SEEDS, Wish, grow, seeds
 from curate.store import whole
-from curate.web import add_engine_flags, make_room, start, with_thresholds
 from curate.world import Checked, Drawn, Requested, choose_seeds, image_of
 from evaluate.judges import Asker, Unanswered
 from evaluate.judging import load_judge, parse_price, told

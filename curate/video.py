@@ -30,11 +30,11 @@ from PIL import Image
 
 from checkpoint import InputError
 from curate import motion
+from curate.command import add_engine_flags, make_room, start, versions, with_thresholds
 from curate.engine import MOST_TASKS
 from curate.models import Model, asking, at_once, prompt
 from curate.page import Dropped, Page, Picture, Step
 from curate.shots import Clip, Unreadable, Watched, clips, shots, windows
-from curate.web import add_engine_flags, make_room, start, versions, with_thresholds
 from curate.wording import words as words_of
 from evaluate.judges import Unanswered
 from flags import Parser, add_flags

@@ -10,18 +10,14 @@ The same command goes on where it was ended; see engine.py for what lies in --ou
 """
 
 import argparse
-import importlib.metadata
-import json
-import platform
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from shutil import rmtree
 
 from checkpoint import InputError
 from curate.caption import Caption
+from curate.command import add_engine_flags, make_room, start, versions, with_thresholds
 from curate.dialogue import Dialogue
 from curate.duplicates import DifferentPages, DifferentPictures
-from curate.engine import Job, Slurm, Survey, claim, run
+from curate.engine import Survey, claim
 from curate.extract import Extract
 from curate.fetch import Fetcher
 from curate.models import Model
@@ -77,98 +73,6 @@ def steps_of(fill: Fill, model: Model) -> list[Step | Survey]:
         Reorder(placers.get(model.where, Asked(model))),
         Dialogue(model),
     ]
-
-
-def with_thresholds(steps: list[Step], given: list[str]) -> list[Step]:
-    """Steps with other thresholds, each given as Step.field=JSON. InputError for one that there is not."""
-    steps = list(steps)
-    for each in given:
-        name, _, value = each.partition("=")
-        name, _, key = name.partition(".")
-        places = [k for k, step in enumerate(steps) if type(step).__name__ == name and is_dataclass(step)]
-        if not places:
-            raise InputError(
-                f"--set {each}: no step is called {name!r}; there are {', '.join(type(s).__name__ for s in steps)}"
-            )
-        for k in places:
-            old = {f.name: getattr(steps[k], f.name) for f in fields(steps[k])}
-            if key not in old:
-                raise InputError(f"--set {each}: {name} has no {key!r}, but {', '.join(old) or 'nothing to set'}")
-            try:
-                new = value if isinstance(old[key], str) else json.loads(value)
-            except ValueError:
-                raise InputError(f"--set {each}: {value!r} is no value") from None
-            if not isinstance(new, type(old[key])) and not (isinstance(old[key], float) and type(new) is int):
-                raise InputError(f"--set {each}: {name}.{key} is {old[key]!r}, which {value!r} is not like")
-            steps[k] = replace(steps[k], **{key: new})
-    return steps
-
-
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of what decides the output."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every command of the engine has."""
-    parser.add_argument("--out", required=True, help="folder for records, pictures, shards, manifest and report")
-    parser.add_argument(
-        "--workers", type=int, default=1, help="tasks at a time (%(default)s); the output does not depend on it"
-    )
-    parser.add_argument("--tasks", type=int, default=0, help="how many tasks there are; default: one for 64 inputs")
-    parser.add_argument("--megabytes", type=float, default=1000, help="size of a tar shard (%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="do all of it again, in the same folder")
-    parser.add_argument("--set", action="append", default=[], metavar="STEP.FIELD=VALUE", help="another threshold")
-    parser.add_argument("--ray", action="store_true", help="tasks run in the Ray cluster that is there, or in one started here")
-    parser.add_argument("--slurm", metavar="PARTITION", help="tasks run as jobs of Slurm; all nodes must see --out")
-    parser.add_argument("--time", default="24:00:00", help="of a job of Slurm (%(default)s)")
-    parser.add_argument("--memory", type=int, default=4, help="GB of a job of Slurm (%(default)s)")
-    parser.add_argument("--environment", default="", help="what a job of Slurm runs first, as 'source .venv/bin/activate'")
-
-
-def start(args: argparse.Namespace, **job) -> None:
-    """Run a job with what `add_engine_flags` has read."""
-    for name, least in (("workers", 1), ("tasks", 0), ("memory", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: must be {least} or more")
-    if args.megabytes <= 0:
-        raise InputError(f"--megabytes {args.megabytes:g}: must be more than 0")
-    if args.ray and args.slurm:
-        raise InputError("--ray and --slurm: one of the two")
-    how = "ray" if args.ray else "slurm" if args.slurm else "local"
-    # Jobs elsewhere may begin in another folder.
-    out = Path(args.out) if how == "local" else Path(args.out).resolve()
-    slurm = Slurm(args.slurm or "", args.time, args.memory, args.environment)
-    run(
-        Job(
-            out=out,
-            workers=args.workers,
-            tasks=args.tasks,
-            megabytes=args.megabytes,
-            how=how,
-            slurm=slurm,
-            **job,
-        )
-    )
-
-
-def make_room(args: argparse.Namespace) -> None:
-    """--fresh: what an earlier run of this engine has left goes. A folder of another kind is not touched."""
-    out = Path(args.out)
-    if not args.fresh or not out.exists():
-        return
-    if any(out.iterdir()) and not (out / "work" / "settings.json").exists():
-        raise InputError(f"{out}: is no folder of this command; --fresh empties none but its own")
-    for name in ("records.jsonl", "manifest.json", "index.html", "timings.json"):
-        (out / name).unlink(missing_ok=True)
-    for path in (out / "pictures", out / "shards", *(out / "work").iterdir()):
-        # What a model has answered was paid for.
-        if path.name == "calls":
-            continue
-        if path.is_dir():
-            rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,8 +18,9 @@ from test_pictures import file_of, photo
 from test_read import archive, record
 
 from checkpoint import InputError
-from curate.web import main, with_thresholds
+from curate.command import with_thresholds
 from curate.pictures import Sides, Sound
+from curate.web import main
 from data import Files
 
 VERBS = "fold cut turn press pull glue paint mark open close lift hold".split()
