@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from checkpoint import InputError
-from curate.command import with_thresholds
+from curate.command import add_model_flags, model_of, with_thresholds
 from curate.engine import Valid, attempt
 from curate.page import Dropped, Page, Picture, Step
 from curate.pictures import Fill
 from curate.read import WARC, Files, inputs
 from curate.text import count_words
-from curate.web import add_model_flags, model_of, steps_of
+from curate.web import steps_of
 from flags import Parser
 
 WIDTH = 118  # characters of a line that is shown

@@ -12,9 +12,8 @@ The same command goes on where it was ended; see engine.py for what lies in --ou
 import argparse
 from pathlib import Path
 
-from checkpoint import InputError
 from curate.caption import Caption
-from curate.command import add_engine_flags, make_room, start, versions, with_thresholds
+from curate.command import add_engine_flags, add_model_flags, make_room, model_of, start, versions, with_thresholds
 from curate.dialogue import Dialogue
 from curate.duplicates import DifferentPages, DifferentPictures
 from curate.engine import Survey, claim
@@ -73,24 +72,6 @@ def steps_of(fill: Fill, model: Model) -> list[Step | Survey]:
         Reorder(placers.get(model.where, Asked(model))),
         Dialogue(model),
     ]
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags for the model that steps ask."""
-    parser.add_argument(
-        "--model", default="none", metavar="none|self|URL", help="who captions, rewrites, orders and asks (none)"
-    )
-    parser.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
-    parser.add_argument("--at-once", type=int, default=16, help="questions to a model under way at the same time (16)")
-    parser.add_argument("--ckpt", help="of --model self: checkpoint; default the bundled miniature")
-    parser.add_argument("--mllm", help="of --model self: the language model alone")
-
-
-def model_of(args: argparse.Namespace, calls: str = "") -> Model:
-    """The model that those flags name. calls: folder in which its answers are kept; empty: nowhere."""
-    if args.at_once < 1:
-        raise InputError(f"--at-once {args.at_once}: must be 1 or more")
-    return Model(args.model, args.model_name, calls, args.at_once, ckpt=args.ckpt, mllm=args.mllm)
 
 
 def main(argv: list[str] | None = None) -> None:
