@@ -12,6 +12,7 @@ from checkpoint import InputError
 from curate.engine import Job, Slurm, run
 from curate.models import Model
 from curate.page import Step
+from evaluate.judging import parse_price
 
 
 def with_thresholds(steps: list[Step], given: list[str]) -> list[Step]:
@@ -68,6 +69,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
     parser.add_argument("--at-once", type=int, default=16, help="questions to a model under way at the same time (16)")
+    parser.add_argument("--price", metavar="IN,OUT", help="of a million tokens read and written, to show the cost")
     parser.add_argument("--ckpt", help="of --model self: checkpoint; default the bundled miniature")
     parser.add_argument("--mllm", help="of --model self: the language model alone")
 
@@ -76,6 +78,7 @@ def model_of(args: argparse.Namespace, calls: str = "") -> Model:
     """The model that those flags name. calls: folder in which its answers are kept; empty: nowhere."""
     if args.at_once < 1:
         raise InputError(f"--at-once {args.at_once}: must be 1 or more")
+    args.price = parse_price(args.price)
     return Model(args.model, args.model_name, calls, args.at_once, ckpt=args.ckpt, mllm=args.mllm)
 
 

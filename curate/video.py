@@ -341,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
         if not 0 < value < float("inf"):
             raise InputError(f"--{name} {value:g}: must be more than 0")
     source = Clips(**values)
-    model = model_of(args, str(Path(args.out).resolve() / "work" / "calls"))
+    calls = str(Path(args.out).resolve() / "work" / "calls") if args.model != "none" else ""
+    model = model_of(args, calls)
     model.check()
     found = inputs(args.files)
     make_room(args)
@@ -355,4 +356,6 @@ def main(argv: list[str] | None = None) -> None:
         steps=tuple(with_thresholds(steps_of(model), args.set)),
         inputs=tuple(found),
         settings=settings,
+        calls=calls,
+        price=args.price,
     )

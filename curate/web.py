@@ -99,4 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     if files:
         claim(Path(args.out))
         index_archives(files, work / "archives.npy")
-    start(args, name="web", source=source, steps=tuple(steps), inputs=tuple(found), settings={"versions": versions(PACKAGES)})
+    start(
+        args,
+        name="web",
+        source=source,
+        steps=tuple(steps),
+        inputs=tuple(found),
+        settings={"versions": versions(PACKAGES)},
+        calls=calls,
+        price=args.price,
+    )
