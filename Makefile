@@ -8,6 +8,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
+GLUON := .venv-aot .venv-aot-3.7.1 .venv-aot-3.8.0 .venv-aot-3.9.0
 
 # The prompt reaches the program through the environment: neither make nor the shell may read its quotes and dollar signs.
 override PROMPT := $(value PROMPT)
@@ -34,9 +35,14 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 
 # What the attention kernels compile to on Hopper, no GPU needed. A change of the table is a change of speed: read its diff.
-aot: .venv/dev .venv-aot/triton
+# hopper.py has a second table, with a line for every Triton that it is written for.
+aot: .venv/dev $(GLUON:=/triton)
 	env -u TRITON_INTERPRET PYTHONPATH=.venv-aot TRITON_CACHE_DIR=.venv-aot/cache $(PY) tests/aot.py > tests/aot_sm90.json.new
 	mv tests/aot_sm90.json.new tests/aot_sm90.json
+	for folder in $(GLUON); do \
+		env -u TRITON_INTERPRET PYTHONPATH=$$folder TRITON_CACHE_DIR=.venv-aot/cache $(PY) tests/aot_hopper.py || exit; \
+	done > tests/aot_hopper.jsonl.new
+	mv tests/aot_hopper.jsonl.new tests/aot_hopper.jsonl
 
 # The recipe of checkpoints/tiny. Every line resumes where it stopped, and costs nothing once it is done.
 tiny: .venv/runtime
@@ -50,7 +56,7 @@ tiny: .venv/runtime
 
 # Only what make and the tests left; answers in out/ and training in runs/ stay.
 clean:
-	rm -rf .venv .venv-aot .pytest_cache .ruff_cache
+	rm -rf .venv .venv-aot* .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -75,3 +81,7 @@ clean:
 .venv-aot/triton: | .venv/bin/python
 	@test "$$(uname -s)" != Linux || \
 		$(PY) -m pip install --disable-pip-version-check -q --no-deps --target .venv-aot triton==3.6.0
+
+# Others that hopper.py is compiled with: 0.7 to 0.9 GB each, for `make aot` alone.
+.venv-aot-%/triton: | .venv/bin/python
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --target .venv-aot-$* triton==$*

@@ -47,12 +47,17 @@ A sequence with fewer keys than a box leaves no room for that. There the rows be
 
 Gluon has no interpreter. `python3 -m tools.check_hopper` compares all of it with float64 on a GPU, and measures it beside
 cuDNN, FlashAttention-2 and kernels.py. On an H200 it is right, and as fast as cuDNN, within two hundredths, or faster wherever
-a call takes longer than its launch (docs/bench/hopper_h200.json). tests/aot_sm90.json holds what it compiles to.
+a call takes longer than its launch (docs/bench/hopper_h200.json).
+
+Which Triton. Every version has another assembler, and two of Gluon's names have changed. Triton 3.6 to 3.9 compile this file,
+and tests/aot_hopper.jsonl holds what each makes of it: the same products, copies and waits. But a GPU has run it with 3.6 alone.
+With any other version calls stay with kernels.py, unless HOPPER_ANY_TRITON=1 asks for this file; the check above asks by itself.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from functools import cache
 
 import torch
@@ -70,10 +75,16 @@ try:
         warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # no Triton, or one without Gluon
+
+    # What has another name: the first one since Triton 3.7, the second one since 3.8. Both take and do what they did before.
+    thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+    copy_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+except (ImportError, AttributeError):  # no Triton, or one without Gluon or with other names again
     gluon = None
 
-TRITON = "3.6."  # Gluon is an experiment and changes with every version of Triton: this is the one it is written for
+# Gluon is an experiment and changes with every version of Triton. With these a GPU has run it: docs/bench/hopper_*.json.
+TRITON = ("3.6.",)
+ANY_TRITON = os.environ.get("HOPPER_ANY_TRITON") == "1"  # also with versions that no GPU has run it with
 
 
 def constant(x):
@@ -164,17 +175,17 @@ def _producer(
             # The opposite phase: a wait for the end of the use before, and at first there was none.
             mbarrier.wait(q_free.index(w), (turn & 1) ^ 1)
             mbarrier.expect(q_here.index(w), q_box.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_box, [q0 + m0 + w * M, head * D], q_here.index(w), q_smem.index(w))
+            copy_box(q_box, [q0 + m0 + w * M, head * D], q_here.index(w), q_smem.index(w))
         row = k0 + _first_key(visits, nk)
         for i in range(visits):
             s = count % STAGES
             phase = ((count // STAGES) & 1) ^ 1
             mbarrier.wait(k_free.index(s), phase)
             mbarrier.expect(k_here.index(s), k_box.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_box, [row, kv_head * D], k_here.index(s), k_smem.index(s))
+            copy_box(k_box, [row, kv_head * D], k_here.index(s), k_smem.index(s))
             mbarrier.wait(v_free.index(s), phase)
             mbarrier.expect(v_here.index(s), v_box.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_box, [row, kv_head * D], v_here.index(s), v_smem.index(s))
+            copy_box(v_box, [row, kv_head * D], v_here.index(s), v_smem.index(s))
             count += 1
             row = k0 + (visits - 2 - i) * N
         turn += 1
@@ -256,7 +267,7 @@ def _erase(v, nk):
     v.store(kept.to(v.dtype))
     # Tensor cores read by another road than threads write. Each thread opens it for what it wrote, then all wait for all.
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @jit
@@ -393,7 +404,9 @@ def _forward(
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `forward` can do this call. Whatever it cannot do, kernels.forward can."""
-    if gluon is None or not triton.__version__.startswith(TRITON) or triton.knobs.runtime.interpret:
+    if gluon is None or triton.knobs.runtime.interpret:
+        return False
+    if not triton.__version__.startswith(TRITON) and not ANY_TRITON:
         return False
     if not q.is_cuda or q.dtype not in DTYPES or _capability(q.device) != (9, 0):
         return False

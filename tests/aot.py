@@ -1,6 +1,6 @@
-"""What every attention kernel compiles to on Hopper, found without a GPU. Prints the table that tests/aot_sm90.json keeps.
+"""What every attention kernel of kernels.py compiles to on Hopper, found without a GPU: the table tests/aot_sm90.json.
 
-    make aot        compiles with the pinned Triton in .venv-aot and rewrites the table
+    make aot        compiles with the pinned Triton in .venv-aot and rewrites the table (aot_hopper.py does so for hopper.py)
 
 Registers, stack (spilled bytes) and instructions are read from the machine code. loop: instructions of the innermost loop
 over tiles without a mask, which is where the time goes; TMA copies, wgmma and mma.sync are counted in the PTX.
@@ -17,13 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
-import hopper
 import kernels
 
 KERNELS = {
@@ -46,8 +43,6 @@ def cases() -> dict[str, tuple]:
     t = kernels.Tiles(64, 64, 4, 1)
     table["delta 128"] = kernels._delta, t, {"D": 128, "DIM": 128, "BM": 64}
     table["merge 128"] = kernels._merge, t, {"D": 128, "DIM": 128, "SPLITS": 8, "SLOTS": 8}
-    for option, causal in (("full", False), ("causal", True)):
-        table[f"hopper 128, {option}"] = hopper._forward, t, {"CAUSAL": causal}
     return table
 
 
@@ -64,15 +59,11 @@ def options(what: str, d: int, dim: int, t: kernels.Tiles) -> dict[str, tuple]:
 
 def compile_one(name: str) -> dict[str, int]:
     kernel, t, constants = cases()[name]
-    gluon = kernel is hopper._forward
     fp32 = {"LSE", "DELTA", "PARTS"}
     fp32 |= {"O"} if name.startswith("decode") and constants["SPLITS"] > 1 else set()
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        if argument.endswith("_box") and gluon:
-            rows = hopper.M.value if argument == "q_box" else hopper.N.value
-            signature[argument] = f"tensordesc<bf16[{rows}, 128],{hopper.layout(rows, torch.bfloat16)!r}>"
-        elif argument.endswith("_box"):
+        if argument.endswith("_box"):
             rows = t.n if argument in ("k_box", "v_box") else t.m
             signature[argument] = f"tensordesc<bf16[{rows}, 1, {constants['DIM']}]>"
         elif argument in constants:
@@ -83,7 +74,7 @@ def compile_one(name: str) -> dict[str, int]:
             signature[argument] = "fp32" if argument.startswith("scale") else "i32"
         if signature[argument][0] in "*i" and argument not in UNALIGNED:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = (GluonASTSource if gluon else ASTSource)(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": t.warps, "num_stages": t.stages})
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,6 +1,5 @@
 """What every test shares: the repository root on the import path, one thread per core, fixed seeds, no network, real data."""
 
-import json
 import os
 import random
 import shutil
@@ -84,17 +83,22 @@ def visit(browser):
 
 @pytest.fixture(scope="session")
 def compiled_for_hopper():
-    """A function: name of a script in tests/ -> what it says of the machine code of the pinned Triton."""
-    folder = ROOT / ".venv-aot"
-    env = os.environ | {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
+    """A function: name of a script in tests/ -> what it prints about the machine code of the pinned Triton, or of another one.
+
+    folder: where that Triton lies; None: it is the installed one.
+    """
+    pinned = ROOT / ".venv-aot"
+    env = os.environ | {"TRITON_CACHE_DIR": str(pinned / "cache")}
     env.pop("TRITON_INTERPRET", None)
 
-    def run(script: str) -> dict:
-        if not (folder / "triton").is_dir():
+    def run(script: str, folder: Path | None = pinned) -> str:
+        if folder == pinned and not (folder / "triton").is_dir():
             pytest.fail("the pinned compiler is missing: run `make .venv-aot/triton`")
-        done = subprocess.run([sys.executable, f"tests/{script}"], cwd=ROOT, env=env, capture_output=True, text=True)
+        paths = {} if folder is None else {"PYTHONPATH": str(folder)}
+        command = [sys.executable, f"tests/{script}"]
+        done = subprocess.run(command, cwd=ROOT, env=env | paths, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return done.stdout
 
     return run
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +17,7 @@ from bench.attention_peers import Case
 from ops import Segments
 from tools import check_hopper
 
+ROOT = Path(__file__).parent.parent
 needs_gluon = pytest.mark.skipif(hopper.gluon is None, reason="Triton has no Gluon here")
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not GPU or kernels.INTERPRETED, reason="needs a Hopper GPU, and TRITON_INTERPRET=0")
@@ -40,11 +44,13 @@ def test_no_gpu_no_gluon():
     assert not hopper.takes(x, x, x)
 
 
+@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("change", ["", "gluon", "version", "fp32", "Ampere", "interpreted", "strides", "switch"])
-def test_one_thing_that_is_missing_leaves_the_call_to_kernels(monkeypatch, change):
-    """Of a GPU there is only a picture: what asks for one is told that it is there."""
+def test_one_thing_that_is_missing_leaves_the_call_to_kernels(monkeypatch, change, asked):
+    """Of a GPU there is only a picture: what asks for one is told that it is there. A version can be asked for."""
+    monkeypatch.setattr(hopper, "ANY_TRITON", asked)
     monkeypatch.setattr(hopper, "gluon", None if change == "gluon" else object())
-    version = "3.5.1" if change == "version" else hopper.TRITON + "0"
+    version = "3.9.0" if change == "version" else hopper.TRITON[0] + "0"
     knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=change == "interpreted"))
     monkeypatch.setattr(hopper, "triton", SimpleNamespace(__version__=version, knobs=knobs))
     monkeypatch.setattr(hopper, "_capability", lambda device: (8, 0) if change == "Ampere" else (9, 0))
@@ -61,7 +67,18 @@ def test_one_thing_that_is_missing_leaves_the_call_to_kernels(monkeypatch, chang
         x = x[:, ::2]
     s = Segments([10])
     result = kernels.best_forward(x, x, x, kernels.Call(s, s, False, 1.0))
-    assert result == ("kernels" if change else "hopper")
+    declined = change != "" and not (change == "version" and asked)
+    assert result == ("kernels" if declined else "hopper")
+
+
+@pytest.mark.parametrize("value, asked", [(None, False), ("1", True), ("0", False)])
+def test_the_environment_asks(value, asked):
+    env = {name: text for name, text in os.environ.items() if name != "HOPPER_ANY_TRITON"}
+    if value is not None:
+        env["HOPPER_ANY_TRITON"] = value
+    code = "import hopper; print(hopper.ANY_TRITON)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(asked)
 
 
 # --------------------------------------------------------------------------------------------------------------- the walk
@@ -129,7 +146,6 @@ def test_a_program_is_its_consumers():
 
 # ------------------------------------------------------------------------------------------ docs/bench/hopper_h200.json
 
-ROOT = Path(__file__).parent.parent
 MEASURED = json.loads((ROOT / "docs/bench/hopper_h200.json").read_text())
 PEERS = ("cudnn", "fa2", "triton")
 
@@ -140,11 +156,14 @@ def of_the_best(shape: str) -> float:
     return min(ms[name] for name in PEERS if name in ms) / ms["hopper"]
 
 
-def test_an_h200_found_it_right():
-    """In every configuration that the check has, and as often as it asks for."""
+@pytest.mark.parametrize("triton", hopper.TRITON)
+def test_an_h200_found_it_right(triton):
+    """With every Triton that has it as a default: in each configuration of the check, and as often as that asks for."""
     setup = check_hopper.Setup.of(rehearse=False)
-    forward = [c for c in MEASURED["checks"] if c["check"] == "forward"]
-    backward = [c for c in MEASURED["checks"] if c["check"] == "backward"]
+    files = [json.loads(file.read_text()) for file in ROOT.glob("docs/bench/hopper_*.json")]
+    checks = [c for file in files if file["machine"]["triton"].startswith(triton) for c in file["checks"]]
+    forward = [c for c in checks if c["check"] == "forward"]
+    backward = [c for c in checks if c["check"] == "backward"]
     configurations = 2 * len(check_hopper.FORMS) * len(list(setup.kinds_and_heads()))
     assert len({c["what"] for c in forward}) == configurations and len({c["what"] for c in backward}) == 6
     assert all(c["rounds"] == check_hopper.ROUNDS and c["error"] < 2.5e-3 and c["lse"] < 1e-5 for c in forward)
@@ -208,7 +227,13 @@ def readme_table():
 # ---------------------------------------------------------------------------------------------------------------- results
 
 
+@pytest.fixture
+def any_triton(monkeypatch):
+    monkeypatch.setattr(hopper, "ANY_TRITON", True)
+
+
 @on_hopper
+@pytest.mark.usefixtures("any_triton")
 def test_forward():
     setup = check_hopper.Setup.of(rehearse=False)._replace(rounds=2)
     for record in check_hopper.check_forward(setup, math.inf):
@@ -216,6 +241,7 @@ def test_forward():
 
 
 @on_hopper
+@pytest.mark.usefixtures("any_triton")
 def test_backward():
     setup = check_hopper.Setup.of(rehearse=False)._replace(rounds=2)
     for record in check_hopper.check_backward(setup, math.inf):

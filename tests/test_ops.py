@@ -1,6 +1,7 @@
 """Every fused step, in PyTorch and as a kernel in Triton's interpreter, against its formula in float64; gradients too."""
 
 import ast
+import json
 import sys
 from pathlib import Path
 
@@ -340,7 +341,7 @@ def test_triton_stays_in_two_files():
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
 def test_every_launch_compiles_for_hopper(compiled_for_hopper):
     """At the models' sizes: no spills beyond a pair of registers that ptxas parks, and rows are read 16 bytes at a time."""
-    rows = compiled_for_hopper("aot_fused.py")
+    rows = json.loads(compiled_for_hopper("aot_fused.py"))
     kernels_met = {label.split("(")[0] for label in rows}
     assert kernels_met == {name for name in vars(kernels) if name.endswith("_kernel")}
     for label, row in rows.items():
