@@ -2,6 +2,7 @@
 
     python3 -m tools.check_hopper                                     on a Hopper GPU; writes out/hopper.json
     python3 -m tools.check_hopper --summary docs/bench/hopper_h200.json      and what of it is kept with hopper.py
+    python3 -m tools.check_hopper --summary docs/bench/hopper_h200_triton37.json     the same with another Triton
     TRITON_INTERPRET=1 python3 -m tools.check_hopper --rehearse       on a CPU: this script itself, with kernels.py in its place
 
 First everything is compiled, in processes side by side. Then one process has the GPU for itself. It compares o and L with
@@ -10,6 +11,10 @@ between the sequences that are compared, in front of the first and behind the la
 crashes costs the lines behind it: those that were there before are printed.
 
 A time is a median, with nothing left in the L2 cache. Where it is that of a launch, the GPU has waited for the host.
+
+It takes whichever Triton is there, also one that hopper.py declines. The column "before" is what docs/bench/hopper_h200.json
+has of the same kind of GPU. Where all is right and faster than kernels.py, the version can go into hopper.TRITON, with its
+summary beside the other one: tests/test_hopper.py asks for it.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ from checkpoint import InputError
 from ops import Segments
 from training import run_script
 
+BEFORE = Path(__file__).parent.parent / "docs/bench/hopper_h200.json"
 ROUNDS = 50
 LENGTHS = [1, 17, 64, 129, 300, 257, 900, 128]
 OTHERS = [300, 0, 17, 900, 64, 1, 0, 129]  # keys, where they are not as many as queries
@@ -347,6 +353,7 @@ def compile_jobs(rehearse: bool) -> list[tuple]:
 
 
 def compile_one(rehearse: bool, job: tuple, failures) -> None:
+    hopper.ANY_TRITON = True
     try:
         x = Setup.of(rehearse)
         if job[0] == "hopper":
@@ -370,6 +377,8 @@ def compile_one(rehearse: bool, job: tuple, failures) -> None:
 
 def work(rehearse: bool, go, out, began: float, seconds: float) -> None:
     """The process that has the GPU for itself, from `go` on."""
+    # What no GPU has run yet is what this is for.
+    hopper.ANY_TRITON = True
     try:
         x = Setup.of(rehearse)
         # What float64 products load takes its time, and nobody waits for it yet.
@@ -437,7 +446,8 @@ def run(rehearse: bool, seconds: float) -> list[dict]:
 
 
 def table(records: list[dict]) -> str:
-    lines = []
+    here = next((r["machine"] for r in records if "machine" in r), {})
+    lines = [", ".join(f"{name} {value}" for name, value in here.items())]
     for check in ("forward", "backward"):
         rows = [r for r in records if r.get("check") == check]
         wrong = [r for r in rows if not r["right"]]
@@ -454,6 +464,7 @@ def table(records: list[dict]) -> str:
             numbers = [f"{e:.1e}" for e in r.get("errors", [r.get("error"), r.get("lse")])]
             lines.append(f"  WRONG {r['what']}: {' '.join(numbers)}, bits {'differ' if r['bits'] else 'equal'}")
     times = [r for r in records if "time" in r]
+    times += before(here, {r["shape"] for r in times})
     names = list(dict.fromkeys(r["time"] for r in times))
     if names:
         lines.append(f"{'TFLOP/s':16}" + "".join(f"{n:>9}" for n in names))
@@ -464,6 +475,19 @@ def table(records: list[dict]) -> str:
     lines.append("; ".join(f"{r['stage']} {r['at']:.0f} s" for r in records if "stage" in r))
     lines += [f"FAILED {r['failed']}" for r in records if "failed" in r]
     return "\n".join(line[:400] for line in lines)[:2400]
+
+
+def before(here: dict, shapes: set[str]) -> list[dict]:
+    """Records of hopper.py's times in the committed summary, if that is of the same kind of GPU."""
+    committed = json.loads(BEFORE.read_text())
+    if committed["machine"]["device"] != here.get("device"):
+        return []
+    found = []
+    for shape in SHAPES:
+        if shape.name in shapes:
+            ms = committed["ms"][shape.name]["hopper"]
+            found.append({"time": "before", "shape": shape.name, "ms": ms, "tflops": shape.flops / ms / 1e9})
+    return found
 
 
 def summary(records: list[dict]) -> str:
