@@ -50,8 +50,9 @@ cuDNN, FlashAttention-2 and kernels.py. On an H200 it is right, and as fast as c
 a call takes longer than its launch (docs/bench/hopper_h200.json).
 
 Which Triton. Every version has another assembler, and two of Gluon's names have changed. Triton 3.6 to 3.9 compile this file;
-tests/aot_hopper.jsonl holds what each makes of it: the same products, copies and waits. But a GPU has run it with 3.6 alone.
-With other versions calls stay with kernels.py, unless HOPPER_ANY_TRITON=1 asks for this file; the check above does by itself.
+tests/aot_hopper.jsonl holds what each makes of it: the same products, copies and waits. But a GPU has run it with 3.6 alone,
+which torch 2.11 brings; 2.13 brings 3.7. With other versions than 3.6 calls stay with kernels.py, unless HOPPER_ANY_TRITON=1
+asks for this file. The check above asks by itself.
 """
 
 from __future__ import annotations

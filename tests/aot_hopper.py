@@ -2,6 +2,7 @@
 
     make aot        compiles with every version in that file, each in a folder of its own, and rewrites it
 
+hopper.forward itself is called, on a CPU's tensors: its arguments go through Triton as on a GPU, until something would run.
 One line per type and mask. registers, spill (bytes of stack) and instructions are read from the machine code; TMA copies,
 wgmma, barriers of a group of warps (bar), waits for and arrivals at barriers in memory (wait, arrive) are counted in the PTX.
 
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -23,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
 
 import hopper
+import kernels
+from ops import Segments
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MASKS = {"full": False, "causal": True}
-COUNTS = ("total", "heads", "tiles", "group")  # any number; `so` is a multiple of 128
+CALLS = [([100, 200], 4, 1), ([64], 1, 1), ([4096] * 4, 16, 16)]  # lengths, query heads, KV heads: one kernel serves them all
 PTX = {
     "tma": r"cp\.async\.bulk\.tensor",
     "wgmma": r"wgmma\.mma_async",
@@ -39,31 +42,54 @@ PTX = {
 }
 
 
-def signature(kind: str) -> tuple[dict[str, str], dict]:
-    """What each argument is, and which addresses and numbers are multiples of 16: as at a launch."""
-    types = {}
-    attributes = {}
-    for i, name in enumerate(hopper._forward.arg_names):
-        if name.endswith("_box"):
-            rows = hopper.M.value if name == "q_box" else hopper.N.value
-            types[name] = f"tensordesc<{kind}[{rows}, 128],{hopper.layout(rows, TYPES[kind])!r}>"
-        elif name == "CAUSAL":
-            types[name] = "constexpr"
-        elif name.isupper():
-            types[name] = {"O": f"*{kind}", "LSE": "*fp32"}.get(name, "*i32")
-        else:
-            types[name] = "fp32" if name == "scale" else "i32"
-        if types[name][0] in "*i" and name not in COUNTS:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return types, attributes
+class NoGPU:
+    """Stands where Triton's driver is. Whatever is launched has been compiled as for an H200; nothing is computed."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    @property
+    def utils(self) -> "NoGPU":
+        return self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024, "warpSize": 32}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        # Module, function, registers, spills, threads.
+        return 0, 0, 0, 0, 1024
+
+    def launcher_cls(self, source, metadata) -> Callable:
+        return lambda *launch: None
 
 
-def compile_one(kind: str, mask: str) -> dict[str, int]:
-    types, attributes = signature(kind)
-    source = GluonASTSource(hopper._forward, types, {"CAUSAL": MASKS[mask]}, attributes)
-    # enable_fp_fusion: what a launch has by default up to Triton 3.9, which warns that this will change.
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+def compiled(kind: str, mask: str):
+    """What hopper.forward would have launched: its arguments go the whole way that they go on a GPU, up to the driver."""
+    before = len(cache())
+    for lengths, heads, kv_heads in CALLS:
+        x = torch.empty(sum(lengths), heads + 2 * kv_heads, 128, dtype=TYPES[kind])
+        q, k, v = x.split((heads, kv_heads, kv_heads), 1)
+        assert all(map(hopper.fits, (q, k, v)))
+        segments = Segments(lengths)
+        tiles = kernels.tile_list(segments, segments, MASKS[mask], hopper.QUERIES, "queries")
+        hopper.forward(q, k, v, tiles, kernels.Call(segments, segments, MASKS[mask], 1.0))
+    assert len(cache()) == before + 1, "lengths or heads asked for a kernel of their own"
+    return list(cache().values())[-1]
+
+
+def cache() -> dict:
+    """Compiled kernels, in the order in which they were compiled."""
+    return hopper._forward.device_caches[0][0]
+
+
+def numbers(kind: str, mask: str) -> dict[str, int]:
+    binary = compiled(kind, mask)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -105,5 +131,7 @@ def in_loop(body: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    triton.runtime.driver.set_active(NoGPU())
+    hopper._processors = lambda device: kernels.PROCESSORS
     for kind, mask in product(TYPES, MASKS):
-        print(json.dumps({"triton": triton.__version__, "what": f"{kind}, {mask}"} | compile_one(kind, mask)), flush=True)
+        print(json.dumps({"triton": triton.__version__, "what": f"{kind}, {mask}"} | numbers(kind, mask)), flush=True)

@@ -170,6 +170,17 @@ def test_an_h200_found_it_right(triton):
     assert all(c["rounds"] == 5 and c["error"] < 3.5e-3 for c in backward)
 
 
+def test_the_check_shows_the_committed_times_beside_those_of_the_same_gpu():
+    def table_on(device: str) -> str:
+        time = {"time": "hopper", "shape": "1x4500", "ms": 1.0, "tflops": 100.0}
+        return check_hopper.table([{"machine": {"device": device, "triton": "3.7.1"}}, time])
+
+    ran = f"{check_hopper.SHAPES[2].flops / MEASURED['ms']['1x4500']['hopper'] / 1e9:.0f}"
+    assert "device NVIDIA H200, triton 3.7.1" in table_on("NVIDIA H200")
+    assert table_on("NVIDIA H200").splitlines()[-1].split() == ["1x4500", "100", ran]
+    assert table_on("NVIDIA H100").splitlines()[-1].split() == ["1x4500", "100"]
+
+
 def test_slower_than_others_only_where_a_launch_takes_longer_than_the_call():
     """A quarter of kernels.py's time is saved, and nothing is far from the best, but for calls that wait for the host."""
     assert list(MEASURED["ms"]) == [shape.name for shape in check_hopper.SHAPES]
