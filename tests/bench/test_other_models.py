@@ -11,7 +11,9 @@ from bench import groups, peers, system
 from bench import __main__ as main
 from bench.measure import Bench
 from checkpoint import InputError
-from families.registry import family_of
+from conftest import make_parts
+from families.registry import family_of, load_language_model, load_model
+from pipeline import DuoGen, Settings, write_manifest
 from training import run_script
 
 SECOND = {"mllm": "tiny-qwen3-vl", "dit": "tiny-wan"}
@@ -42,6 +44,28 @@ def test_stage_2_of_mixed_pairs(tmp_path):
         groups.JOBS["stage2"](b)
         (row,) = b.rows
         assert row["error"] <= 5e-5 and row["shape"].startswith(f"{mllm} reads, {dit} learns")
+
+
+def test_the_document_of_a_checkpoint(tmp_path):
+    """Random weights that like to paint: both pictures come out like the libraries', the second with the first before it."""
+    folder = make_parts(tmp_path / "random", "qwen3_vl", "WanTransformer3DModel")
+    write_manifest(folder, Settings(steps=2, guidance=3.0, max_tokens=20, max_images=2), (32, 32))
+    mllm, tokenizer, _ = load_language_model(folder / "mllm")
+    dit = load_model("dit", folder / "dit")
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mllm.lm_head.weight[tokenizer.vision_start] *= 200
+        # Gates that training opens are open.
+        for p in dit.parameters():
+            if not p.any():
+                p.copy_(torch.randn(p.shape, generator=noise) * 0.1)
+    mllm.save_pretrained(folder / "mllm")
+    dit.save_pretrained(folder / "dit")
+    assert len(DuoGen.from_pretrained(folder).generate("How do I draw a red house with a blue door?").pictures) == 2
+    b = Bench("cpu", "cpu", tmp_path / "bench.jsonl", parts={"ckpt": str(folder)})
+    groups.JOBS["document"](b)
+    (row,) = b.rows
+    assert row["error"] < 1e-3 and row["peers"]["transformers + diffusers"]["ms"] > 0 and str(folder) in row["shape"]
 
 
 @pytest.mark.parametrize(("mllm", "dit"), [(None, None), ("qwen3-vl-2B", "wan2.1-1.3B"), ("3B", "14B")])
