@@ -1,11 +1,17 @@
-"""`python -m curate web`, `synth`, `video` and `import`: see the module of that name in COMMANDS."""
+"""`python -m curate web`, `synth`, `video`, `import` and `show`: see the module of that name in COMMANDS."""
 
 import importlib
 import sys
 
 import interrupt
 
-COMMANDS = {"web": "curate.web", "synth": "curate.synth", "video": "curate.video", "import": "curate.importing"}
+COMMANDS = {
+    "web": "curate.web",
+    "synth": "curate.synth",
+    "video": "curate.video",
+    "import": "curate.importing",
+    "show": "curate.show",
+}
 
 
 def main() -> None:

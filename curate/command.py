@@ -1,4 +1,4 @@
-"""What the four commands of the data engine share: flags, other thresholds, a folder made empty, the start of a job."""
+"""What the commands of the data engine share: flags, other thresholds, a folder made empty, the start of a job."""
 
 import argparse
 import importlib.metadata
@@ -10,7 +10,9 @@ from shutil import rmtree
 
 from checkpoint import InputError
 from curate.engine import Job, Slurm, run
+from curate.models import Model
 from curate.page import Step
+from evaluate.judging import parse_price
 
 
 def with_thresholds(steps: list[Step], given: list[str]) -> list[Step]:
@@ -58,6 +60,26 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", default="24:00:00", help="of a job of Slurm (%(default)s)")
     parser.add_argument("--memory", type=int, default=4, help="GB of a job of Slurm (%(default)s)")
     parser.add_argument("--environment", default="", help="what a job of Slurm runs first, as 'source .venv/bin/activate'")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags for the model that steps ask."""
+    parser.add_argument(
+        "--model", default="none", metavar="none|self|URL", help="who is asked (none)"
+    )
+    parser.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
+    parser.add_argument("--at-once", type=int, default=16, help="questions to a model under way at the same time (16)")
+    parser.add_argument("--price", metavar="IN,OUT", help="of a million tokens read and written, to show the cost")
+    parser.add_argument("--ckpt", help="of --model self: checkpoint; default the bundled miniature")
+    parser.add_argument("--mllm", help="of --model self: the language model alone")
+
+
+def model_of(args: argparse.Namespace, calls: str = "") -> Model:
+    """The model that those flags name. calls: folder in which its answers are kept; empty: nowhere."""
+    if args.at_once < 1:
+        raise InputError(f"--at-once {args.at_once}: must be 1 or more")
+    args.price = parse_price(args.price)
+    return Model(args.model, args.model_name, calls, args.at_once, ckpt=args.ckpt, mllm=args.mllm)
 
 
 def start(args: argparse.Namespace, **job) -> None:

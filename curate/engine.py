@@ -53,6 +53,7 @@ from tqdm import tqdm
 import interrupt
 from checkpoint import InputError, sha256
 from curate import report
+from curate.models import spent
 from curate.page import Dropped, Page, Picture, Step, document_of, page_of
 from curate.store import from_json, read_pages, to_json, whole, write_page
 from records.files import pack_shards
@@ -110,6 +111,8 @@ class Job:
     megabytes: float = 1000  # of a shard
     slurm: Slurm = Slurm()
     settings: dict = field(default_factory=dict)  # what the manifest says beside the steps
+    calls: str = ""  # folder in which a model's answers are kept: what they took is shown
+    price: tuple[float, float] | None = None  # of a million tokens read and written
 
     @property
     def work(self) -> Path:
@@ -629,8 +632,12 @@ def note(asked: threading.Event, handler: Callable, number: int, frame: Any) -> 
 
 
 @contextlib.contextmanager
-def progress(stage: Stage, folder: Path, asked: threading.Event) -> Iterator[None]:
-    """A bar of the tasks that datatrove has marked as completed. It insists on a signal that has not ended the stage."""
+def progress(job: Job, stage: Stage, asked: threading.Event) -> Iterator[None]:
+    """A bar of the tasks that datatrove has marked as completed, with what a model's answers took so far.
+
+    It insists on a signal that has not ended the stage.
+    """
+    folder = job.work / stage.name
     done = threading.Event()
 
     def watch(bar: tqdm) -> None:
@@ -642,6 +649,8 @@ def progress(stage: Stage, folder: Path, asked: threading.Event) -> Iterator[Non
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             with contextlib.suppress(OSError):
                 bar.update(len(os.listdir(folder / "completions")) - bar.n)
+            if job.calls:
+                bar.set_postfix_str(spent(job.calls).told(job.price))
 
     with tqdm(total=stage.tasks, desc=stage.name, unit=" tasks", disable=None, leave=False, file=sys.stderr) as bar:
         watcher = threading.Thread(target=watch, args=(bar,), daemon=True)
@@ -681,7 +690,7 @@ def run(job: Job) -> None:
         before = None
         for stage in stages(job):
             before = executor(job, stage, before)
-            with progress(stage, job.work / stage.name, asked), sorted_out(job):
+            with progress(job, stage, asked), sorted_out(job):
                 before.run()
             # Ray's executor only logs that a task has failed.
             if job.how == "ray" and (failed := before.get_incomplete_ranks()):
@@ -690,7 +699,8 @@ def run(job: Job) -> None:
             print(f"{job.out}: submitted, the last job is {before.job_id}; the same command goes on after a failure")
             return
         records = json.loads((job.out / "manifest.json").read_text(encoding="utf-8"))["records"]
-        print(f"{job.out / 'index.html'}: {records:,} records")
+        took = f"; model: {spent(job.calls).told(job.price)}" if job.calls else ""
+        print(f"{job.out / 'index.html'}: {records:,} records{took}")
 
 
 @contextlib.contextmanager

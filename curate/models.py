@@ -411,14 +411,6 @@ def spent(calls: str | Path) -> Tally:
     return total
 
 
-def told(tally: Tally, price: tuple[float, float] | None = None) -> str:
-    """That in words. price: of a million tokens read and written."""
-    text = f"{tally.asked:,} calls, {tally.kept:,} from disk, {tally.read:,} + {tally.written:,} tokens"
-    if price:
-        text += f", cost {(tally.read * price[0] + tally.written * price[1]) / 1e6:.2f}"
-    return text
-
-
 # ------------------------------------------------------------------------------------------------------------------- steps
 
 

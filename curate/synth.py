@@ -37,7 +37,7 @@ from curate.requests import SEEDS, Wish, grow, seeds
 from curate.store import whole
 from curate.world import Checked, Drawn, Requested, choose_seeds, image_of
 from evaluate.judges import Asker, Unanswered
-from evaluate.judging import load_judge, parse_price, told
+from evaluate.judging import load_judge, parse_price
 from evaluate.rubrics import rubric
 from flags import Parser
 from families.registry import PARTS
@@ -328,11 +328,7 @@ def cost(args: argparse.Namespace, model: Model, painter: Painter, judge: Judge 
         pictures = tally(painter, os.getpid())
         parts.append(f"{pictures['painted']} pictures painted, {pictures['kept']} from disk")
     if model:
-        total = spent(model.calls)
-        text = f"model: {total.asked} calls, {total.kept} from disk, {total.read:,} + {total.written:,} tokens"
-        if args.price:
-            text += f", cost {(total.read * args.price[0] + total.written * args.price[1]) / 1e6:.2f}"
-        parts.append(text)
+        parts.append(f"model: {spent(model.calls).told(args.price)}")
     if judge and args.workers == 1:
-        parts.append(f"judge: {told(asker(judge, os.getpid()), args.price)}")
+        parts.append(f"judge: {asker(judge, os.getpid()).tally.told(args.price)}")
     return "; ".join(parts) or "see manifest.json"

@@ -30,7 +30,7 @@ from PIL import Image
 
 from checkpoint import InputError
 from curate import motion
-from curate.command import add_engine_flags, make_room, start, versions, with_thresholds
+from curate.command import add_engine_flags, add_model_flags, make_room, model_of, start, versions, with_thresholds
 from curate.engine import MOST_TASKS
 from curate.models import Model, asking, at_once, prompt
 from curate.page import Dropped, Page, Picture, Step
@@ -333,8 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("files", nargs="+", metavar="FILES", help="videos, folders of them")
     add_flags(parser, Clips, title="clips")
-    parser.add_argument("--model", default="none", help="who tells what happens: none, self or the address of a server (none)")
-    parser.add_argument("--model-name", default="", help="what the server calls its model")
+    add_model_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_flags(argv)
     values = {field.name: getattr(args, field.name) for field in fields(Clips)}
@@ -342,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
         if not 0 < value < float("inf"):
             raise InputError(f"--{name} {value:g}: must be more than 0")
     source = Clips(**values)
-    model = Model(args.model, args.model_name, calls=str(Path(args.out) / "calls"))
+    calls = str(Path(args.out).resolve() / "work" / "calls") if args.model != "none" else ""
+    model = model_of(args, calls)
     model.check()
     found = inputs(args.files)
     make_room(args)
@@ -356,4 +356,6 @@ def main(argv: list[str] | None = None) -> None:
         steps=tuple(with_thresholds(steps_of(model), args.set)),
         inputs=tuple(found),
         settings=settings,
+        calls=calls,
+        price=args.price,
     )

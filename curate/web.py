@@ -12,9 +12,8 @@ The same command goes on where it was ended; see engine.py for what lies in --ou
 import argparse
 from pathlib import Path
 
-from checkpoint import InputError
 from curate.caption import Caption
-from curate.command import add_engine_flags, make_room, start, versions, with_thresholds
+from curate.command import add_engine_flags, add_model_flags, make_room, model_of, start, versions, with_thresholds
 from curate.dialogue import Dialogue
 from curate.duplicates import DifferentPages, DifferentPictures
 from curate.engine import Survey, claim
@@ -83,17 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root", default="", help="folder under which pictures of local pages lie; default: that of the pages")
     parser.add_argument("--fetch", action="store_true", help="pictures that are not at hand are fetched over HTTP")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two requests to a host (%(default)s)")
-    parser.add_argument(
-        "--model", default="none", metavar="none|self|URL", help="who captions, rewrites, orders and asks (none)"
-    )
-    parser.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
-    parser.add_argument("--at-once", type=int, default=16, help="questions to a model under way at the same time (16)")
-    parser.add_argument("--ckpt", help="of --model self: checkpoint; default the bundled miniature")
-    parser.add_argument("--mllm", help="of --model self: the language model alone")
+    add_model_flags(parser)
     add_engine_flags(parser)
     args = parser.parse_flags(argv)
-    if args.at_once < 1:
-        raise InputError(f"--at-once {args.at_once}: must be 1 or more")
     found, roots = inputs(args.pages, args.root)
     make_room(args)
     work = Path(args.out).resolve() / "work"
@@ -102,10 +93,19 @@ def main(argv: list[str] | None = None) -> None:
     archives = Archives(files, str(work / "archives.npy")) if files else None
     fetcher = Fetcher(str(work), pause=args.pause) if args.fetch else None
     calls = str(work / "calls") if args.model != "none" else ""
-    model = Model(args.model, args.model_name, calls, args.at_once, ckpt=args.ckpt, mllm=args.mllm)
+    model = model_of(args, calls)
     model.check()
     steps = with_thresholds(steps_of(Fill(roots, archives, fetcher), model), args.set)
     if files:
         claim(Path(args.out))
         index_archives(files, work / "archives.npy")
-    start(args, name="web", source=source, steps=tuple(steps), inputs=tuple(found), settings={"versions": versions(PACKAGES)})
+    start(
+        args,
+        name="web",
+        source=source,
+        steps=tuple(steps),
+        inputs=tuple(found),
+        settings={"versions": versions(PACKAGES)},
+        calls=calls,
+        price=args.price,
+    )

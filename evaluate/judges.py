@@ -94,6 +94,13 @@ class Tally:
     written: int = 0
     models: set[str] = field(default_factory=set)  # what the server says that it is
 
+    def told(self, price: tuple[float, float] | None = None) -> str:
+        """It in words. price: of a million tokens read and written."""
+        text = f"{self.asked:,} calls, {self.kept:,} from disk, {self.read:,} + {self.written:,} tokens"
+        if price:
+            text += f", cost {(self.read * price[0] + self.written * price[1]) / 1e6:.2f}"
+        return text
+
 
 class Asker:
     """The Judge that `score` gets. One for all items and threads."""

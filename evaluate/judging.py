@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
             lacking = len(mine) - len(there)
             print(f"{lacking} of {len(mine)} answers are not there: they are not judged, see --absent", file=sys.stderr)
         judge_all(module, there, answers, judge, folder, args)
-    print(f"{len(there)} answers judged: {folder}; {told(judge, args.price)}")
+    print(f"{len(there)} answers judged: {folder}; {judge.tally.told(args.price)}")
 
 
 def folder_name(judge: str) -> str:
@@ -197,7 +197,7 @@ def each(one: Callable, waiting: list, judge: Asker, args: argparse.Namespace, t
                         problems.append(f"{item.id}: {e}")
                     except InputError as e:
                         problems.append(f"{item.id}: {e}")
-                    bar.set_postfix_str(told(judge, args.price))
+                    bar.set_postfix_str(judge.tally.told(args.price))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -213,15 +213,6 @@ def current(file: Path, answers: Answers, id: str) -> bool:
         return read_json(file)["answer"] == (answers.fingerprint(id) if answers.has(id) else "")
     except (InputError, KeyError):
         return False
-
-
-def told(judge: Asker, price: tuple[float, float] | None) -> str:
-    """What it has taken so far."""
-    tally = judge.tally
-    text = f"{tally.asked} calls, {tally.kept} from disk, {tally.read:,} + {tally.written:,} tokens"
-    if price:
-        text += f", cost {(tally.read * price[0] + tally.written * price[1]) / 1e6:.2f}"
-    return text
 
 
 def load_judge(args) -> Backend:

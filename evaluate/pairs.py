@@ -23,7 +23,7 @@ from evaluate.answers import alone, parse_shard
 from evaluate.benchmark import MISSING, Answer, Judge, Request, Verdict
 from evaluate.contest import BOTH, FIRST, IN_ORDER, SECOND, TURNED, Contest, add_contest_flags, begin, pair_name
 from evaluate.judges import Asker
-from evaluate.judging import add_judge_flags, check_judge_flags, folder_name, introduce, judge_all, load_judge, told
+from evaluate.judging import add_judge_flags, check_judge_flags, folder_name, introduce, judge_all, load_judge
 from evaluate.rubrics import PROMPTS, asked, document, has_text, rubric
 from flags import Parser
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
             place.mkdir(exist_ok=True)
             judge_all(Duel, mine, Both(contest, a, b), judge, place, args)
             done += len(mine)
-    print(f"{done} pairs of answers judged: {folder}; {told(judge, args.price)}")
+    print(f"{done} pairs of answers judged: {folder}; {judge.tally.told(args.price)}")
 
 
 def prompt_hash() -> str:

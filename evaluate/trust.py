@@ -28,7 +28,7 @@ from evaluate.benchmark import Verdict
 from evaluate.benchmarks import howto500
 from evaluate.card import Card, People
 from evaluate.judges import Asker, Backend
-from evaluate.judging import add_judge_flags, check_judge_flags, each, introduce, load_judge, prompt_hash, told
+from evaluate.judging import add_judge_flags, check_judge_flags, each, introduce, load_judge, prompt_hash
 from evaluate.raters import Rated
 from evaluate.rankings import ask
 from evaluate.rubrics import rubric
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
         if rows:
             card = Card(about, rows, People(rated, left_out, verdicts, args), judge, args)
             print(card.write(found, out))
-            print(f"{out / 'trust.html'}; {told(judge, args.price)}")
+            print(f"{out / 'trust.html'}; {judge.tally.told(args.price)}")
     if problem:
         raise problem
 

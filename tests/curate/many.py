@@ -1,6 +1,6 @@
 """Many pages at once: how fast, and whether memory stays flat.
 
-    python tests/curate/many.py [PAGES [WORKERS]]     20,000 pages on 2 workers
+    python tests/curate/many.py [PAGES [WORKERS]]     100,000 pages on 2 workers
 
 The real pages of ../shared, as often as it takes, some words changed in every copy, so that no two are the same. Their
 pictures are the real ones, from one folder; that they stand on many pages is allowed. What is printed: pages and pictures a
@@ -55,7 +55,7 @@ def memory(session: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+    n = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     workers = sys.argv[2] if len(sys.argv) > 2 else "2"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "many")

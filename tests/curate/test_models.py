@@ -19,7 +19,7 @@ from checkpoint import InputError
 from curate import models
 from curate.caption import Caption
 from curate.dialogue import Dialogue
-from curate.models import Model, abreast, keep, parsed, prompt, prompt_hashes, spent, told
+from curate.models import Model, abreast, keep, parsed, prompt, prompt_hashes, spent
 from curate.page import Dropped, Page
 from curate.reorder import Asked, Reorder
 from curate.rewrite import Rewrite
@@ -76,7 +76,7 @@ def test_a_second_run_asks_nothing(tmp_path):
         assert len(unruly.asked) == 7
     taken = spent(tmp_path)
     assert (taken.asked, taken.read, taken.written) == (7, 70, 14)
-    assert told(taken, (2.0, 1e6)) == "7 calls, 0 from disk, 70 + 14 tokens, cost 14.00"
+    assert taken.told((2.0, 1e6)) == "7 calls, 0 from disk, 70 + 14 tokens, cost 14.00"
     assert not list(tmp_path.rglob(".*"))
 
 

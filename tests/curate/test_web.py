@@ -96,7 +96,7 @@ def test_no_page_and_no_picture_is_lost_without_a_reason(whole):
 
 
 def test_killed_at_random_the_bytes_are_the_same(site, whole, tmp_path):
-    command = (site, site, "--tasks", "6", "--workers", "2")
+    command = ("web", site, "--tasks", "6", "--workers", "2")
     for _, out in kill_often(command, tmp_path, 2, 4.0, 1):
         assert digests(out) == digests(whole)
 
@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(site, whole, tmp_p
 
 
 def test_ctrl_c_leaves_nothing_behind(site, tmp_path):
-    process = start(site, site, tmp_path / "out", "--workers", "2")
+    process = start("web", site, "--out", tmp_path / "out", "--workers", "2")
     for _ in range(600):
         if list(tmp_path.glob("out/work/stage-0/completions/*")):
             break
