@@ -43,6 +43,9 @@ def build(b: Bench, config, dtype: torch.dtype | None = None) -> nn.Module:
     with torch.device("meta"):
         module = family_of(config).Model(config)
     module = module.to(dtype or b.dtype).to_empty(device=b.device)
+    # Each of two names of one matrix got a tensor of its own.
+    for name, source in getattr(module, "tied", {}).items():
+        module.get_submodule(name.rpartition(".")[0]).weight = module.get_parameter(source)
     generator = torch.Generator(b.device).manual_seed(0)
     with torch.no_grad():
         for name, p in module.named_parameters():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from bench import __main__ as main
 from bench.measure import Bench
 from checkpoint import InputError
 from conftest import make_parts
-from families.registry import family_of, load_language_model, load_model
+from families.registry import PRESETS, family_of, load_language_model, load_model, preset
 from pipeline import DuoGen, Settings, write_manifest
 from training import run_script
 
@@ -36,6 +37,16 @@ def test_rows_of_the_second_families_are_right(group, tmp_path):
         assert any(name in row["shape"] for name in SECOND.values())
         if group not in ("mixed", "pictures", "memory"):
             assert row["peers"] and row["error"] <= 5e-5
+
+
+def test_embeddings_that_are_also_the_last_layer(tmp_path, monkeypatch):
+    """As those of the 2B: one matrix on both sides, in what is read and in what is learned."""
+    tied = replace(preset("mllm", "tiny-qwen3-vl"), tie_word_embeddings=True)
+    monkeypatch.setitem(PRESETS["mllm"], "tied", tied)
+    b = bench(tmp_path, mllm="tied")
+    groups.JOBS["decode"](b)
+    groups.JOBS["stage1"](b)
+    assert len(b.rows) == 2 and all(row["error"] <= 5e-5 and "failed" not in row for row in b.rows)
 
 
 def test_stage_2_of_mixed_pairs(tmp_path):
