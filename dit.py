@@ -402,11 +402,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a GELU between them, under the names of diffusers: net.0.proj and net.2."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, bias: bool = False, approximate: str = "none"):
         super().__init__()
         first = nn.Module()
-        first.proj = nn.Linear(width, hidden, bias=False)
-        self.net = nn.ModuleList([first, nn.GELU(), nn.Linear(hidden, width, bias=False)])
+        first.proj = nn.Linear(width, hidden, bias=bias)
+        self.net = nn.ModuleList([first, nn.GELU(approximate), nn.Linear(hidden, width, bias=bias)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.net[1](self.net[0].proj(x))                                           # (N, hidden)

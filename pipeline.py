@@ -851,7 +851,7 @@ class DuoGen(Writer):
 
         mllm, dit, vae: take this part from elsewhere: its folder, a folder with a subfolder of the part's name, a training run
         (its newest sound checkpoint) or one of its checkpoints, or a Hub name as in the module's docstring. With all three
-        given and no ckpt, the sampling defaults are those of Cosmos.
+        given and no ckpt, the sampling defaults are those of `Settings`.
         dtype: of the language model and the DiT. The VAE, a small share of the work, always computes in fp32.
         offload: weights wait in host memory, and are on the device only while they are at work (class Offload).
         graphs: steps are recorded as CUDA graphs, which hold addresses of weights, so not together with offload; None: those
@@ -912,7 +912,7 @@ class DuoGen(Writer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a checkpoint folder; duogen.json, without which it is none, comes last."""
         folder = Path(folder)
-        # As Qwen has it: tokenizer and picture processor lie in the folder of the language model.
+        # As published: tokenizer and picture processor lie in the folder of the language model.
         for part in (self.mllm, self.tokenizer, self.processor):
             part.save_pretrained(folder / "mllm")
         self.dit.save_pretrained(folder / "dit")

@@ -2,7 +2,7 @@
 
     python train_stage2.py                                    the bundled miniature goes on learning, on the sketchbook
     torchrun --nproc_per_node=2 train_stage2.py               the same in two processes, the same loss
-    torchrun --nproc_per_node=8 train_stage2.py --mllm runs/s1 --dit COSMOS --vae COSMOS/vae --data a.jsonl --lr 3e-5 --shift 5
+    torchrun --nproc_per_node=8 train_stage2.py --mllm runs/s1 --dit DIT --vae VAE --data a.jsonl --lr 3e-5 --shift 5
 
 Any picture of the assistant's can be the target; all earlier pictures, the user's too, are given clean (paper, stage 2). The
 MLLM is causal, so one frozen pass over a document serves several of its targets, and each picture is encoded once; what was

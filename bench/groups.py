@@ -54,6 +54,18 @@ ORDER = (
     "check-fp16",
     "flex",
 )
+# What of the models a group is about. The others know none, or the VAE, which is the same for all.
+PARTS = {
+    "guided": {"dit"},
+    "decode": {"mllm"},
+    "stage2": {"mllm", "dit"},
+    "stage1": {"mllm"},
+    "vision": {"mllm"},
+    "pictures": {"dit"},
+    "memory": {"mllm", "dit"},
+    "document": {"ckpt"},
+    "mixed": {"dit"},
+}
 PRELOAD = ["bench.preload"]
 DOCS = Path(__file__).parent.parent / "docs" / "bench"
 MINUTES = 8.0  # on a GPU
@@ -74,6 +86,7 @@ class Place(NamedTuple):
     file: Path
     deadline: float = math.inf  # no row begins after it
     end: float = math.inf  # what runs then is stopped
+    parts: dict[str, str] = {}  # models in the place of the usual ones, see Bench
 
 
 class Fault(NamedTuple):
@@ -94,7 +107,16 @@ def run_group(job: Callable, place: Place, name: str, link, done, faults, share)
 
     try:
         b = Bench(
-            place.device, place.size, place.file, name, place.deadline, tell=tell, done=done, faults=faults, share=share
+            place.device,
+            place.size,
+            place.file,
+            name,
+            place.deadline,
+            tell=tell,
+            done=done,
+            faults=faults,
+            share=share,
+            parts=place.parts,
         )
         job(b)
     except Exception as e:
@@ -187,15 +209,17 @@ def ending(exitcode: int) -> str:
 # ------------------------------------------------------------------------------------------------------------------ the run
 
 
-def run(groups: list[str], device: str, size: str, file: Path, minutes: float) -> int:
+def run(groups: list[str], device: str, size: str, file: Path, minutes: float, parts: dict[str, str] | None = None) -> int:
     """How many rows failed."""
+    parts = parts or {}
     began = time.time()
     # No row begins shortly before the end, which comes in any case.
     end = began + 60 * minutes
-    place = Place(device, size, file, end - min(30, 9 * minutes), end)
+    place = Place(device, size, file, end - min(30, 9 * minutes), end, parts)
     # Its imports take seconds, in which this process looks at the machine.
     start_server(PRELOAD)
-    before = begin(file, environment(torch.device(device)), groups)
+    # The first line of the file says of which parts its rows are: those of others are not of one table.
+    before = begin(file, environment(torch.device(device)) | parts, groups)
     # Here, and not in one of the threads that compile.
     process_context(PRELOAD, device)
     if device.startswith("cuda"):
@@ -264,7 +288,7 @@ def begin(file: Path, machine: dict, groups: list[str]) -> list[dict]:
 
 
 def same_machine(a: dict, b: dict) -> bool:
-    """The same versions too; clocks move from run to run."""
+    """The same versions and models too; clocks move from run to run."""
     return a | {"clocks": None} == b | {"clocks": None}
 
 
@@ -297,7 +321,9 @@ def merge(files: list[Path], out: Path) -> None:
     for file in files[1:]:
         other, *more = read(file)
         if not same_machine(machine, other):
-            raise InputError(f"{file}: another machine or other versions than {files[0]}: their times are not of one table")
+            raise InputError(
+                f"{file}: another machine, other versions or other models than {files[0]}: their times are not of one table"
+            )
         rows = merged(rows, more)
     out.parent.mkdir(parents=True, exist_ok=True)
     rewrite(out, [machine, *sorted(rows, key=place_of)])
@@ -342,11 +368,14 @@ def environment(device: torch.device) -> dict:
     return {"device": f"{model} ({vectors}), {torch.get_num_threads()} threads"} | versions
 
 
-def result_file(device: str) -> Path:
-    if device == "cpu":
-        return DOCS / "cpu.jsonl"
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name(device))
-    return DOCS / f"gpu_{name}.jsonl"
+def result_file(device: str, parts: dict[str, str]) -> Path:
+    """One for each machine, and for each choice of models."""
+    name = "cpu"
+    if device != "cpu":
+        name = "gpu_" + re.sub(r"\W+", "_", torch.cuda.get_device_name(device))
+    for part in parts.values():
+        name += "_" + re.sub(r"[^\w.-]+", "-", part)
+    return DOCS / f"{name}.jsonl"
 
 
 def committed() -> list[Path]:

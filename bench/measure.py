@@ -83,6 +83,7 @@ class Bench:
     the file has already; faults says which cells (what, shape, way) are not to be tried again, and why.
 
     share (i, n): nothing is measured or written. Of every n rows the i-th makes its own call once, which compiles its kernels.
+    parts: what was asked for in the place of the usual models: presets as "mllm" and "dit", a folder as "ckpt".
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Bench:
         done: Collection[tuple[str, str]] = (),
         faults: dict[tuple[str, str, str], str] | None = None,
         share: tuple[int, int] | None = None,
+        parts: dict[str, str] | None = None,
     ):
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
@@ -109,6 +111,7 @@ class Bench:
         self.done = set(done)
         self.faults = faults or {}
         self.share = share
+        self.parts = parts or {}
         self.seen = 0  # rows that were asked for while compiling
         self.spent = 0.0  # seconds of a row's calls before their race that have timed themselves
         self.rows: list[dict] = []
@@ -124,6 +127,14 @@ class Bench:
     @property
     def late(self) -> bool:
         return time.time() > self.deadline
+
+    def preset(self, part: str) -> str | None:
+        """Name of the preset that stands for a part; None where the bench has a size of its own."""
+        usual = {
+            "mllm": self.pick(gpu="7B", cpu=None, smoke="tiny"),
+            "dit": self.pick(gpu="2B", cpu=None, smoke=None),
+        }
+        return self.parts.get(part, usual[part])
 
     def pick(self, *, gpu, cpu, smoke):
         return {"gpu": gpu, "cpu": cpu, "smoke": smoke}[self.size]

@@ -12,14 +12,13 @@ from functools import partial
 import torch
 
 from bench.measure import Bench, peak, reason
-from bench.system import build, dit_config, latent, mllm_config, size_of
+from bench.system import build, called, dit_config, latent, mllm_config
 from data import Document, pack_documents
-from dit import DiT
 from flow import CONDITION_TIME, FlowLoss, Samples, denoise, shift_schedule
-from model import MLLM
+from model import LanguageModel
 from tools import fit, plan
 from training import LanguageLoss, encode_pictures, mllm_features
-from vae import VAE, VAEConfig
+from vae import VAEConfig
 
 
 def memory(b: Bench) -> None:
@@ -55,28 +54,28 @@ def sampling(b: Bench) -> None:
     pictures = b.pick(gpu=5, cpu=0, smoke=2)
     text = b.pick(gpu=2048, cpu=0, smoke=12)
     config = dit_config(b)
-    dit = build(b, DiT, config).fuse_for_inference()
+    dit = build(b, config).fuse_for_inference()
     size = side // 8, side // 8
     clean = [latent(b, side, side, k) for k in range(pictures - 1)]
-    context = b.randn(text, config.text_embed_dim)
+    context = b.randn(text, config.context_width)
 
     def paint():
         sigmas = shift_schedule(3)
         denoise(dit, [clean], [size], [context], [context], [0], sigmas=sigmas, guidance=2.0)
 
-    fake = plan.pretend(DiT, config, b.dtype)
+    fake = plan.pretend_part(config, b.dtype)
     said = partial(fit.painting_bytes, fake, size, 1, pictures, 2, text, 3)
-    beside_plan(b, "memory of painting", f"{size_of(dit)}, {side} px, 1 + {pictures - 1}", paint, said)
+    beside_plan(b, "memory of painting", f"{called(b, 'dit', dit)}, {side} px, 1 + {pictures - 1}", paint, said)
 
     config = b.pick(gpu=VAEConfig(), cpu=None, smoke=VAEConfig(base_dim=8))
-    vae = build(b, VAE, config, torch.float32).to(memory_format=torch.channels_last)
+    vae = build(b, config, torch.float32).to(memory_format=torch.channels_last)
     x = b.randn(1, 3, side, side).float()
 
     @torch.no_grad()
     def there_and_back():
         vae.decode_latents(vae.encode_latents(x))
 
-    said = partial(fit.vae_bytes, plan.pretend(VAE, config), (side, side))
+    said = partial(fit.vae_bytes, plan.pretend_part(config), (side, side))
     beside_plan(b, "memory of the VAE", f"{side} px there and back", there_and_back, said)
 
 
@@ -87,13 +86,13 @@ def training(b: Bench) -> None:
     """Forward and backward pass of both stages, without the optimizer: activations, casts and gradients."""
     text = b.pick(gpu=2048, cpu=0, smoke=20)
     config = mllm_config(b, layers=b.pick(gpu=8, cpu=None, smoke=None))
-    mllm = build(b, MLLM, config, torch.float32)
+    mllm = build(b, config, torch.float32)
     documents = [plan.pretend_document(config, text, [], text // 2)]
 
-    said = partial(planned, b, {"mllm": plan.pretend(MLLM, config)}, documents, [])
+    said = partial(planned, b, {"mllm": plan.pretend_part(config)}, documents, [])
     what = "memory of a training step, stage 1"
     step = partial(language_step, b, mllm, documents)
-    beside_plan(b, what, f"{size_of(mllm)}, {config.num_hidden_layers} layers, {text} tokens", step, said)
+    beside_plan(b, what, f"{called(b, 'mllm', mllm)}, {config.num_hidden_layers} layers, {text} tokens", step, said)
     del mllm, step
 
     # A document of pictures, of which the last is learned.
@@ -102,23 +101,23 @@ def training(b: Bench) -> None:
     side = b.pick(gpu=480, cpu=0, smoke=32)
     grid = b.pick(gpu=(34, 34), cpu=None, smoke=(4, 4))
     config = mllm_config(b)
-    wide = config.num_hidden_layers * config.hidden_size
     kinds = {
-        "mllm": (MLLM, config, b.dtype),
-        "dit": (DiT, replace(dit_config(b), crossattn_proj_in_channels=wide), torch.float32),
-        "vae": (VAE, b.pick(gpu=VAEConfig(), cpu=None, smoke=VAEConfig(base_dim=8)), torch.float32),
+        "mllm": (config, b.dtype),
+        "dit": (dit_config(b), torch.float32),
+        "vae": (b.pick(gpu=VAEConfig(), cpu=None, smoke=VAEConfig(base_dim=8)), torch.float32),
     }
     documents = [plan.pretend_document(config, text, [grid] * pictures, text // 2, [side] * pictures)]
     samples = [(0, pictures, len(documents[0]))]
     real = {}
     fake = {}
-    for name, (kind, c, dtype) in kinds.items():
+    for name, (c, dtype) in kinds.items():
         learns = name == "dit"
-        real[name] = build(b, kind, c, dtype).requires_grad_(learns)
-        fake[name] = plan.pretend(kind, c, dtype).requires_grad_(learns)
+        real[name] = build(b, c, dtype).requires_grad_(learns)
+        fake[name] = plan.pretend_part(c, dtype).requires_grad_(learns)
     real["vae"] = real["vae"].to(memory_format=torch.channels_last)
     said = partial(planned, b, fake, documents, samples)
-    shape = f"{size_of(real['mllm'])} reads, {size_of(real['dit'])} learns, {side} px, 1 + {pictures - 1}"
+    names = called(b, "mllm", real["mllm"]), called(b, "dit", real["dit"])
+    shape = f"{names[0]} reads, {names[1]} learns, {side} px, 1 + {pictures - 1}"
     step = partial(flow_step, b, real, [filled(d) for d in documents], samples)
     beside_plan(b, "memory of a training step, stage 2", shape, step, said)
 
@@ -133,7 +132,7 @@ def filled(document: Document) -> Document:
     return replace(document, pixels=torch.zeros(document.pixels.shape), pictures=pictures)
 
 
-def language_step(b: Bench, mllm: MLLM, documents: list[Document]) -> None:
+def language_step(b: Bench, mllm: LanguageModel, documents: list[Document]) -> None:
     with torch.autocast(b.device.type, torch.bfloat16, enabled=b.cuda):
         loss, _ = LanguageLoss(mllm)(pack_documents(documents).to(b.device))
     loss.backward()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from connector import features
+from connector import Connector, features
 from dit import patchify, unpatchify
 from flow import noise_like
 from flow import sample_flow, shift_schedule
@@ -40,8 +40,8 @@ def once(make: Callable) -> Callable:
 
 
 def transformers_mllm(mllm: nn.Module):
-    """transformers' model on the weights of ours, which are stored once."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    """transformers' model of the same family on the weights of ours, which are stored once."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     folders = {"visual": "model.visual", "model": "model.language_model"}
 
@@ -50,12 +50,14 @@ def transformers_mllm(mllm: nn.Module):
         return f"{folders.get(part, part)}.{rest}"
 
     weight = mllm.model.norm.weight
-    config = Qwen2_5_VLConfig(**mllm.config.to_json())
+    config = AutoConfig.for_model(**mllm.config.to_json())
     with torch.device(weight.device):
-        theirs = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=weight.dtype)
+        theirs = AutoModelForImageTextToText.from_config(config, dtype=weight.dtype)
     # assign: their parameters become ours, and nothing is copied.
     renamed = {their_name(name): tensor for name, tensor in mllm.state_dict().items()}
     theirs.load_state_dict(renamed, assign=True)
+    # Where embeddings and the last layer are one matrix, assigning has made two parameters of it.
+    theirs.tie_weights()
     return theirs.eval().requires_grad_(weight.requires_grad)
 
 
@@ -65,7 +67,18 @@ def _zeros_of_size(x: Tensor, size, interpolation) -> Tensor:
 
 
 def diffusers_dit(dit: nn.Module):
-    """diffusers' model on the weights of ours. It asks torchvision for one function, which need not be installed for that."""
+    """diffusers' model of the same family on the weights of ours."""
+    config = dit.config.to_json()
+    make, _ = PAINTERS[config["_class_name"]]
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    weight = dit.proj_out.weight
+    with torch.device(weight.device):
+        theirs = make(dit, options)
+    return theirs.eval().requires_grad_(weight.requires_grad)
+
+
+def diffusers_cosmos(dit: nn.Module, options: dict):
+    """It asks torchvision for one function, which need not be installed for that."""
     from diffusers import CosmosTransformer3DModel
     from diffusers.models.transformers import transformer_cosmos
 
@@ -73,20 +86,26 @@ def diffusers_dit(dit: nn.Module):
         functional = SimpleNamespace(resize=_zeros_of_size)
         modes = SimpleNamespace(NEAREST="nearest")
         transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
-    options = {}
-    for key, value in dit.config.to_json().items():
-        if not key.startswith("_"):
-            options[key] = value
-    weight = dit.proj_out.weight
-    with torch.device(weight.device):
-        theirs = CosmosTransformer3DModel(**options).to(weight.dtype)
+    theirs = CosmosTransformer3DModel(**options)
     theirs.load_state_dict(dit.state_dict(), assign=True)
     # Its config has no field for this eps.
     for block in theirs.transformer_blocks:
         for part in (block.attn1, block.attn2):
             part.norm_q.eps = dit.config.qk_norm_eps
             part.norm_k.eps = dit.config.qk_norm_eps
-    return theirs.eval().requires_grad_(weight.requires_grad)
+    return theirs
+
+
+def diffusers_wan(dit: nn.Module, options: dict):
+    """With the connector in the place of its text embedder, as in ours."""
+    from diffusers import WanTransformer3DModel
+
+    theirs = WanTransformer3DModel(**options)
+    place = "condition_embedder.text_embedder"
+    theirs.set_submodule(place, Connector(dit.config.crossattn_proj_in_channels, dit.config.width))
+    renamed = {name.replace("crossattn_proj", place): tensor for name, tensor in dit.state_dict().items()}
+    theirs.load_state_dict(renamed, assign=True)
+    return theirs
 
 
 def diffusers_vae(vae: nn.Module):
@@ -178,16 +197,21 @@ class Stamps:
 
 
 def velocity(theirs, x: list[Tensor], times: list[float], states: Tensor) -> Tensor:
-    """One call of diffusers' DiT on one sample: pictures (C, h, w), the last one noisy -> its velocity (C, h, w)."""
-    dtype = states.dtype
+    """One call of diffusers' painter on one sample: pictures (C, h, w), the last one noisy -> its velocity (C, h, w)."""
     # It has one size for all pictures: that of the noisy one.
     resized = [F.interpolate(z[None], x[-1].shape[1:])[0] for z in x]
     frames = torch.stack(resized, 1)[None]                                                                # (1, C, T, h, w)
+    t = torch.tensor(times, device=states.device)                                                         # (T,)
+    _, call = PAINTERS[type(theirs).__name__]
+    return call(theirs, frames, t, states[None])[0, :, -1].float()
+
+
+def velocity_of_cosmos(theirs, frames: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    dtype = states.dtype
     given = torch.zeros_like(frames[:, :1])
     given[:, :, :-1] = 1
-    t = torch.tensor(times, device=states.device)
     # A time for each picture; that of a single one goes in as it is.
-    if len(times) > 1:
+    if len(t) > 1:
         t = t.view(1, 1, -1, 1, 1)
     # Of the size of the picture in pixels, which it resizes to that of the latents.
     height, width = frames.shape[-2:]
@@ -195,11 +219,27 @@ def velocity(theirs, x: list[Tensor], times: list[float], states: Tensor) -> Ten
     out = theirs(
         frames.to(dtype),
         t,
-        states[None],
+        states,
         condition_mask=given.to(dtype),
         padding_mask=padding.to(dtype),
     )
-    return out.sample[0, :, -1].float()
+    return out.sample
+
+
+def velocity_of_wan(theirs, frames: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    # Its times count to 1000. A time for each patch, where the pictures have times of their own.
+    t = 1000 * t
+    if len(t) > 1:
+        patches = frames.shape[3] * frames.shape[4] // 4
+        t = t.repeat_interleave(patches)[None]                                                            # (1, T h w / 4)
+    return theirs(frames.to(states.dtype), t, states).sample
+
+
+# Of each family: what makes diffusers' model, and a call of it.
+PAINTERS = {
+    "CosmosTransformer3DModel": (diffusers_cosmos, velocity_of_cosmos),
+    "WanTransformer3DModel": (diffusers_wan, velocity_of_wan),
+}
 
 
 def guided(theirs, given, sizes, states, seeds, sigmas: Tensor, scale: float, condition_time: float) -> Callable:
@@ -260,7 +300,7 @@ def language_step(mllm, ids: list[Tensor], device: torch.device) -> Callable:
     return partial(train, device, theirs, loss, watched)
 
 
-def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, seed: int) -> Callable:
+def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, seed: int, watched: str) -> Callable:
     """Stage 2 with the libraries: each sample's hidden states from transformers, its velocity from diffusers."""
     reader = transformers_mllm(mllm)
     painter = diffusers_dit(dit)
@@ -296,8 +336,7 @@ def flow_step(mllm, dit, ids, latents, clean, t: Tensor, condition_time: float, 
             count += len(error)
         return total / count
 
-    watched = painter.transformer_blocks[0].ff.net[2].weight
-    return partial(train, device, painter, loss, watched)
+    return partial(train, device, painter, loss, painter.get_parameter(watched))
 
 
 # ------------------------------------------------------------------------------------------------------------- one document

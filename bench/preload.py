@@ -9,7 +9,9 @@ import importlib
 LIBRARIES = (
     "bench.groups",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl",
     "diffusers.models.transformers.transformer_cosmos",
+    "diffusers.models.transformers.transformer_wan",
     "diffusers.models.autoencoders.autoencoder_kl_wan",
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,10 +16,8 @@ import ops
 from bench import peers as theirs
 from bench.attention import Case
 from bench.measure import Bench, Row, Way, peak, reason, tensors
-from bench.system import build, dit_config, latent, mllm_config, packed, size_of
-from dit import DiT
+from bench.system import build, called, dit_config, latent, mllm_config, packed
 from flow import CONDITION_TIME, FlowLoss, Samples
-from model import MLLM
 from flops import count
 from training import LanguageLoss
 
@@ -296,7 +293,7 @@ def stage1(b: Bench) -> None:
         cpu=[256, 40, 151, 12],
         smoke=[20, 5, 9],
     )
-    mllm = build(b, MLLM, mllm_config(b, layers=b.pick(gpu=8, cpu=None, smoke=None)), torch.float32)
+    mllm = build(b, mllm_config(b, layers=b.pick(gpu=8, cpu=None, smoke=None)), torch.float32)
     c = mllm.config
     loss_of = LanguageLoss(mllm)
     ids, segments, where = packed(b, c, lengths)
@@ -326,7 +323,7 @@ def stage1(b: Bench) -> None:
     linear = 6 * count(mllm.model.layers, mllm.lm_head) * sum(lengths)
     b.measure(Row(
         what="training step, stage 1",
-        shape=f"{size_of(mllm)}, {c.num_hidden_layers} layers, {len(lengths)} documents, {sum(lengths)} tokens",
+        shape=f"{called(b, 'mllm', mllm)}, {c.num_hidden_layers} layers, {len(lengths)} documents, {sum(lengths)} tokens",
         ours=ours,
         peers={"transformers, padded": peer},
         limit=b.limit(1e-1, 1e-3),
@@ -343,7 +340,7 @@ def reading_flops(c, lengths: list[int]) -> float:
 
 
 def stage2(b: Bench) -> None:
-    """Forward of the frozen language model, forward and backward of the DiT, without the optimizer."""
+    """Forward of the frozen language model, forward and backward of the painter, without the optimizer."""
     roomy = b.cuda and torch.cuda.get_device_properties(b.device).total_memory > 100e9
     sizes = b.pick(
         gpu=[[(480, 480)] * (5 if roomy else 3), [(480, 480)] * 2, [(480, 480)]],
@@ -352,11 +349,9 @@ def stage2(b: Bench) -> None:
     )
     reads = b.pick(gpu=[2048, 700, 300], cpu=[160, 60, 24], smoke=[12, 5])
     # What is frozen is in the bench's type. What learns is in fp32, since small steps would be lost in bf16.
-    mllm = build(b, MLLM, mllm_config(b)).requires_grad_(False)
+    mllm = build(b, mllm_config(b)).requires_grad_(False)
     c = mllm.config
-    wide = c.num_hidden_layers * c.hidden_size
-    config = replace(dit_config(b), crossattn_proj_in_channels=wide)
-    dit = build(b, DiT, config, torch.float32)
+    dit = build(b, dit_config(b), torch.float32)
     ids, segments, where = packed(b, c, reads)
     # A document each: its pictures but the last are clean, and the DiT reads the hidden states of its own rows.
     latents = []
@@ -374,18 +369,19 @@ def stage2(b: Bench) -> None:
         error, n = loss_of(samples, t, torch.Generator().manual_seed(5))
         return error.sum() / n.sum()
 
-    watched = dit.transformer_blocks[0].ff.net[2].weight
+    # Of the first block, and the peer's has the same name.
+    watched = next(name for name, _ in dit.named_parameters() if name.endswith("net.2.weight"))
 
     def ours() -> Way:
-        return Way(partial(theirs.train, b.device, dit, loss, watched))
+        return Way(partial(theirs.train, b.device, dit, loss, dit.get_parameter(watched)))
 
     def peer() -> Way:
-        return Way(theirs.flow_step(mllm, dit, ids, latents, clean, t, CONDITION_TIME, 5))
+        return Way(theirs.flow_step(mllm, dit, ids, latents, clean, t, CONDITION_TIME, 5, watched))
 
     reading = 2 * count(mllm.model.layers) * sum(reads) + reading_flops(c, reads)
     b.measure(Row(
         what="training step, stage 2",
-        shape=f"{size_of(mllm)} reads, {size_of(dit)} learns, {len(sizes)} samples",
+        shape=f"{called(b, 'mllm', mllm)} reads, {called(b, 'dit', dit)} learns, {len(sizes)} samples",
         ours=ours,
         peers={"both, sample by sample": peer},
         limit=b.limit(1e-1, 1e-3),
@@ -403,11 +399,11 @@ def learning_flops(dit, latents: list[list[Tensor]], reads: list[int]) -> float:
     patches = []
     for pictures in latents:
         patches.append(sum(z.shape[1] * z.shape[2] // 4 for z in pictures))
-    block = dit.transformer_blocks[0]
+    block = dit.repeated()[0]
     # Keys and values of the text are made anew in every layer, what goes into them once.
     per_text = count(block.attn2.to_k, block.attn2.to_v) * c.num_layers
     per_text += count(dit.crossattn_proj)
-    per_patch = count(block.attn1, block.attn2.to_q, block.attn2.to_out, block.ff) * c.num_layers
+    per_patch = (count(block.attn1, block.attn2.to_q, block.attn2.to_out) + 2 * c.width * c.mlp_width) * c.num_layers
     among = Case("", patches, patches, heads, heads, d).flops
     across = Case("", patches, reads, heads, heads, d).flops
     linear = per_text * sum(reads) + per_patch * sum(patches)

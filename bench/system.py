@@ -13,26 +13,39 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import model
 from bench import peers as theirs
 from bench.measure import Bench, Row, Way
-from dit import DiT, DiTConfig
+from dit import DiTConfig
+from families.registry import family_of, preset
 from flow import CONDITION_TIME, denoise, shift_schedule
-from model import MLLM, KVCache, MLLMConfig, VisionConfig
+from model import KVCache, MLLMConfig, VisionConfig
 from ops import Graph, Segments, pays_to_record
 from flops import count
-from vae import VAE, VAEConfig
+from vae import VAEConfig
 
 # ------------------------------------------------------------------------------------------------------------------- models
 
-ADDS = "o_proj.weight", "attn.proj.weight", "down_proj.weight", "to_out.0.weight", "net.2.weight"  # to the residual stream
+# What is added to the residual stream.
+ADDS = (
+    "o_proj.weight",
+    "attn.proj.weight",
+    "down_proj.weight",
+    "mlp.linear_fc2.weight",
+    "to_out.0.weight",
+    "net.2.weight",
+)
+FEWEST = 3  # layers with which a language model has all of its kernels; as many listen to DeepStack
 
 
-def build(b: Bench, kind, config, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model of random weights at which activations stay near 1. Nothing is zero: gates and outputs say something."""
+def build(b: Bench, config, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a config, of whatever family, with random weights at which activations stay near 1. Nothing is zero: gates
+    and outputs say something."""
     with torch.device("meta"):
-        module = kind(config)
+        module = family_of(config).Model(config)
     module = module.to(dtype or b.dtype).to_empty(device=b.device)
+    # Each of two names of one matrix got a tensor of its own.
+    for name, source in getattr(module, "tied", {}).items():
+        module.get_submodule(name.rpartition(".")[0]).weight = module.get_parameter(source)
     generator = torch.Generator(b.device).manual_seed(0)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -48,12 +61,14 @@ def build(b: Bench, kind, config, dtype: torch.dtype | None = None) -> nn.Module
 
 
 def mllm_config(b: Bench, layers: int | None = None) -> MLLMConfig:
-    if b.size == "gpu":
-        # All layers share their kernels: to compile these, one will do.
-        return replace(model.PRESETS["7B"], num_hidden_layers=1 if b.compiling else layers or 28)
-    if b.size == "smoke":
-        return model.PRESETS["tiny"]
-    # On a CPU a model of the same proportions whose row takes seconds.
+    """Of the language model that the run is about. layers: no more of them than that."""
+    name = b.preset("mllm")
+    if name:
+        config = preset("mllm", name)
+        # All layers share their kernels: to compile these, a few will do.
+        most = FEWEST if b.compiling else layers or config.num_hidden_layers
+        return replace(config, num_hidden_layers=min(most, config.num_hidden_layers))
+    # On a CPU a model of the 7B's proportions whose row takes seconds.
     vision = VisionConfig(
         640,
         1024,
@@ -67,25 +82,29 @@ def mllm_config(b: Bench, layers: int | None = None) -> MLLMConfig:
     return MLLMConfig(1024, 2816, 4, 8, 2, 8192, 1e-6, vision, **ids)
 
 
-def dit_config(b: Bench) -> DiTConfig:
-    """qk_norm_eps as in diffusers, which has no other."""
+def dit_config(b: Bench):
+    """Of the painter that the run is about, with a connector to its language model."""
     tiny = dict(
         num_layers=2,
         num_attention_heads=2,
         attention_head_dim=32,
         adaln_lora_dim=8,
         text_embed_dim=24,
-        crossattn_proj_in_channels=48,
     )
-    small = dict(
-        num_layers=2,
-        num_attention_heads=8,
-        crossattn_proj_in_channels=4096,
-    )
+    small = dict(num_layers=2, num_attention_heads=8)
+    name = b.preset("dit")
+    if name:
+        config = preset("dit", name)
+    else:
+        config = DiTConfig(**b.pick(gpu={}, cpu=small, smoke=tiny))
+    changes = {"crossattn_proj_in_channels": mllm_config(b).features}
     # The last block is another one than those before it: two layers have all kernels.
-    full = {"num_layers": 2} if b.compiling else {}
-    sizes = b.pick(gpu=full, cpu=small, smoke=tiny)
-    return replace(DiTConfig(), qk_norm_eps=1e-5, **sizes)
+    if b.compiling:
+        changes["num_layers"] = 2
+    # As in diffusers, which has no other.
+    if isinstance(config, DiTConfig):
+        changes["qk_norm_eps"] = 1e-5
+    return replace(config, **changes)
 
 
 def packed(b: Bench, c: MLLMConfig, lengths: list[int]) -> tuple[list[Tensor], Segments, Tensor]:
@@ -109,6 +128,11 @@ def size_of(module: nn.Module) -> str:
     if n >= 1e8:
         return f"{n / 1e9:.2g}B"
     return f"{n / 1e6:.2g}M"
+
+
+def called(b: Bench, part: str, module: nn.Module) -> str:
+    """What a row calls its model: the preset's name, or its size where that is the bench's own."""
+    return b.preset(part) or size_of(module)
 
 
 # --------------------------------------------------------------------------------------------------------------------- rows
@@ -141,7 +165,7 @@ def decode(b: Bench) -> None:
     """A token of one document on a static cache; on a GPU also as a recorded graph."""
     prompts = b.pick(gpu=(2048,), cpu=(512,), smoke=(20,))
     new = b.pick(gpu=32, cpu=24, smoke=3)
-    mllm = build(b, MLLM, mllm_config(b)).fuse_for_inference()
+    mllm = build(b, mllm_config(b)).fuse_for_inference()
     c = mllm.config
     library = theirs.once(partial(theirs.transformers_mllm, mllm))
 
@@ -180,7 +204,7 @@ def decode(b: Bench) -> None:
             peers["ours, as a CUDA graph"] = partial(ours, ids, where, prompt, graph=True)
         b.measure(Row(
             what="decode token",
-            shape=f"{size_of(mllm)}, {prompt} tokens before",
+            shape=f"{called(b, 'mllm', mllm)}, {prompt} tokens before",
             ours=partial(ours, ids, where, prompt),
             peers=peers,
             limit=b.limit(1e-1, 1e-4),
@@ -221,10 +245,10 @@ def mixed(b: Bench) -> None:
 
 
 def guided_steps(b: Bench, cases: dict[str, list[list[tuple[int, int]]]]) -> None:
-    """A step of the DiT, both branches of guidance."""
+    """A step of the painter, both branches of guidance."""
     if not cases:
         return
-    dit = build(b, DiT, dit_config(b)).fuse_for_inference()
+    dit = build(b, dit_config(b)).fuse_for_inference()
     library = theirs.once(partial(theirs.diffusers_dit, dit))
     sigmas = shift_schedule(b.pick(gpu=4, cpu=4, smoke=3))
     text = b.pick(gpu=512, cpu=128, smoke=7)
@@ -272,7 +296,7 @@ def guided_steps(b: Bench, cases: dict[str, list[list[tuple[int, int]]]]) -> Non
             peers[other] = partial(ours, args, graphs=not recorded)
         row = Row(
             what="guided DiT step",
-            shape=f"{size_of(dit)}, {name}",
+            shape=f"{called(b, 'dit', dit)}, {name}",
             ours=partial(ours, args),
             peers=peers,
             limit=b.limit(1e-1, 1e-4),
@@ -289,8 +313,8 @@ def pictures(b: Bench) -> None:
     """A whole picture, from noise to pixels, the more of them have gone before. Nobody else has this loop for a peer."""
     if b.size == "cpu":
         return
-    dit = build(b, DiT, dit_config(b)).fuse_for_inference()
-    vae = build(b, VAE, b.pick(gpu=VAEConfig(), cpu=None, smoke=VAEConfig(base_dim=8)), torch.float32)
+    dit = build(b, dit_config(b)).fuse_for_inference()
+    vae = build(b, b.pick(gpu=VAEConfig(), cpu=None, smoke=VAEConfig(base_dim=8)), torch.float32)
     vae = vae.to(memory_format=torch.channels_last)
     c = dit.config
     steps = b.pick(gpu=35, cpu=0, smoke=2)
@@ -300,7 +324,7 @@ def pictures(b: Bench) -> None:
         # A caption for each picture, and each picture's own tokens, which the language model has read.
         text = b.pick(gpu=128 + 400 * before, cpu=0, smoke=5 + before)
         clean = [latent(b, side, side, k) for k in range(before)]
-        contexts = [b.randn(n, c.text_embed_dim, seed=k) for k, n in enumerate((text, text - 3))]
+        contexts = [b.randn(n, c.context_width, seed=k) for k, n in enumerate((text, text - 3))]
 
         def paint(clean=clean, contexts=contexts) -> Tensor:
             positive, negative = contexts
@@ -322,7 +346,7 @@ def pictures(b: Bench) -> None:
 
         b.measure(Row(
             what="a picture from noise to pixels",
-            shape=f"{size_of(dit)}, {side} px, {steps} steps, {before} before it",
+            shape=f"{called(b, 'dit', dit)}, {side} px, {steps} steps, {before} before it",
             ours=ours,
             peers={},
             limit=math.inf,
@@ -331,7 +355,7 @@ def pictures(b: Bench) -> None:
 
 def vision(b: Bench) -> None:
     grids = b.pick(gpu=[[(74, 74)], [(34, 34)] * 4], cpu=[[(36, 36)]], smoke=[[(8, 12), (4, 6)]])
-    mllm = build(b, MLLM, mllm_config(b, layers=1))
+    mllm = build(b, mllm_config(b, layers=FEWEST))
     c = mllm.config.vision
     library = theirs.once(partial(theirs.transformers_mllm, mllm))
 
@@ -351,7 +375,7 @@ def vision(b: Bench) -> None:
         sizes = ", ".join(f"{h}x{w}" for h, w in grid)
         b.measure(Row(
             what="vision tower",
-            shape=f"{size_of(mllm.visual)}, patches {sizes}",
+            shape=f"{called(b, 'mllm', mllm.visual)}, patches {sizes}",
             ours=partial(ours, pixels, grid),
             peers={"transformers": partial(peer, pixels, grid)},
             limit=b.limit(1e-1, 1e-4),
@@ -360,7 +384,7 @@ def vision(b: Bench) -> None:
 
 def autoencoder(b: Bench) -> None:
     config = b.pick(gpu=VAEConfig(), cpu=VAEConfig(), smoke=VAEConfig(base_dim=8))
-    vae = build(b, VAE, config, torch.float32).to(memory_format=torch.channels_last)
+    vae = build(b, config, torch.float32).to(memory_format=torch.channels_last)
     library = theirs.once(partial(theirs.diffusers_vae, vae))
 
     # The mean of the posterior, not a sample: the peer draws other noise.
@@ -386,13 +410,16 @@ def autoencoder(b: Bench) -> None:
 
 
 def document(b: Bench) -> None:
-    """The bundled miniature writes and paints an answer; the peer is the same loop over transformers and diffusers."""
+    """A miniature, the bundled one, writes and paints an answer; the peer is the same loop over transformers and diffusers."""
     from pipeline import DuoGen
 
-    duo = DuoGen.from_pretrained(device=b.device)
+    duo = DuoGen.from_pretrained(b.parts.get("ckpt"), device=b.device)
     prompt = "How do I draw a red house with a blue door?"
     short = {"steps": 2, "max_images": 1} if b.size == "smoke" else {}
     settings = duo.settings(**short)
+    shape = f"{settings.steps} steps a picture, fp32"
+    if "ckpt" in b.parts:
+        shape = f"{b.parts['ckpt']}, {shape}"
 
     def run():
         answer = duo.generate(prompt, settings)
@@ -406,7 +433,7 @@ def document(b: Bench) -> None:
 
     b.measure(Row(
         what="a document of the miniature",
-        shape=f"{settings.steps} steps a picture, fp32",
+        shape=shape,
         ours=ours,
         peers={"transformers + diffusers": peer},
         limit=5e-3,  # of the pixels, from 0 to 255

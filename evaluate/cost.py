@@ -28,15 +28,15 @@ from checkpoint import InputError, read_json
 from evaluate.answers import items_of, read_run
 from evaluate.benchmark import MISSING, find
 from evaluate.tables import Table, markdown
+from families.registry import PRESETS, family_of, preset
 from flags import Parser
 from flops import DEVICES, Batch, count, flops
-from model import MLLM, PRESETS, smart_resize
+from model import smart_resize
 
 # Items of the benchmarks whose whole is not in the repository, as their authors publish them. CoMM's do not say how many.
 WHOLE = {"geneval": 553, "dpg": 1065, "imgedit": 737, "gedit": 604, "interleavedbench": 815, "opening": 2160}
 CHARACTERS = 3.7  # of a token of Qwen2.5's vocabulary, measured on what judges of 20 items of each benchmark were asked
 TURN = 25  # tokens around a question: the system's turn and the marks of the user's
-PATCH = 28  # pixels along a token of Qwen2.5-VL
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Cost:
 def arguments(argv: list[str]) -> argparse.Namespace:
     p = Parser("python -m evaluate cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folders", nargs="+", metavar="RUN", help="folders of runs that were judged")
-    p.add_argument("--mllm", default="7B", choices=[*PRESETS], help="the judge (7B)")
+    p.add_argument("--mllm", default="7B", choices=[*PRESETS["mllm"]], help="the judge (7B)")
     p.add_argument("--gpu", default="H200", choices=[*DEVICES], help="of which there is one (H200)")
     p.add_argument("--picture", type=int, default=480, help="pixels a side of every picture (480)")
     p.add_argument("--longer", type=int, default=0, help="tokens of text more in every call (0)")
@@ -127,11 +127,15 @@ def asked(folder: Path) -> tuple[int, float, list[Call]]:
 
 def cost(call: Call, args: argparse.Namespace) -> Cost:
     """Tokens and seconds of one question."""
-    config = PRESETS[args.mllm]
-    height, width = smart_resize(args.picture, args.picture, PATCH, 3136, 12845056)
-    text = TURN + call.characters / CHARACTERS + args.longer
-    tokens = round(text + call.pictures * (height // PATCH) * (width // PATCH))
+    config = preset("mllm", args.mllm)
+    # A judge sees a picture at a size of its own, and merges neighbouring patches into a token.
     patch = config.vision.patch_size
+    merge = config.vision.spatial_merge_size
+    processor = family_of(config).Processor(patch, merge_size=merge)
+    unit = patch * merge
+    height, width = smart_resize(args.picture, args.picture, unit, processor.min_pixels, processor.max_pixels)
+    text = TURN + call.characters / CHARACTERS + args.longer
+    tokens = round(text + call.pictures * (height // unit) * (width // unit))
     grids = [(height // patch, width // patch)] * call.pictures
     forward = sum(f for f, _ in flops(1, config, Batch.of(config, [tokens], grids, supervised=1)).values())
     peak, bandwidth = DEVICES[args.gpu]
@@ -146,9 +150,10 @@ def cost(call: Call, args: argparse.Namespace) -> Cost:
 @cache
 def parameters(mllm: str) -> int:
     """Of a preset's decoder and its head, which every token goes through."""
+    config = preset("mllm", mllm)
     with torch.device("meta"):
-        model = MLLM(PRESETS[mllm])
-    return count(model) - count(model.visual) - count(model.model.embed_tokens)
+        model = family_of(config).Model(config)
+    return count(model.model.layers, model.model.norm, model.lm_head)
 
 
 def table(rows: list[list], args: argparse.Namespace) -> Table:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from checkpoint import InputError, check_bounds, config_from_json
 from connector import Connector
-from dit import DiT, Pack, axial_rope, draw_weights, linear32, modulation, working_dtype
+from dit import DiT, FeedForward, Pack, axial_rope, draw_weights, linear32, modulation, working_dtype
 from ops import attention, gate_add, modulate, rms_norm, rope
 
 EPS = 1e-6  # of all norms
@@ -184,20 +184,6 @@ class Attention(nn.Module):
         return self.to_out[0](y.flatten(1))                                            # (N, D)
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them, under the names of diffusers: net.0.proj and net.2."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(width, hidden)
-        self.net = nn.ModuleList([first, nn.GELU(approximate="tanh"), nn.Linear(hidden, width)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.net[1](self.net[0].proj(x))                                           # (N, hidden)
-        return self.net[2](h)                                                          # (N, D)
-
-
 class Block(nn.Module):
     """Self-attention over the sample's images, cross-attention to the context, MLP; the first and the last are modulated."""
 
@@ -207,7 +193,7 @@ class Block(nn.Module):
         self.attn1 = Attention(width, config.num_attention_heads)
         self.attn2 = Attention(width, config.num_attention_heads)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
-        self.ffn = FeedForward(width, config.ffn_dim)
+        self.ffn = FeedForward(width, config.ffn_dim, bias=True, approximate="tanh")
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, width))
 
     def forward(

@@ -80,6 +80,18 @@ def load(args: argparse.Namespace, values: dict) -> DuoGen:
     return duo
 
 
+def world() -> str:
+    """What the bundled miniature knows of: whoever asks it for a poem should not wonder."""
+    from sketchbook.scenes import COLOURS, SUBJECTS
+
+    things = ", ".join(SUBJECTS)
+    colours = ", ".join(COLOURS)
+    return (
+        f"This is the miniature. It draws {len(SUBJECTS)} things ({things}) in {len(COLOURS)} colours ({colours}), "
+        "changes them, tells stories of them and says what it sees. Of anything else it knows nothing."
+    )
+
+
 class Server(uvicorn.Server):
     """uvicorn's, whose first signal also keeps new answers from being begun."""
 
@@ -104,7 +116,9 @@ def main(argv: list[str]) -> None:
     capacity = min(args.capacity, duo.context)
     worker = Worker(duo, args.batch, args.queue, capacity)
     worker.start()
-    service = Service(duo, worker, args.ckpt or "duogen-miniature", body=int(args.body * 1e6), key=args.key)
+    bundled = args.ckpt is None and not any(getattr(args, part) for part in PARTS)
+    name = args.ckpt or "duogen-miniature"
+    service = Service(duo, worker, name, body=int(args.body * 1e6), key=args.key, world=world() if bundled else "")
     config = uvicorn.Config(
         make_app(service),
         host=args.host,

@@ -47,6 +47,7 @@ class Service:
         limits: Limits | None = None,
         body: int = 32_000_000,
         key: str | None = None,
+        world: str = "",
     ):
         self.duo = duo
         self.worker = worker
@@ -54,6 +55,7 @@ class Service:
         self.limits = limits or Limits()
         self.body = body  # bytes of a request at most
         self.key = key  # that clients must send, if any
+        self.world = world  # what the model knows of, where that is little
 
     # ---- routes
 
@@ -66,7 +68,9 @@ class Service:
         """What the page wants to know: the model, and the settings that hold where a request says nothing else."""
         shown = ("steps", "guidance", "max_images", "max_tokens", "temperature")
         defaults = {name: getattr(self.duo.defaults, name) for name in shown}
-        return JSONResponse({"model": self.names[0], "key": bool(self.key), "settings": defaults})
+        return JSONResponse(
+            {"model": self.names[0], "key": bool(self.key), "settings": defaults, "world": self.world}
+        )
 
     async def models(self, http: HTTP) -> Response:
         model = {"id": self.names[0], "object": "model", "created": 0, "owned_by": "duogen"}

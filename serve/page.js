@@ -289,6 +289,8 @@ document.ondrop = (event) => { event.preventDefault(); add(event.dataTransfer.fi
 
 fetch("about").then((reply) => reply.json()).then((about) => {
   $("model").textContent = about.model;
+  $("world").textContent = about.world;
+  $("world").hidden = !about.world;
   const all = { seed: "Seed", ...LABELS };
   for (const [name, label] of Object.entries(all)) {
     const field = make("label", "", label);

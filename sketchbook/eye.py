@@ -2,8 +2,8 @@
 
     python -m sketchbook.pretrain eye --mllm runs/tiny/mllm --out runs/tiny/eye
 
-At full size the tower comes with Qwen2.5-VL, trained on captions and text in pictures. A small one that learns through its
-language model alone sees little for hundreds of thousands of dialogues: an answer has one or two words that depend on the
+At full size the tower comes with the language model, trained on captions and text in pictures. A small one that learns through
+the decoder alone sees little for hundreds of thousands of dialogues: an answer has one or two words that depend on the
 picture, and they reach the tower through every layer of the decoder. So it is told what lies under each of its tokens, which
 the procedural world knows: for every merge unit (16 x 16 pixels) which subject fills most of it, which parts are in it and in
 which colour each, and the colour of the page. Four linear heads read that from the token; they are thrown away, and what they

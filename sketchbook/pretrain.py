@@ -1,9 +1,9 @@
 """Pretrain the miniature's backbones on the sketchbook corpus: the small sisters of what full size downloads.
 
-    python -m sketchbook.pretrain vae     pictures to latents of 1/8 size and back          (full size: Wan2.1 VAE)
-    python -m sketchbook.pretrain mllm    text, and first questions about pictures           (full size: Qwen2.5-VL)
-    python -m sketchbook.pretrain eye     its vision tower learns what lies where            (full size: Qwen2.5-VL)
-    python -m sketchbook.pretrain dit     short clips of drawings that grow, move, change    (full size: Cosmos-Predict2.5)
+    python -m sketchbook.pretrain vae     pictures to latents of 1/8 size and back        (full size: Wan2.1's VAE)
+    python -m sketchbook.pretrain mllm    text, and first questions about pictures        (full size: Qwen2.5-VL, Qwen3-VL)
+    python -m sketchbook.pretrain eye     its vision tower learns what lies where         (full size: that of these)
+    python -m sketchbook.pretrain dit     short clips of drawings that grow, move, change (full size: Cosmos-Predict2.5, Wan2.1)
     python -m sketchbook.pretrain bundle  the parts of finished runs into one checkpoint folder
 
 Each run resumes when its command is given again; `--help` after a name lists its settings. `make tiny` runs all of them in

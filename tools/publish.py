@@ -24,8 +24,15 @@ from training import run_script
 BASES = {
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen research licence",
     "Qwen/Qwen2.5-VL-7B-Instruct": "Apache 2.0",
+    "Qwen/Qwen2.5-VL-32B-Instruct": "Apache 2.0",
+    "Qwen/Qwen3-VL-2B-Instruct": "Apache 2.0",
+    "Qwen/Qwen3-VL-4B-Instruct": "Apache 2.0",
+    "Qwen/Qwen3-VL-8B-Instruct": "Apache 2.0",
+    "Qwen/Qwen3-VL-32B-Instruct": "Apache 2.0",
     "nvidia/Cosmos-Predict2.5-2B": "NVIDIA Open Model License",
+    "nvidia/Cosmos-Predict2.5-14B": "NVIDIA Open Model License",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Apache 2.0",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "Apache 2.0",
 }
 NEVER = ("trainer.safetensors", "state.json", "*.tmp", ".*")  # of a run: for going on, not for using
 CARD = """\

@@ -28,6 +28,13 @@ def test_a_call_by_hand():
     assert found.served - (found.own - weights) == pytest.approx(60 * weights / 8, rel=0.01)
 
 
+def test_a_judge_of_another_family():
+    """Its tokens are 32 pixels wide, and its embeddings are also its last layer, which every token goes through."""
+    args = argparse.Namespace(**vars(ARGS) | {"mllm": "qwen3-vl-2B"})
+    assert cost.cost(cost.Call(370, 1, "fields", 1), args).read == 100 + 25 + 15 * 15
+    assert cost.parameters("qwen3-vl-2B") == 1_720_574_976
+
+
 def test_a_short_question_takes_the_weights_once():
     found = cost.cost(cost.Call(37, 0, "yes", 0), ARGS)
     assert found.own == pytest.approx(2 * 7.07e9 / (4.8e12 * 0.6), rel=0.01)

@@ -51,7 +51,14 @@ def ask(page, text: str) -> None:
 
 def told(page) -> list[str]:
     """What is shown, in order."""
-    return page.eval_on_selector_all("main p, main figure:not(.growing)", "nodes => nodes.map(n => n.innerText.trim())")[1:]
+    turns = "main > .user, main > .assistant"
+    shown = f":is({turns}) :is(p, figure:not(.growing))"
+    return page.eval_on_selector_all(shown, "nodes => nodes.map(n => n.innerText.trim())")
+
+
+def test_a_newcomer_is_told_what_the_miniature_knows(page):
+    page.wait_for_selector("#world")
+    assert "26 things (house, tree," in page.locator("#world").inner_text()
 
 
 def test_a_conversation(page, tmp_path):
