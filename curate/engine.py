@@ -692,6 +692,9 @@ def run(job: Job) -> None:
             before = executor(job, stage, before)
             with progress(job, stage, asked), sorted_out(job):
                 before.run()
+            # A signal whose exception was lost, in a stage that has ended meanwhile.
+            if asked.is_set():
+                raise KeyboardInterrupt
             # Ray's executor only logs that a task has failed.
             if job.how == "ray" and (failed := before.get_incomplete_ranks()):
                 raise InputError(f"{len(failed)} tasks of {stage.name} failed: {job.work / stage.name / 'logs'} says why")

@@ -153,7 +153,7 @@ def test_a_signal_whose_exception_was_lost_comes_again(tmp_path):
     """In the midst of a fork Python drops it."""
     asked = threading.Event()
     asked.set()
-    with pytest.raises(KeyboardInterrupt), progress(Stage("stage-0", [], 1), tmp_path, asked):
+    with pytest.raises(KeyboardInterrupt), progress(job(tmp_path), Stage("stage-0", [], 1), asked):
         time.sleep(30)
 
 

@@ -185,12 +185,17 @@ def test_many_at_once_get_their_own_answers(client, duo):
 def test_whoever_goes_away_frees_the_place(client, address):
     stream = ask(client, stream=True, steps=60, max_images=5)
     next(iter(stream))
-    assert health(address)["writing"] == 1
+    assert settled(address, writing=1)
     stream.close()
+    assert settled(address, writing=0)
+
+
+def settled(address: str, writing: int) -> bool:
+    """Whether so many answers are being written, soon: an answer begins, and ends, a moment after its client knows."""
     deadline = time.monotonic() + 30
-    while health(address)["writing"] and time.monotonic() < deadline:
+    while health(address)["writing"] != writing and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert health(address)["writing"] == 0
+    return health(address)["writing"] == writing
 
 
 def health(address: str) -> dict:
@@ -316,6 +321,7 @@ def test_bad_requests_of_http(address):
     assert post(address, None, "GET", "/v1/files")[0] == 404
     for path in ("/../flow.py", "/%2e%2e/flow.py", "/page.js/../../flow.py", "//etc/passwd", "/worker.py"):
         assert post(address, None, "GET", path)[0] == 404
+    assert settled(address, writing=0)
     assert health(address) == {"status": "ok", "writing": 0, "waiting": 0}
 
 
@@ -324,7 +330,7 @@ def test_a_slow_or_broken_connection_holds_up_nobody(address, client):
     with socket.create_connection((host, int(port))) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
         assert ask(client, "Draw a red star.").choices[0].finish_reason == "stop"
-    assert health(address)["writing"] == 0
+    assert settled(address, writing=0)
 
 
 def test_models_and_unknown_models(client):
