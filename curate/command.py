@@ -64,9 +64,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags for the model that steps ask."""
-    parser.add_argument(
-        "--model", default="none", metavar="none|self|URL", help="who is asked (none)"
-    )
+    parser.add_argument("--model", default="none", metavar="none|self|URL", help="who is asked (none)")
     parser.add_argument("--model-name", default="", metavar="NAME", help="what the server calls its model")
     parser.add_argument("--at-once", type=int, default=16, help="questions to a model under way at the same time (16)")
     parser.add_argument("--price", metavar="IN,OUT", help="of a million tokens read and written, to show the cost")

@@ -649,7 +649,8 @@ def progress(job: Job, stage: Stage, asked: threading.Event) -> Iterator[None]:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             with contextlib.suppress(OSError):
                 bar.update(len(os.listdir(folder / "completions")) - bar.n)
-            if job.calls:
+            # Where nobody sees the bar, nobody has to add up.
+            if job.calls and not bar.disable:
                 bar.set_postfix_str(spent(job.calls).told(job.price))
 
     with tqdm(total=stage.tasks, desc=stage.name, unit=" tasks", disable=None, leave=False, file=sys.stderr) as bar:

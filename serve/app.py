@@ -68,9 +68,7 @@ class Service:
         """What the page wants to know: the model, and the settings that hold where a request says nothing else."""
         shown = ("steps", "guidance", "max_images", "max_tokens", "temperature")
         defaults = {name: getattr(self.duo.defaults, name) for name in shown}
-        return JSONResponse(
-            {"model": self.names[0], "key": bool(self.key), "settings": defaults, "world": self.world}
-        )
+        return JSONResponse({"model": self.names[0], "key": bool(self.key), "settings": defaults, "world": self.world})
 
     async def models(self, http: HTTP) -> Response:
         model = {"id": self.names[0], "object": "model", "created": 0, "owned_by": "duogen"}

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curate.models import Asked, prompt_file  # noqa: E402
+from curate.models import Asked, Model, prompt_file  # noqa: E402
 from curate.page import Dropped, Picture  # noqa: E402
 from curate.pictures import Fill, look  # noqa: E402
 from curate.read import Files, inputs  # noqa: E402
@@ -28,9 +28,9 @@ MLLM = "7B"
 GPU = "H200"
 MFU = 0.38
 BANDWIDTH = 0.6
-AT_ONCE = 16
+AT_ONCE = Model().at_once
 HAN = 1.5  # Chinese characters of a token
-SIDE = 768  # pixels of a picture as it is sent (curate.models)
+SIDE = Model().side  # pixels of a picture as it is sent
 SENTENCE = "Two hands fold the upper left corner of a white sheet down to its middle."
 CAPTION = f'{{"kind": "photo", "caption": "{SENTENCE} {SENTENCE}"}}'
 QUESTION = "I have a sheet of paper and half an hour. Could you show me how to fold a boat that really swims?"
