@@ -198,6 +198,12 @@ def _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tenso
     if k_lengths is not None:
         return _attention_to_masked_rows(q, k, v, k_lengths, scale)
 
+    # On a CPU the backward pass takes bf16 sequences of a hundred tokens three to five times as long as fp32 ones.
+    if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            o = _packed_attention(q.float(), k.float(), v.float(), queries, keys, causal, scale, None)
+        return o.to(q.dtype)
+
     runs = _runs(zip(queries.lengths, keys.lengths, strict=True))
     rows_q = [count * lq for (lq, _), count in runs]
     rows_k = [count * lk for (_, lk), count in runs]

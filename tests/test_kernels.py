@@ -51,6 +51,21 @@ def test_equals_softmax(lengths, causal, group):
         assert gradient.isfinite().all()
 
 
+def test_training_in_bf16_on_a_cpu_computes_in_fp32():
+    lengths = [16, 16, 40]
+    narrow = [torch.randn(72, heads, 64).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    wide = [x.detach().float().requires_grad_() for x in narrow]
+    expected = attention(*wide, Segments(lengths), causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(*narrow, Segments(lengths), causal=True)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    upstream = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, narrow, upstream)
+    for a, b in zip(gradients, torch.autograd.grad(expected, wide, upstream.float()), strict=True):
+        assert torch.equal(a, b.bfloat16())
+
+
 def test_segments_stand_for_boundaries_and_read_nothing_back(monkeypatch):
     lengths = [3, 5, 0, 7]
     segments, cu = Segments(lengths), torch.tensor([0, 3, 8, 8, 15])
