@@ -198,8 +198,7 @@ def _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tenso
     if k_lengths is not None:
         return _attention_to_masked_rows(q, k, v, k_lengths, scale)
 
-    # On a CPU the backward pass takes bf16 sequences of a hundred tokens three to five times as long as fp32 ones.
-    if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if slow_in_bf16(q):
         with torch.autocast("cpu", enabled=False):
             o = _packed_attention(q.float(), k.float(), v.float(), queries, keys, causal, scale, None)
         return o.to(q.dtype)
@@ -220,6 +219,11 @@ def _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tenso
         o = _dense_attention(batch_q, batch_k, batch_v, causal, scale)                  # (S, Lq, Hq, D)
         outputs.append(o.flatten(0, 1))
     return _cat(outputs)                                                                # (Nq, Hq, D)
+
+
+def slow_in_bf16(q: Tensor) -> bool:
+    """A CPU's backward pass takes bf16 sequences of a hundred tokens three to five times as long as fp32 ones."""
+    return q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
 def _dense_attention(q, k, v, causal, scale, mask=None) -> Tensor:
