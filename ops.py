@@ -222,7 +222,7 @@ def _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tenso
 
 
 def slow_in_bf16(q: Tensor) -> bool:
-    """A CPU's backward pass takes bf16 sequences of a hundred tokens three to five times as long as fp32 ones."""
+    """A CPU's backward pass takes bf16 sequences of a hundred tokens two to five times as long as fp32 ones."""
     return q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
