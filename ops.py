@@ -199,6 +199,7 @@ def _packed_attention(q, k, v, queries, keys, causal, scale, k_lengths) -> Tenso
         return _attention_to_masked_rows(q, k, v, k_lengths, scale)
 
     if slow_in_bf16(q):
+        # Autocast would make bf16 of them again.
         with torch.autocast("cpu", enabled=False):
             o = _packed_attention(q.float(), k.float(), v.float(), queries, keys, causal, scale, None)
         return o.to(q.dtype)
