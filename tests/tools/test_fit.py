@@ -1,7 +1,6 @@
 """What sampling is said to take, against PyTorch's own record of allocations; and that the documents repeat it."""
 
 import dataclasses
-import gc
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import dit
 import flow
 import model
 import vae
+from bench.measure import peak
 from connector import Connector, features
 from ops import Segments
 from pipeline import Settings
@@ -33,15 +33,7 @@ def fused_attention(monkeypatch):
 @torch.no_grad()
 def highest(step) -> int:
     """Bytes at the highest moment, beside what there was before."""
-    gc.collect()  # what a cycle still holds would be freed, and subtracted, somewhere in the step
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        live += size
-        top = max(top, live)
-    return top
+    return peak(step, torch.device("cpu"))
 
 
 def test_painting(fused_attention):
