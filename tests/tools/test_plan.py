@@ -1,7 +1,6 @@
 """The plan against PyTorch: FLOPs by FlopCounterMode on real modules, memory by its record of allocations."""
 
 import dataclasses
-import gc
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import ops
 import train_stage1
 import train_stage2
 import vae
+from bench.measure import peak
 from checkpoint import InputError
 from flops import Batch
 from tools import plan
@@ -151,8 +151,8 @@ def test_full_size_flops_are_those_of_the_literature():
 
 def measured(module, step) -> int:
     """Bytes at the highest moment of a step, by PyTorch's own record of every allocation and release."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+
+    def training() -> None:
         average = [p.detach().clone() for p in module.parameters()]
         optimizer = torch.optim.AdamW(module.parameters(), fused=True)
         for p in module.parameters():
@@ -163,12 +163,8 @@ def measured(module, step) -> int:
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in module.parameters()], 0.1)
-    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 4 * flops.count(module)
-    for _, size in sorted(events, key=lambda event: event[0]):
-        live += size
-        top = max(top, live)
-    return top
+
+    return 4 * flops.count(module) + peak(training, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
