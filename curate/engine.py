@@ -617,13 +617,29 @@ def alone(folder: Path) -> Iterator[None]:
 def heard() -> Iterator[threading.Event]:
     """interrupt.heard, and an event that is set when a signal has come: an exception in the midst of a fork is lost."""
     asked = threading.Event()
-    with interrupt.heard():
+    with interrupt.heard(), losses_unsaid():
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 handler = signal.getsignal(number)
                 if callable(handler):
                     signal.signal(number, partial(note, asked, handler))
         yield asked
+
+
+@contextlib.contextmanager
+def losses_unsaid() -> Iterator[None]:
+    """Python prints an exception that it cannot raise; not so the interrupts among them, which progress makes up for."""
+    before = sys.unraisablehook
+
+    def say(lost: Any) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            before(lost)
+
+    sys.unraisablehook = say
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def note(asked: threading.Event, handler: Callable, number: int, frame: Any) -> None:

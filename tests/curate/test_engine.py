@@ -12,8 +12,9 @@ pytest.importorskip("datatrove", reason="curate/requirements.txt is not installe
 from killed import digests
 from steps import Coloured, Picky, Rare, Server, Slow, Told
 
+import interrupt
 from checkpoint import InputError
-from curate.engine import Block, Job, Stage, concluded, described, progress, run, split, stages
+from curate.engine import Block, Job, Stage, concluded, described, heard, progress, run, split, stages
 from curate.page import Page, Picture, Refused, document_of, page_of
 from curate.store import read_pages, write_page
 from data import Files
@@ -155,6 +156,19 @@ def test_a_signal_whose_exception_was_lost_comes_again(tmp_path):
     asked.set()
     with pytest.raises(KeyboardInterrupt), progress(job(tmp_path), Stage("stage-0", [], 1), asked):
         time.sleep(30)
+
+
+@pytest.mark.parametrize(("lost", "told"), [(KeyboardInterrupt, 0), (interrupt.Terminated, 0), (ValueError, 1)])
+def test_a_lost_interrupt_leaves_no_traceback(lost, told, monkeypatch):
+    class Fork:
+        def __del__(self):
+            raise lost
+
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    with heard():
+        Fork()
+    assert len(printed) == told
 
 
 def test_the_manifest_names_every_threshold():
