@@ -473,8 +473,8 @@ class BundleConfig:
     vae: str = "runs/tiny/vae"  # run that trained the VAE
     # ---- defaults of sampling from it
     size: int = 64  # pixels along a side
-    steps: int = 20  # calls of the DiT for a picture
-    guidance: float = 2.4  # 1 is none
+    steps: int = 16  # calls of the DiT for a picture
+    guidance: float = 2.0  # 1 is none
     sampler: str = "ancestral"  # or unipc or euler
     eta: float = 1.5  # how much fresh noise the sampler ancestral adds
     max_tokens: int = 512  # tokens that the language model writes
