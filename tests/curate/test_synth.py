@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 pytest.importorskip("datatrove", reason="curate/requirements.txt is not installed")
@@ -137,7 +138,9 @@ def test_a_script_paints_what_the_system_paints_when_it_writes_the_same_words(du
     free = duo.generate(request, duo.settings(**settings))
     words = [part for part in free.parts if isinstance(part, str)][:2]
     drawn = painters.scripted(duo, request, words, settings)
-    assert [image.tobytes() for image in drawn] == [picture.image.tobytes() for picture in free.pictures]
+    # Words that are read at once are summed in another order than words that come one by one: a value may round the other way.
+    for image, picture in zip(drawn, free.pictures, strict=True):
+        assert np.abs(np.asarray(image, int) - np.asarray(picture.image, int)).max() <= 1
 
 
 def test_what_was_painted_is_kept_by_content(duo, tmp_path, monkeypatch):
