@@ -48,6 +48,7 @@ def first_difference(a: str, b: str) -> int:
     """The first place where two texts differ; 0 where they do not."""
     if a == b:
         return 0
+    # Not strict: where one text is the beginning of the other, they differ where it ends.
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

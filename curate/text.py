@@ -179,6 +179,7 @@ def character_repetition(text: str, n: int = 10) -> float:
 def word_repetition(text: str, n: int = 5) -> float:
     """Share of the runs of n words that occur more than once."""
     found = [token.lower() for token in tokens(text)]
+    # Not strict: each copy begins a word later, and the last full run ends with the shortest.
     runs = Counter(zip(*(found[k:] for k in range(n)), strict=False))
     repeated = sum(count for count in runs.values() if count > 1)
     return repeated / max(1, runs.total())

@@ -84,6 +84,7 @@ class Clips:
                 yield Dropped(f"short shot: {shot.end - shot.start:.2f} s")
             wanted += found
             numbers += [number] * len(found)
+        # Not strict: a film may end before its last windows, which then have no clip.
         for number, clip in zip(numbers, clips(item, wanted, self.side), strict=False):
             if len(clip.frames) < FEWEST:
                 yield Dropped(f"few frames: {len(clip.frames)} in {clip.end - clip.start:.1f} s")

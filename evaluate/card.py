@@ -279,5 +279,6 @@ def shown(row: dict, name: str, item: Item) -> dict:
 
 def laid_out(label: str, score: str, answer: Answer) -> dict:
     """Each picture with the words before it."""
+    # Not strict: one text more than pictures, the one after the last.
     figures = list(zip(answer.pictures, answer.texts, strict=False))
     return {"label": f"{label}, score {score}", "figures": figures, "rest": answer.texts[-1]}

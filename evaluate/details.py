@@ -98,6 +98,7 @@ def object_of(thing: Seen, things: list[Seen]) -> Object:
     names = [part.name for part in SUBJECTS[thing.subject].parts]
     colour = thing.colours[main_part(thing.subject)] if main_part(thing.subject) < thing.drawn else None
     alike = sum(other.subject == thing.subject for other in things)
+    # Not strict: of an unfinished drawing only the parts so far have colours.
     return Object(thing.subject, colour, dict(zip(names, thing.colours, strict=False)), alike)
 
 

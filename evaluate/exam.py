@@ -297,6 +297,7 @@ class Case:
         # Picture by picture, each against the words just before it and the picture before.
         rows = []
         story = None  # the picture before, if the dialogue is a story
+        # Not strict: one text more than pictures, the one behind the last.
         for j, (picture, text) in enumerate(zip(pictures, texts, strict=False)):
             if j < most:  # one too many is counted where pictures are counted
                 before = self.shown[-1][1] if self.shown else None
