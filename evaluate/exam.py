@@ -524,7 +524,11 @@ def single_requests(n: int, seed: int = 0, splits=tuple(SPLITS), size: int = 64)
 
 
 def free_requests(n: int | None = None) -> list[dict]:
-    """The first n requests of free_requests.json as records: [{"text", "kind", "details": as in sketchbook/grammar.py}]."""
+    """The first n requests of free_requests.json as records.
+
+    The file is [{"list": 1 or 2, "text", "kind", "details": as in sketchbook/grammar.py}]. Each list is by somebody else. What
+    was lost of the first has since told which forms of request the grammar lacks; nobody has looked at the second for that.
+    """
     entries = json.loads(Path(__file__).with_name("free_requests.json").read_text(encoding="utf-8"))
     return [record_of(entry, number) for number, entry in enumerate(entries[:n])]
 
@@ -568,7 +572,7 @@ def record_of(entry: dict, number: int) -> dict:
     turn = {"kind": entry["kind"], "images": due, "need": need, "words": [], "avoid": [], "named": entry["details"]}
     asked = {"role": "user", "content": [{"type": "text", "text": entry["text"]}]}
     record = {"messages": [asked], "kind": entry["kind"], "held_out_by": [], "split": "free", "seed": number}
-    return record | {"truth": {"images": [], "turns": [turn]}}
+    return record | {"list": entry["list"], "truth": {"images": [], "turns": [turn]}}
 
 
 def evaluate_single(duo, records: list[dict], settings: Settings | None = None, *, batch=64, quiet=False) -> list[dict]:

@@ -183,7 +183,8 @@ class Dialogue:
         # Later requests are read anew by the exam, for the picture that was really drawn: they keep all their words.
         if not self.turns:
             text = hurried(self.rng, text) if self.chance(0.1) else text
-            text = mistyped(self.rng, text) if self.chance(0.08) else text
+            text = shortened(self.rng, text) if self.chance(0.07) else text
+            text = mistyped(self.rng, text) if self.chance(0.12) else text
         text = text.upper() if self.chance(0.04) else text
         pictures = [{"type": "image", "image": scene} for scene in scenes]
         words = [{"type": "text", "text": text}]
@@ -226,9 +227,21 @@ def hurried(rng: random.Random, text: str) -> str:
     return SMALL_WORDS.sub(lambda match: match[0] if rng.random() < 0.4 else "", text)
 
 
+SHORT = {"with": ("w", "w/"), "you": ("u",), "are": ("r",), "and": ("n", "&", "+"), "please": ("pls", "plz"), "your": ("ur",),
+         "for": ("4",), "to": ("2",), "two": ("2",), "three": ("3",), "four": ("4",), "five": ("5",), "thanks": ("thx",),
+         "picture": ("pic",), "pictures": ("pics",), "want to": ("wanna",), "going to": ("gonna",), "because": ("cuz",),
+         "the": ("da",), "it's": ("its",), "i'd": ("id",), "don't": ("dont",), "can't": ("cant",)}
+SHORT_WORDS = re.compile(rf"\b(?:{'|'.join(sorted(SHORT, key=len, reverse=True))})\b", re.IGNORECASE)
+
+
+def shortened(rng: random.Random, text: str) -> str:
+    """As people write on a telephone: "can u draw a house w 2 windows pls"."""
+    return SHORT_WORDS.sub(lambda match: rng.choice(SHORT[match[0].lower()]) if rng.random() < 0.7 else match[0], text)
+
+
 def mistyped(rng: random.Random, text: str) -> str:
-    """One slip of the fingers, inside a word of five letters or more: two letters swapped, one left out, one doubled."""
-    places = [m.start() + i for m in re.finditer(r"[a-zA-Z]{5,}", text) for i in range(1, len(m[0]) - 2)]
+    """One slip of the fingers, inside a word of four letters or more: two letters swapped, one left out, one doubled."""
+    places = [m.start() + i for m in re.finditer(r"[a-zA-Z]{4,}", text) for i in range(1, len(m[0]) - 2)]
     if not places:
         return text
     at = rng.choice(places)
@@ -265,7 +278,11 @@ def lesson(d: Dialogue, subject: str | None = None, main: str | None = None) -> 
     told = {}
     if d.chance(0.6):
         told[parts[i_main].name] = main
-    if d.chance(0.6):
+    same = alike(d, subject, main) if d.chance(0.12) else {}
+    if same:
+        colours = colours_for(d.rng, subject, main, same)
+        told.update({parts[i].name: colours[i] for i in same})
+    elif d.chance(0.6):
         others = [i for i in range(len(parts)) if i != i_main]
         some = sorted(d.rng.sample(others, min(len(others), d.rng.choice((1, 1, 1, 2, 2, 3)))))
         told.update({parts[i].name: colours[i] for i in some})
@@ -302,6 +319,13 @@ def lesson(d: Dialogue, subject: str | None = None, main: str | None = None) -> 
         d.say(d.pick(SAY["close"]).format(p=f"{main} {subject}", x=noun_phrase(subject, main)))
 
 
+def alike(d: Dialogue, subject: str, main: str) -> dict[int, str]:
+    """Two parts in one colour, {index: colour}: not the main part, and they do not touch. Empty where there are none such."""
+    others = [i for i in range(len(SUBJECTS[subject].parts)) if i != main_part(subject)]
+    pairs = [(i, j) for i in others for j in others if i < j and j not in touching(subject)[i]]
+    return dict.fromkeys(d.rng.choice(pairs), d.rng.choice([c for c in COLOURS if c != main])) if pairs else {}
+
+
 def usual_main(d: Dialogue, subject: str) -> str:
     return d.rng.choice(SUBJECTS[subject].parts[main_part(subject)].usual.split())
 
@@ -323,8 +347,9 @@ def whole_thing(d: Dialogue, subject: str, main: str, named_parts: int) -> tuple
     """A large thing with a main colour, some parts in any colour, the rest as usual; and the names of those parts."""
     parts, i_main = SUBJECTS[subject].parts, main_part(subject)
     free = colours_for(d.rng, subject, main, usual=0.3)
-    some = sorted(d.rng.sample([i for i in range(len(parts)) if i != i_main], min(named_parts, len(parts) - 1)))
-    colours = usual_colours(subject, main, {i: free[i] for i in some})
+    fixed = alike(d, subject, main) if named_parts > 1 and d.chance(0.3) else {}
+    some = sorted(fixed or d.rng.sample([i for i in range(len(parts)) if i != i_main], min(named_parts, len(parts) - 1)))
+    colours = usual_colours(subject, main, fixed or {i: free[i] for i in some})
     return large(d.rng, subject, colours), [parts[i].name for i in some]
 
 
@@ -413,7 +438,7 @@ def two_things(d: Dialogue, kind: str) -> None:
     page = scene.background if d.chance(0.2) else None
     need = {"op": "scene", "objects": asked, "relations": relations, "background": page}
     stated = word if relations else None
-    words = request(d, kind, [wanted(o) for o in asked], join=r, relation=stated, page=page)
+    words = request(d, kind, [wanted(o) for o in asked], relation=stated, page=page)
     said = noun_phrase(x, cx) + r + noun_phrase(y, cy)
     present(d, kind, words, said, scene, {"objects": objects, "relations": relations}, need)
 

@@ -2,7 +2,8 @@
 
 A whole sentence ("Show me how to draw {x}."), an opening and a verb, or a fragment ("{x}, step by step") are the frame; the
 thing is worded ("a pink house", "a house in pink", "a pair of ducks"); what else is wanted is attached, behind the noun
-("whose door is black"), behind the sentence (", and make its door black") or before it; and some talk of other things first.
+("whose door is black"), behind the sentence (", and make its door black") or before it; and some talk of other things first,
+or of the thing itself ("My son loves trains. Can you draw a blue one?").
 The parts stand in grammar.json, {category: {"train": [...], "held_out": [...]}}, with the placeholders of words.GRAMMAR. The
 two lists of each category were written by two people who never saw the other's: with the held-out ones an exam asks whether a
 model understands a detail however it is attached.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sketchbook.words import ASK, GRAMMAR_WAYS, NUMBERS, a, is_are, listing, noun_phrase, part_phrase, plural
+from sketchbook.words import ASK, GRAMMAR_WAYS, NUMBERS, RELATION_WORDS, a, is_are, listing, noun_phrase, part_phrase, plural
 
 FRAMES = {"whole": 0.35, "composed": 0.35, "fragment": 0.3}  # shares of requests.json, of opening and verb, of the other forms
 
@@ -49,16 +50,19 @@ def way(d, category: str, /, **words) -> str:
     return d.pick(GRAMMAR_WAYS[category], "attached").format(**words)
 
 
-def request(d, kind: str, wanted: list[Wanted], *, join: str = " and ", relation: str | None = None, page: str | None = None,
+def request(d, kind: str, wanted: list[Wanted], *, relation: str | None = None, page: str | None = None,
             pictures: int | None = None, company: Wanted | None = None) -> tuple[str, list[dict]]:
     """The words of a request, and every detail that they name.
 
-    join: the words between two things, of which `relation` is the sense. pictures: steps of a lesson, pictures of a story.
+    relation: of the first of two things to the second. pictures: steps of a lesson, pictures of a story.
     """
     around = Around()
-    x = join.join(worded(d, one, around, alone=len(wanted) == 1 and not company) for one in wanted)
+    single = len(wanted) == 1 and wanted[0].count == 1
+    talked = single and d.chance(0.12)                          # "I love houses. Draw a pink one."
+    alone = len(wanted) == 1 and not company
+    x = both(d, [worded(d, one, around, alone, "one" if talked else one.subject) for one in wanted], relation)
     y = noun_phrase(company.subject, company.colour) if company else None
-    met = y and d.chance(0.35)                                  # a frame of its own for two
+    met = y and not talked and d.chance(0.35)                   # a frame of its own for two
     if y and not met:
         x += way(d, "company", y=y)
 
@@ -76,8 +80,11 @@ def request(d, kind: str, wanted: list[Wanted], *, join: str = " and ", relation
 
     if met:
         text = way(d, "story_met", x=x, y=y)
+    elif talked:
+        form = kind if kind in ("lesson", "story") else "one"
+        text = way(d, f"talked_{form}", xs=plural(wanted[0].subject), one=x)
     else:
-        text = framed(d, kind, x, bare=len(wanted) == 1 and wanted[0].count == 1)
+        text = framed(d, kind, x, bare=single)
     for tail in around.after:
         text = joined(text, tail)
     if d.chance(0.12):
@@ -91,6 +98,20 @@ def request(d, kind: str, wanted: list[Wanted], *, join: str = " and ", relation
     if d.chance(0.08):
         text = f"{text if text[-1] in '.?!' else text + '.'} {capital(d.pick(GRAMMAR_WAYS['chatter_after']))}"
     return text, named(wanted, relation, page, pictures, company)
+
+
+def both(d, things: list[str], relation: str | None) -> str:
+    """One thing, or two with the words that join them: "a cat left of a cup" is also "a cup and to the left of it a cat"."""
+    if len(things) == 1:
+        return things[0]
+    x, y = things
+    if not relation:
+        return way(d, "together", x=x, y=y) if d.chance(0.4) else f"{x} and {y}"
+    how = d.rng.random()
+    if how < 0.25:
+        return way(d, "beside", x=y, y=x, r=d.rng.choice(RELATION_WORDS[relation]))
+    r = d.rng.choice(RELATION_WORDS[relation])
+    return way(d, "stands", x=x, y=y, r=r) if how < 0.5 else f"{x} {r} {y}"
 
 
 def framed(d, kind: str, x: str, bare: bool) -> str:
@@ -129,20 +150,30 @@ def lowered(text: str, before: str) -> str:
     return text if text.startswith(("I ", "I'")) else text[0].lower() + text[1:]
 
 
-def worded(d, one: Wanted, around: Around, alone: bool) -> str:
-    """A thing with what stands behind its noun; what is said elsewhere goes to `around`, if the thing is alone."""
-    x = noun(d, one, around, alone)
+def worded(d, one: Wanted, around: Around, alone: bool, word: str) -> str:
+    """A thing with what stands behind its noun, `word`; what is said elsewhere goes to `around`, if the thing is alone."""
+    x = noun(d, one, around, alone, word)
     parts = list(one.parts.items())
     d.rng.shuffle(parts)
+
+    # Two parts of one colour have ways of their own.
+    pairs = [(p, q, c) for k, (p, c) in enumerate(parts) for q, other in parts[k + 1:] if c == other]
+    if pairs and d.chance(0.7):
+        p, q, c = pairs[0]
+        parts = [part for part in parts if part[0] not in (p, q)]
+        if alone and d.chance(0.5):
+            around.after.append(way(d, "tail_alike", p=p, q=q, c=c))
+        else:
+            x += way(d, "attach_alike", p=p, q=q, c=c)
     if not parts:
         return x
 
     # All of them in one phrase, behind the noun or before everything; or one by one, the first at the noun.
-    phrases = listing([part_phrase(name, colour) for name, colour in parts])
+    phrases = listed(d, parts)
     how = d.rng.random()
     if how < 0.4:
         return x + way(d, "attach_all", parts=phrases)
-    if how < 0.48 and alone:
+    if how < 0.48 and alone and word != "one":
         around.before = way(d, "front", parts=phrases)
         return x
     at_noun = len(parts) if not alone or d.chance(0.5) else d.rng.randint(0, min(1, len(parts) - 1))
@@ -156,23 +187,39 @@ def worded(d, one: Wanted, around: Around, alone: bool) -> str:
     return x
 
 
-def noun(d, one: Wanted, around: Around, alone: bool) -> str:
+def listed(d, parts: list[tuple[str, str]]) -> str:
+    """'a blue door and black wheels', or as in notes: 'door blue, black wheels'."""
+    if d.chance(0.75):
+        return listing([part_phrase(name, colour) for name, colour in parts])
+    first = d.chance(0.5)
+    said = [f"{colour} {name}" if first else f"{name} {colour}" for name, colour in parts]
+    return listing(said) if d.chance(0.4) else d.rng.choice((", ", ", ", " ", " and ")).join(said)
+
+
+def noun(d, one: Wanted, around: Around, alone: bool, word: str) -> str:
     """The thing itself, its number and its colour."""
     if one.count > 1:
-        xs = f"{one.colour} {plural(one.subject)}" if one.colour else plural(one.subject)
+        painted, colour = "", f"{one.colour} " if one.colour else ""
+        if one.colour and d.chance(0.2):
+            painted, colour = way(d, "paint_all", c=one.colour), ""
+        elif one.colour and alone and d.chance(0.15):
+            around.after.append(way(d, "paint_all_tail", c=one.colour))
+            colour = ""
+        xs = colour + plural(one.subject)
         if one.count == 2 and d.chance(0.4):
-            return way(d, "pair", xs=xs)
+            return way(d, "pair", xs=xs) + painted
         if d.chance(0.5):
-            return way(d, "several", xs=xs, n=NUMBERS[one.count], d=one.count)
-        return noun_phrase(one.subject, one.colour, one.count)
+            return way(d, "several", xs=xs, n=NUMBERS[one.count], d=one.count) + painted
+        return f"{NUMBERS[one.count]} {xs}{painted}"
+    plain = word if word == "one" else a(word)
     if one.colour and d.chance(0.2):
         # "A cat and a dog, and it's red": which of them? Where there are two, the colour stands at its noun.
         ways = GRAMMAR_WAYS["paint"] if alone else [w for w in GRAMMAR_WAYS["paint"] if not w.lstrip("~").startswith(",")]
-        return a(one.subject) + d.pick(ways, "attached").format(c=one.colour)
+        return plain + d.pick(ways, "attached").format(c=one.colour)
     if one.colour and alone and d.chance(0.12):
         around.after.append(way(d, "paint_tail", c=one.colour))
-        return a(one.subject)
-    return noun_phrase(one.subject, one.colour)
+        return plain
+    return a(f"{one.colour} {word}") if one.colour else plain
 
 
 def named(wanted: list[Wanted], relation: str | None, page: str | None, pictures: int | None, company) -> list[dict]:

@@ -125,13 +125,17 @@ REPLIES = {
     "film_grow": "x v",
 }
 # What requests for a drawing are put together from (grammar.py): {parts} is "a blue door and black wheels", {d} a number as a
-# digit. Of {n} and {d} a way has one.
+# digit, {one} "one", "a pink one" or "one with a blue door", {q} a second part, of the same colour as {p}. Of {n} and {d} a
+# way has one.
 GRAMMAR = {
     "opening": "", "closing": "", "lesson_verb": "x", "one_verb": "x", "story_verb": "x",
     "attach_all": "parts", "attach": "p c be?", "tail": "p c be?", "front": "parts",
     "paint": "c", "paint_tail": "c", "pair": "xs", "several": "xs n? d?",
     "page": "b", "page_tail": "b", "steps": "n? d?", "length": "n? d?", "company": "y",
     "lesson_frame": "x", "lesson_bare": "bare", "one_frame": "x", "one_bare": "bare", "story_frame": "x", "story_met": "x y",
+    "talked_lesson": "xs one", "talked_one": "xs one", "talked_story": "xs one",
+    "attach_alike": "p q c", "tail_alike": "p q c", "paint_all": "c", "paint_all_tail": "c",
+    "together": "x y", "stands": "x r y", "beside": "x y r",
     "chatter_before": "", "chatter_after": "",
 }
 # Held out from dialogues, but the pretraining of the language model asks it too ("describe"): it says nothing about the new.

@@ -105,8 +105,8 @@ def test_the_hero_of_a_story_must_not_change():
 
 def test_free_requests_name_what_the_world_has():
     records = free_requests()
-    assert len(records) == 60 and len(free_requests(7)) == 7
-    assert len({r["messages"][0]["content"][0]["text"] for r in records}) == 60
+    assert [r["list"] for r in records] == [1] * 60 + [2] * 60 and len(free_requests(7)) == 7
+    assert len({r["messages"][0]["content"][0]["text"] for r in records}) == 120
     for record in records:
         (turn,) = record["truth"]["turns"]
         assert turn["need"] and turn["named"] and turn["images"][0] >= 1
@@ -127,5 +127,5 @@ def test_free_requests_go_through_the_exam():
             return [SimpleNamespace(parts=["Hello."], stop="end", message=message) for _ in dialogues]
 
     found = evaluate(Silent(), free_requests(), quiet=True)
-    assert found.followed().n == 60 and found.followed().right == 0
+    assert found.followed().n == 120 and found.followed().right == 0
     assert found.share("named").right == 0 and found.share("drawn").right == 0

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from sketchbook import grammar
-from sketchbook.dialogues import Dialogue, dialogue, mistyped
+from sketchbook.dialogues import Dialogue, dialogue, mistyped, shortened
 from sketchbook.grammar import Wanted, joined, request
+from sketchbook.scenes import SUBJECTS, touching
 from sketchbook.words import GRAMMAR_WAYS, NUMBERS, load, plural
 
 KINDS = ("lesson", "one", "colour", "count", "two", "binding", "position", "story")
@@ -22,7 +23,7 @@ def drawn(kind: str, rng: random.Random) -> dict:
     if kind == "story":
         return {"wanted": [Wanted("duck", "yellow")], "company": Wanted("heart", "red"), "pictures": 4}
     if kind in ("two", "binding", "position"):
-        return {"wanted": [Wanted("cat", "blue"), Wanted("cup", "orange")], "join": " left of ", "relation": "left"}
+        return {"wanted": [Wanted("cat", "blue"), Wanted("cup", "orange")], "relation": "left" if kind == "position" else None}
     return {"wanted": [Wanted("car", "purple", parts={"wheels": "green"})], "page": "light blue"}
 
 
@@ -84,10 +85,58 @@ def test_a_clause_goes_before_the_full_stop_and_a_sentence_after_it():
 def test_a_slip_changes_one_letter_at_most_and_no_short_word():
     rng = random.Random(0)
     for _ in range(300):
-        wrong = mistyped(rng, "Draw a purple house for me")
-        assert wrong.startswith("Draw a ") and wrong.endswith(" for me")
-        assert abs(len(wrong) - len("Draw a purple house for me")) <= 1
+        wrong = mistyped(rng, "Put a purple house for me")
+        assert wrong.startswith("Put a ") and wrong.endswith(" for me")
+        assert abs(len(wrong) - len("Put a purple house for me")) <= 1
     assert mistyped(rng, "a red cat") == "a red cat"
+
+
+def test_on_a_telephone_words_are_short_and_only_whole_ones():
+    short = {shortened(random.Random(seed), "Can you draw two towers with a hat for the cat, please?") for seed in range(200)}
+    assert "Can u draw 2 towers w a hat 4 da cat, pls?" in short
+    assert all("towers" in text and "draw" in text and "hat" in text for text in short)
+
+
+def test_the_relation_holds_whichever_thing_is_said_first():
+    """"A sun above a boat" and "a boat, and above it a sun"."""
+    turned = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        text, named = request(Dialogue(rng), "position", [Wanted("sun", "red"), Wanted("boat", "blue")], relation="above")
+        assert named[-1] == {"of": "place", "subject": "sun", "relation": "above", "other": "boat"}
+        assert re.search(r"\b(above|over)\b", text), text
+        if re.search(r"\bboat\b", text).start() < re.search(r"\bsun\b", text).start():
+            assert re.search(r"\b(above|over) (it|this|that|which)\b", text), text
+            turned += 1
+    assert 40 < turned < 110
+
+
+def test_two_parts_of_one_colour_are_named_together_and_do_not_touch():
+    together = 0
+    for seed in range(400):
+        record = dialogue(seed, kinds={"lesson": 0.5, "one": 0.5})
+        parts = [detail for detail in record["truth"]["turns"][0]["named"] if detail["of"] == "part"]
+        names = [part.name for part in SUBJECTS[parts[0]["subject"]].parts] if parts else []
+        for k, one in enumerate(parts):
+            for other in parts[k + 1:]:
+                if one["colour"] == other["colour"]:
+                    i, j = names.index(one["part"]), names.index(other["part"])
+                    assert j not in touching(one["subject"])[i]
+                    together += 1
+    assert together > 20
+
+
+def test_who_talks_of_a_kind_of_thing_asks_for_one_of_it():
+    """"I love cars. Can you draw a purple one?" names a purple car."""
+    asked = []
+    for seed in range(400):
+        rng = random.Random(seed)
+        text, named = request(Dialogue(rng), "one", [Wanted("car", "purple")])
+        if re.search(r"\bcars\b", text.lower()):
+            assert re.search(r"\bone\b", text.lower()), text
+            assert named == [{"of": "thing", "subject": "car"}, {"of": "colour", "subject": "car", "colour": "purple"}]
+            asked.append(text)
+    assert 20 < len(asked) < 90 and len(set(asked)) > 15
 
 
 def test_steps_and_company_are_what_was_asked_for():
