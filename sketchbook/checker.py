@@ -487,7 +487,10 @@ class Judge:
         if not self.need(thing is not None, f"no {subject or 'fitting subject'} in the picture before"):
             return
         subject = thing.subject
-        index = [p.name for p in SUBJECTS[subject].parts].index(part)
+        names = [p.name for p in SUBJECTS[subject].parts]
+        if not self.need(part in names, f"a {subject} has no {part}"):
+            return
+        index = names.index(part)
         if index and thing.drawn != index:                      # the picture before is read as it must have been
             again = recognise(self.before.labels, Seen(thing.mask, thing.box), [(subject, index)])
             if not self.need(again.score >= STAGE_MATCH, f"the picture before is not a {subject} that waits for its {part}"):

@@ -274,3 +274,10 @@ def test_the_bundled_vae_gives_pictures_back(monkeypatch, tmp_path):
     assert again.size == PICTURE.size and judge(again, TRUE)
     monkeypatch.setattr(command, "BUNDLED", str(tmp_path))
     assert command.bundled_vae() is None
+
+
+def test_a_part_that_the_thing_has_not_is_refused():
+    """A language model may tell of a cherry on a cup."""
+    cup = render(Scene("white", (fit("cup", 2, usual_colours("cup", "blue"), 40, 32, 32),)))
+    verdict = judge(cup, {"op": "part", "subject": "cup", "part": "cherry", "colour": "red"}, cup)
+    assert not verdict.ok and "a cup has no cherry" in verdict.reasons
