@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+# A shell's background jobs ignore SIGINT, and so does what they start: Ctrl-C would not be tested there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; test_hub.py starts processes of its own
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the shapes are small: a second thread costs more than it brings
 os.environ.setdefault("TRITON_INTERPRET", "1")  # as kernels.py is imported: its kernels then run here, if asked for by name

@@ -725,10 +725,8 @@ def test_help(capsys):
 
 def run(*argv, cwd, **options):
     command = [sys.executable, str(ROOT / "sample.py"), *argv]
-    # A shell's background jobs ignore SIGINT, and so does what they start: Ctrl-C would not be tested there.
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, preexec_fn=heed, **pipes, **options)
+    return subprocess.Popen(command, cwd=cwd, **pipes, **options)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -44,9 +44,12 @@ def finished(page) -> None:
 
 
 def ask(page, text: str) -> None:
+    turns = page.locator("main > .user")
+    asked = turns.count()
     page.fill("#text", text)
     page.keyboard.press("Enter")
-    page.wait_for_selector("#stop:visible")
+    # "Send" is hidden in the moment in which the question appears; "Stop" is seen too briefly when an answer is short.
+    turns.nth(asked).wait_for()
 
 
 def told(page) -> list[str]:
