@@ -17,6 +17,12 @@ new MutationObserver(() => {
 }).observe(document.body, {subtree: true, childList: true, attributes: true});
 """
 
+NOTICE_STOP = """
+window.stop_was_shown = false;
+new MutationObserver(() => { window.stop_was_shown ||= !document.querySelector("#stop").hidden; })
+    .observe(document.querySelector("#stop"), {attributes: true});
+"""
+
 
 @pytest.fixture(scope="module")
 def address():
@@ -44,12 +50,11 @@ def finished(page) -> None:
 
 
 def ask(page, text: str) -> None:
-    turns = page.locator("main > .user")
-    asked = turns.count()
+    # A short answer shows "Stop" for an instant only: the page itself notices it.
+    page.evaluate(NOTICE_STOP)
     page.fill("#text", text)
     page.keyboard.press("Enter")
-    # "Send" is hidden in the moment in which the question appears; "Stop" is seen too briefly when an answer is short.
-    turns.nth(asked).wait_for()
+    page.wait_for_function("stop_was_shown")
 
 
 def told(page) -> list[str]:
