@@ -69,7 +69,9 @@ PARTS = {
 PRELOAD = ["bench.preload"]
 DOCS = Path(__file__).parent.parent / "docs" / "bench"
 MINUTES = 8.0  # on a GPU
-PATIENCE = 90  # seconds without a word after which a call counts as hanging; the longest known one takes 20
+# Seconds without a word after which a call counts as hanging. The longest known one takes 20 on a GPU. Two cores take minutes
+# to make the weights of a 2B and to read a prompt with them.
+PATIENCE = {"cuda": 90, "cpu": 900}
 STOPPED = "stopped: its time was over"
 # Attention has the most kernels, and each takes the compiler seconds: so many processes share the rows of such a group.
 SHARES = {"packed": 4, "dense": 3, "check": 6, "check-fp16": 6, "lengths": 2}
@@ -143,8 +145,9 @@ def attempt(job: Callable, place: Place, name: str, done, faults) -> Fault | Non
     """One process of a group until it ends, falls silent or its time is over. None: it has done all that it could."""
     process, heard = start(job, place, name, done, faults)
     last = Fault(None, "")
+    silence = PATIENCE[place.device.partition(":")[0]]
     while True:
-        patience = min(PATIENCE, place.end - time.time())
+        patience = min(silence, place.end - time.time())
         ready = connection.wait([heard, process.sentinel], max(0.0, patience))
         if heard in ready:
             try:
@@ -164,7 +167,7 @@ def attempt(job: Callable, place: Place, name: str, done, faults) -> Fault | Non
         process.join()
         if time.time() >= place.end:
             return Fault(last.cell, STOPPED)
-        return Fault(last.cell, f"hung: nothing happened for {PATIENCE} s")
+        return Fault(last.cell, f"hung: nothing happened for {silence} s")
 
 
 def run_apart(job: Callable, place: Place, name: str) -> None:

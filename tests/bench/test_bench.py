@@ -210,7 +210,7 @@ def run_group(job, file: Path, **place) -> None:
 
 def test_a_peer_that_raises_is_wrong_kills_or_hangs_costs_its_own_cell(tmp_path, monkeypatch):
     run_group(stands, tmp_path / "other.jsonl")  # from here on a process starts at once
-    monkeypatch.setattr(groups, "PATIENCE", 4)
+    monkeypatch.setitem(groups.PATIENCE, "cpu", 4)
     file = tmp_path / "bench.jsonl"
     run_group(has_bad_peers, file)
     rows = {row["what"]: row for row in records(file)}
