@@ -145,7 +145,7 @@ def attempt(job: Callable, place: Place, name: str, done, faults) -> Fault | Non
     """One process of a group until it ends, falls silent or its time is over. None: it has done all that it could."""
     process, heard = start(job, place, name, done, faults)
     last = Fault(None, "")
-    silence = PATIENCE[place.device.partition(":")[0]]
+    silence = PATIENCE[torch.device(place.device).type]
     while True:
         patience = min(silence, place.end - time.time())
         ready = connection.wait([heard, process.sentinel], max(0.0, patience))

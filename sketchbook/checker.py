@@ -232,7 +232,7 @@ def blotted(view: View, thing: Seen) -> list[str]:
     window = view.labels[y0:y1, x0:x1]
     found = []
     _, cores = template(thing.subject, thing.drawn, *window.shape)
-    # A thing that is not finished has fewer colours than its subject has parts.
+    # Not strict: of an unfinished drawing only the parts so far have colours.
     for part, inner, colour in zip(SUBJECTS[thing.subject].parts, cores, thing.colours, strict=False):
         wrong = np.zeros(window.size, dtype=bool)
         wrong[inner] = window.ravel()[inner] != NAMES.index(colour) + 1
